@@ -1,0 +1,104 @@
+// Argument structs and launchers for Python: used by module.cpp, and by tests/simt, which offers the same launchers over
+// CUDA kernels that run on the CPU. Pointers are plain integers (tensor.data_ptr(), array.ctypes.data); nothing is
+// checked, nothing is kept alive.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "core/cuda_runtime.h"
+#include "logprobs/logits_fold.h"
+
+namespace prefkern {
+namespace py = pybind11;
+
+// A pointer member as an integer property; 0 is null.
+template <class C, class P> void bind_pointer(py::class_<C>& c, const char* name, P* C::*member) {
+  c.def_property(
+      name, [member](const C& a) { return reinterpret_cast<uintptr_t>(a.*member); },
+      [member](C& a, uintptr_t p) { a.*member = reinterpret_cast<P*>(p); });
+}
+
+template <class S> void bind_logit_structs(py::module_& m, const std::string& suffix) {
+  using Transform = LogitTransform<S>;
+  py::class_<Transform> t(m, ("LogitTransform" + suffix).c_str());
+  t.def(py::init<>()).def_readwrite("scale", &Transform::scale).def_readwrite("softcap", &Transform::softcap)
+      .def_readwrite("temperature", &Transform::temperature);
+  bind_pointer(t, "bias", &Transform::bias);
+  bind_pointer(t, "row_temperature", &Transform::row_temperature);
+
+  using Block = LogitBlock<S>;
+  py::class_<Block> b(m, ("LogitBlock" + suffix).c_str());
+  b.def(py::init<>()).def_readwrite("dtype", &Block::dtype).def_readwrite("rows", &Block::rows).def_readwrite("cols", &Block::cols)
+      .def_readwrite("first_col", &Block::first_col).def_readwrite("vocab", &Block::vocab)
+      .def_readwrite("ignore_index", &Block::ignore_index).def_readwrite("transform", &Block::transform);
+  bind_pointer(b, "targets", &Block::targets);
+
+  using Fold = FoldArgs<S>;
+  py::class_<Fold> f(m, ("FoldArgs" + suffix).c_str());
+  f.def(py::init<>()).def_readwrite("block", &Fold::block).def_readwrite("logits_map", &Fold::logits_map)
+      .def_readwrite("entropy", &Fold::entropy).def_readwrite("extra", &Fold::extra).def_readwrite("first", &Fold::first)
+      .def_readwrite("last", &Fold::last).def_readwrite("state_stride", &Fold::state_stride);
+  bind_pointer(f, "logits", &Fold::logits);
+  bind_pointer(f, "state", &Fold::state);
+  bind_pointer(f, "logp", &Fold::logp);
+  bind_pointer(f, "out_entropy", &Fold::out_entropy);
+  bind_pointer(f, "lse", &Fold::lse);
+  bind_pointer(f, "sum_sq_probs", &Fold::sum_sq_probs);
+  bind_pointer(f, "mean_logit", &Fold::mean_logit);
+  bind_pointer(f, "is_top1", &Fold::is_top1);
+  bind_pointer(f, "row_max", &Fold::row_max);
+  bind_pointer(f, "row_log2_sum", &Fold::row_log2_sum);
+
+  using Grad = GradArgs<S>;
+  py::class_<Grad> g(m, ("GradArgs" + suffix).c_str());
+  g.def(py::init<>()).def_readwrite("block", &Grad::block).def_readwrite("logits_map", &Grad::logits_map)
+      .def_readwrite("grad_dtype", &Grad::grad_dtype).def_readwrite("grad_map", &Grad::grad_map);
+  bind_pointer(g, "logits", &Grad::logits);
+  bind_pointer(g, "grad", &Grad::grad);
+  bind_pointer(g, "row_max", &Grad::row_max);
+  bind_pointer(g, "row_log2_sum", &Grad::row_log2_sum);
+  bind_pointer(g, "entropy", &Grad::entropy);
+  bind_pointer(g, "g_logp", &Grad::g_logp);
+  bind_pointer(g, "g_entropy", &Grad::g_entropy);
+  bind_pointer(g, "g_lse", &Grad::g_lse);
+}
+
+inline void bind_argument_structs(py::module_& m) {
+  py::enum_<DType>(m, "DType").value("float32", DType::f32).value("bfloat16", DType::bf16).value("float16", DType::f16)
+      .value("float64", DType::f64);
+  py::class_<RowMap>(m, "RowMap", "Row r starts (r // inner) * outer_stride + (r % inner) * inner_stride elements after the base.")
+      .def(py::init<>()).def_readwrite("inner", &RowMap::inner).def_readwrite("outer_stride", &RowMap::outer_stride)
+      .def_readwrite("inner_stride", &RowMap::inner_stride);
+  bind_logit_structs<float>(m, "");
+  bind_logit_structs<double>(m, "64");
+}
+
+template <class Args> void bind_cpu(py::module_& m, const char* name, void (*launch)(const Args&)) {
+  m.def(name, launch, py::arg("args"), py::call_guard<py::gil_scoped_release>());
+}
+
+template <class Args> void bind_cuda(py::module_& m, const char* name, int (*launch)(const Args&, void*)) {
+  m.def(
+      name,
+      [launch](const Args& args, uintptr_t stream) {
+        const int error = launch(args, reinterpret_cast<void*>(stream));
+        if (error != 0) throw std::runtime_error(cuda_error_string(error));
+      },
+      py::arg("args"), py::arg("stream") = 0, py::call_guard<py::gil_scoped_release>());
+}
+
+inline void bind_cpu_launchers(py::module_& m) {
+  bind_cpu<FoldArgs<float>>(m, "cpu_fold_logits", &cpu_fold_logits);
+  bind_cpu<FoldArgs<double>>(m, "cpu_fold_logits64", &cpu_fold_logits);
+  bind_cpu<GradArgs<float>>(m, "cpu_grad_logits", &cpu_grad_logits);
+  bind_cpu<GradArgs<double>>(m, "cpu_grad_logits64", &cpu_grad_logits);
+}
+
+inline void bind_cuda_launchers(py::module_& m) {
+  bind_cuda(m, "cuda_fold_logits", &cuda_fold_logits);
+  bind_cuda(m, "cuda_grad_logits", &cuda_grad_logits);
+}
+
+}  // namespace prefkern

@@ -1,0 +1,75 @@
+// Device side of core: element types, 16-byte loads and streaming stores, elementary functions, reductions over a block.
+// tests/simt compiles this file for the CPU (PK_SIMT); kernels must therefore declare shared memory with PK_SMEM and
+// launch with PK_LAUNCH.
+#pragma once
+#include "core/common.h"
+
+#if defined(PK_SIMT)
+#include "simt.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define PK_SMEM(T, name, n) __shared__ T name[n]
+#define PK_LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
+#endif
+
+namespace prefkern {
+inline namespace PK_ISA {
+
+using bf16_t = __nv_bfloat16;
+using f16_t = __half;
+
+template <class V> struct Lanes;
+template <> struct Lanes<float> { using Scalar = float; static constexpr int count = 1; };
+template <class V> PK_HD V splat(float x) { return x; }
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16_t x) { return static_cast<float>(x); }
+__device__ __forceinline__ float to_float(f16_t x) { return static_cast<float>(x); }
+
+__device__ __forceinline__ float vmax(float a, float b) { return a > b ? a : b; }
+__device__ __forceinline__ float vmin(float a, float b) { return a < b ? a : b; }
+constexpr float kFlushExponent = -127.0f;
+__device__ __forceinline__ float exp2_flush(float t) { return t <= kFlushExponent ? 0.0f : exp2f(t); }
+__device__ __forceinline__ float vtanh(float x) { return tanhf(x); }
+__device__ __forceinline__ float vlog2(float x) { return log2f(x); }
+
+// ---- memory ---------------------------------------------------------------------------------------------------------
+template <class T, int N> struct alignas(sizeof(T) * N) Pack { T v[N]; };
+
+// 16 bytes at once, read past the caches: every logit is used once.
+template <class T> constexpr int kPackSize = 16 / sizeof(T);
+template <class T> __device__ __forceinline__ Pack<T, kPackSize<T>> load_pack(const T* p) {
+  const uint4 raw = __ldcs(reinterpret_cast<const uint4*>(p));
+  Pack<T, kPackSize<T>> out;
+  memcpy(&out, &raw, 16);
+  return out;
+}
+template <class T> __device__ __forceinline__ void store_pack(T* p, const Pack<T, kPackSize<T>>& value) {
+  uint4 raw;
+  memcpy(&raw, &value, 16);
+  __stcs(reinterpret_cast<uint4*>(p), raw);
+}
+PK_HD bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// ---- reductions over a block, in a fixed order ----------------------------------------------------------------------
+// `merge` must be commutative up to rounding; every thread gets the result.
+template <int THREADS, class T, class Merge> __device__ __forceinline__ T block_reduce(T value, T identity, Merge merge) {
+  constexpr int warps = THREADS / 32;
+  PK_SMEM(T, partial, warps);
+  for (int offset = 16; offset > 0; offset >>= 1) value = merge(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  __syncthreads();  // the array may still be read from an earlier reduction
+  if (lane == 0) partial[warp] = value;
+  __syncthreads();
+  value = lane < warps ? partial[lane] : identity;
+  for (int offset = 16; offset > 0; offset >>= 1) value = merge(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  return value;
+}
+struct Add { template <class T> __device__ __forceinline__ T operator()(T a, T b) const { return a + b; } };
+struct Max { __device__ __forceinline__ float operator()(float a, float b) const { return vmax(a, b); } };
+struct Min { __device__ __forceinline__ float operator()(float a, float b) const { return vmin(a, b); } };
+
+}  // namespace PK_ISA
+}  // namespace prefkern

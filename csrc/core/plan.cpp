@@ -1,0 +1,40 @@
+#include "core/plan.h"
+
+#include <algorithm>
+
+namespace prefkern {
+namespace {
+
+// CPU: a block of logits should survive in the last-level cache between the GEMM that writes it and the fold that reads
+// it, and still be wide enough for the GEMM to run at its full rate.
+// CUDA: wide blocks, because every block adds one pass over the float32 hidden gradient.
+constexpr int64_t kCpuBudget = int64_t(24) << 20, kCudaBudget = int64_t(512) << 20;
+constexpr int64_t kCpuRows = 2048, kCudaRows = 4096;
+constexpr int64_t kColumnMultiple = 64, kMinColumns = 64;
+
+int64_t round_down(int64_t x, int64_t multiple) { return x - x % multiple; }
+
+}  // namespace
+
+int64_t default_chunk_bytes(bool cuda) { return cuda ? kCudaBudget : kCpuBudget; }
+
+ChunkPlan plan_chunks(const PlanRequest& r) {
+  if (r.rows <= 0 || r.vocab <= 0) return {};
+  const int64_t acc = r.dtype == DType::f64 ? 8 : 4;
+  const bool narrow = r.dtype == DType::bf16 || r.dtype == DType::f16;
+  const bool widen = narrow && !r.cuda;  // the CPU multiplies in float32: blocks of hidden and weight are widened
+  // Bytes beside the logits: per row, the widened hidden row; per column, the widened weight row and, where the weight's
+  // gradient is not float32 itself, its float32 accumulator.
+  const int64_t per_row = widen ? 4 * r.hidden : 0;
+  const int64_t per_column = (widen ? 4 * r.hidden : 0) + (narrow && r.backward ? 4 * r.hidden : 0);
+  const int64_t budget = r.budget_bytes > 0 ? r.budget_bytes : default_chunk_bytes(r.cuda);
+
+  int64_t rows = std::min(r.rows, r.cuda ? kCudaRows : kCpuRows);
+  const auto columns_for = [&](int64_t n) { return (budget - n * per_row) / (n * acc + per_column); };
+  while (rows > 1 && columns_for(rows) < std::min(r.vocab, kMinColumns)) rows = (rows + 1) / 2;
+  int64_t cols = std::clamp<int64_t>(columns_for(rows), 1, r.vocab);
+  if (cols < r.vocab && cols > kColumnMultiple) cols = round_down(cols, kColumnMultiple);
+  return {rows, cols, rows * cols * acc + rows * per_row + cols * per_column};
+}
+
+}  // namespace prefkern

@@ -1,0 +1,210 @@
+// Vectors of float, as wide as the instruction set this file is compiled for, with the few operations that plain C++
+// lacks. GCC/Clang vector types take + - * / < > and ?: like scalars do, so a formula of csrc/math written for float
+// works on them unchanged. Everything here is for CPU kernels (csrc/*/*_cpu.cpp), which are compiled once per ISA.
+#pragma once
+#include "core/common.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace prefkern {
+inline namespace PK_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;  // SSE2, NEON
+#endif
+
+typedef float VecF __attribute__((vector_size(kLanes * 4)));
+typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t HalfBits __attribute__((vector_size(kLanes * 2)));
+
+struct bf16_t { uint16_t bits; };
+struct f16_t { uint16_t bits; };
+
+// How a kernel sees one "register": its element type and how many elements it holds. double stays scalar: it exists
+// for gradient checks.
+template <class V> struct Lanes;
+template <> struct Lanes<VecF> { using Scalar = float; static constexpr int count = kLanes; };
+template <> struct Lanes<double> { using Scalar = double; static constexpr int count = 1; };
+template <> struct Lanes<float> { using Scalar = float; static constexpr int count = 1; };
+
+template <class V> PK_HD V splat(typename Lanes<V>::Scalar x) { return V{} + x; }
+
+// ---- conversions ----------------------------------------------------------------------------------------------------
+PK_HD float bits_to_float(uint32_t u) { float f; __builtin_memcpy(&f, &u, 4); return f; }
+PK_HD uint32_t float_to_bits(float f) { uint32_t u; __builtin_memcpy(&u, &f, 4); return u; }
+
+PK_HD float to_float(float x) { return x; }
+PK_HD float to_float(bf16_t x) { return bits_to_float(uint32_t(x.bits) << 16); }
+PK_HD float to_float(f16_t x) {
+#if defined(__FLT16_MANT_DIG__) && (defined(__AVX512FP16__) || defined(__aarch64__))
+  _Float16 h; __builtin_memcpy(&h, &x.bits, 2); return static_cast<float>(h);
+#else
+  // Shift exponent and mantissa into place and scale by 2^112: exact, subnormals included. Inf and NaN are put back.
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, rest = uint32_t(x.bits & 0x7fffu) << 13;
+  const uint32_t magnitude = rest >= 0x0f800000u ? rest | 0x7f800000u : float_to_bits(bits_to_float(rest) * 0x1p112f);
+  return bits_to_float(sign | magnitude);
+#endif
+}
+PK_HD double to_float(double x) { return x; }
+
+PK_HD bf16_t to_bf16(float f) {  // round to nearest even; NaN stays NaN
+  const uint32_t u = float_to_bits(f);
+  return {static_cast<uint16_t>(f != f ? 0x7fc0u : (u + 0x7fffu + (u >> 16 & 1u)) >> 16)};
+}
+PK_HD f16_t to_f16(float f) {
+  const uint32_t u = float_to_bits(f), sign = u >> 16 & 0x8000u, a = u & 0x7fffffffu;
+  if (a > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
+  if (a >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};                       // rounds to infinity
+  if (a < 0x38800000u) {                                                                      // subnormal: let the adder round
+    const float r = bits_to_float(a) + 0.5f;
+    return {static_cast<uint16_t>(sign | (float_to_bits(r) - 0x3f000000u))};
+  }
+  return {static_cast<uint16_t>(sign | ((a - 0x38000000u + 0xfffu + (a >> 13 & 1u)) >> 13))};
+}
+
+// ---- loads and stores -----------------------------------------------------------------------------------------------
+template <class V> struct Mem;
+
+template <> struct Mem<double> {
+  template <class T> static PK_HD double load(const T* p) { return to_float(*p); }
+  static PK_HD void store(double* p, double v) { *p = v; }
+};
+
+template <> struct Mem<float> {
+  template <class T> static PK_HD float load(const T* p) { return to_float(*p); }
+  static PK_HD void store(float* p, float v) { *p = v; }
+  static PK_HD void store(bf16_t* p, float v) { *p = to_bf16(v); }
+  static PK_HD void store(f16_t* p, float v) { *p = to_f16(v); }
+};
+
+template <> struct Mem<VecF> {
+  static PK_HD VecF load(const float* p) { VecF v; __builtin_memcpy(&v, p, sizeof v); return v; }
+  static PK_HD VecF load(const bf16_t* p) {
+    HalfBits h; __builtin_memcpy(&h, p, sizeof h);
+    const VecU u = __builtin_convertvector(h, VecU) << 16;
+    VecF v; __builtin_memcpy(&v, &u, sizeof v); return v;
+  }
+  static PK_HD VecF load(const f16_t* p) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<VecF>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__) && defined(__F16C__)
+    return reinterpret_cast<VecF>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+    VecF v;
+    for (int i = 0; i < kLanes; i++) v[i] = to_float(p[i]);
+    return v;
+#endif
+  }
+  static PK_HD void store(float* p, VecF v) { __builtin_memcpy(p, &v, sizeof v); }
+  static PK_HD void store(bf16_t* p, VecF v) {
+#if defined(__AVX512BF16__)
+    // Not cvtneps2bf16 alone: it flushes subnormals, and the result must not depend on the CPU.
+    const __mmask16 tiny = _mm512_cmp_ps_mask(_mm512_abs_ps(reinterpret_cast<__m512>(v)), _mm512_set1_ps(0x1p-126f), _CMP_LT_OQ);
+    const __m256bh h = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(h));
+    if (__builtin_expect(tiny, 0)) for (int i = 0; i < kLanes; i++) if (tiny >> i & 1) p[i] = to_bf16(v[i]);
+#else
+    VecU u; __builtin_memcpy(&u, &v, sizeof u);
+    const VecU nan = reinterpret_cast<VecU>(v != v);
+    const VecU rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+    const HalfBits h = __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), HalfBits);
+    __builtin_memcpy(p, &h, sizeof h);
+#endif
+  }
+  static PK_HD void store(f16_t* p, VecF v) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__) && defined(__F16C__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+    for (int i = 0; i < kLanes; i++) p[i] = to_f16(v[i]);
+#endif
+  }
+};
+
+// ---- the operations formulas need -----------------------------------------------------------------------------------
+// vmax(a, b) is a > b ? a : b: where one of them is NaN, the result is b. Likewise vmin.
+PK_HD float vmax(float a, float b) { return a > b ? a : b; }
+PK_HD double vmax(double a, double b) { return a > b ? a : b; }
+PK_HD float vmin(float a, float b) { return a < b ? a : b; }
+PK_HD double vmin(double a, double b) { return a < b ? a : b; }
+#if defined(__AVX512F__)
+PK_HD VecF vmax(VecF a, VecF b) { return reinterpret_cast<VecF>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b))); }
+PK_HD VecF vmin(VecF a, VecF b) { return reinterpret_cast<VecF>(_mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b))); }
+#elif defined(__AVX2__)
+PK_HD VecF vmax(VecF a, VecF b) { return reinterpret_cast<VecF>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b))); }
+PK_HD VecF vmin(VecF a, VecF b) { return reinterpret_cast<VecF>(_mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b))); }
+#else
+PK_HD VecF vmax(VecF a, VecF b) { return a > b ? a : b; }
+PK_HD VecF vmin(VecF a, VecF b) { return a < b ? a : b; }
+#endif
+
+// 2^t, exactly 0 for t <= -127 (so -inf works), NaN for NaN; for t < 127. Relative error <= 1.2e-7 (2 ulp).
+// A degree-5 polynomial on [-1/2, 1/2], fitted for least relative error with the constant term fixed at 1.
+constexpr float kFlushExponent = -127.0f;
+PK_HD VecF exp2_flush(VecF t) {
+  constexpr float c1 = 0x1.62e42ap-1f, c2 = 0x1.ebf9bcp-3f, c3 = 0x1.c6b752p-5f, c4 = 0x1.3cea88p-7f, c5 = 0x1.5bba14p-10f;
+#if defined(__AVX512F__)
+  const __m512 x = reinterpret_cast<__m512>(t);
+  const __mmask16 keep = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kFlushExponent), _CMP_NLE_UQ);
+  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_sub_ps(x, n);
+  __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(c5), f, _mm512_set1_ps(c4));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c3));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c2));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c1));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+  return reinterpret_cast<VecF>(_mm512_maskz_scalef_ps(keep, p, n));
+#else
+  const VecF clamped = vmax(splat<VecF>(-126.0f), t);
+  const VecF shifted = clamped + 0x1.8p23f;  // adding 1.5 * 2^23 rounds to the nearest integer, left in the low bits
+  const VecF f = clamped - (shifted - 0x1.8p23f);
+  const VecF p = ((((f * c5 + c4) * f + c3) * f + c2) * f + c1) * f + 1.0f;
+  VecI n; __builtin_memcpy(&n, &shifted, sizeof n);
+  const VecI scale_bits = (n + 127) << 23;
+  VecF scale; __builtin_memcpy(&scale, &scale_bits, sizeof scale);
+  return t <= kFlushExponent ? VecF{} : p * scale;
+#endif
+}
+PK_HD float exp2_flush(float t) { return t <= kFlushExponent ? 0.0f : __builtin_exp2f(t); }
+PK_HD double exp2_flush(double t) { return __builtin_exp2(t); }
+
+// tanh with absolute error <= 2e-7: (1 - e) / (1 + e) with e = exp(-2|x|), and the Taylor polynomial near 0, where that
+// quotient would cancel.
+PK_HD VecF vtanh(VecF x) {
+  const VecF a = vmax(x, -x), e = exp2_flush(a * -2.8853900817779268f), far = (1 - e) / (1 + e);
+  const VecF a2 = a * a, near = a * (1 + a2 * (-0.333333333f + a2 * (0.133333333f + a2 * -0.053968254f)));
+  const VecF r = a < 0.125f ? near : far;
+  return x < 0 ? -r : (x == x ? r : x);
+}
+PK_HD float vtanh(float x) { return __builtin_tanhf(x); }
+PK_HD double vtanh(double x) { return __builtin_tanh(x); }
+
+PK_HD float vlog2(float x) { return __builtin_log2f(x); }
+PK_HD double vlog2(double x) { return __builtin_log2(x); }
+
+// ---- across lanes, always in the same order -------------------------------------------------------------------------
+PK_HD float reduce_add(VecF v) {
+  float s = 0;
+  for (int i = 0; i < kLanes; i++) s += v[i];
+  return s;
+}
+PK_HD float reduce_max(VecF v) {
+  float m = v[0];
+  for (int i = 1; i < kLanes; i++) m = v[i] > m ? v[i] : m;
+  return m;
+}
+PK_HD float reduce_add(float v) { return v; }
+PK_HD double reduce_add(double v) { return v; }
+PK_HD float reduce_max(float v) { return v; }
+PK_HD double reduce_max(double v) { return v; }
+
+}  // namespace PK_ISA
+}  // namespace prefkern

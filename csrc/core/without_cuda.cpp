@@ -1,0 +1,13 @@
+// The CUDA entry points of a build without a CUDA compiler: they report it, so that a CUDA tensor gets a clear error.
+#if defined(PREFKERN_NO_CUDA)
+#include "core/cuda_runtime.h"
+#include "logprobs/logits_fold.h"
+
+namespace prefkern {
+const char* cuda_architectures() { return ""; }
+int cuda_runtime_version() { return 0; }
+const char* cuda_error_string(int) { return "prefkern was built without CUDA; install nvcc and rebuild, or move the tensors to the CPU"; }
+int cuda_fold_logits(const FoldArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_grad_logits(const GradArgs<float>&, void*) { return kBuiltWithoutCuda; }
+}  // namespace prefkern
+#endif

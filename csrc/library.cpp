@@ -1,0 +1,52 @@
+// Every operator of prefkern on one screen. torch.ops.prefkern.<name>; python/prefkern/ops has the documented functions,
+// the fake (meta) implementations and the autograd formulas. CPU and CUDA share each implementation, which picks the
+// kernels by the device of its tensors.
+#include "logprobs/ops.h"
+
+using namespace prefkern;
+
+STABLE_TORCH_LIBRARY(prefkern, m) {
+  // ---- logprobs: outputs and needs are the bit sets of logprobs/ops.h; results are (logp, entropy, lse, sum_sq_probs,
+  // mean_logit, is_top1, stats). The _fwd form has no autograd formula: what runs where nothing needs a gradient.
+  m.def(
+      "linear_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? row_temperature, float temperature, "
+      "float softcap, float logit_scale, int ignore_index, int outputs, int chunk_bytes) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_logprobs_fwd(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? row_temperature, "
+      "float temperature, float softcap, float logit_scale, int ignore_index, int outputs, int chunk_bytes) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_logprobs_backward(Tensor? g_logp, Tensor? g_entropy, Tensor? g_lse, Tensor hidden, Tensor weight, Tensor targets, "
+      "Tensor? bias, Tensor? row_temperature, Tensor entropy, Tensor stats, float temperature, float softcap, float logit_scale, "
+      "int ignore_index, int needs, int chunk_bytes) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "logits_logprobs(Tensor logits, Tensor targets, Tensor? row_temperature, float temperature, float softcap, "
+      "float logit_scale, int ignore_index, int outputs, bool inplace_backward) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "logits_logprobs_fwd(Tensor logits, Tensor targets, Tensor? row_temperature, float temperature, float softcap, "
+      "float logit_scale, int ignore_index, int outputs, bool inplace_backward) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "logits_logprobs_backward(Tensor? g_logp, Tensor? g_entropy, Tensor? g_lse, Tensor logits, Tensor targets, "
+      "Tensor? row_temperature, Tensor entropy, Tensor stats, float temperature, float softcap, float logit_scale, "
+      "int ignore_index) -> Tensor");
+  m.def(
+      "logits_logprobs_backward_(Tensor? g_logp, Tensor? g_entropy, Tensor? g_lse, Tensor(a!) logits, Tensor targets, "
+      "Tensor? row_temperature, Tensor entropy, Tensor stats, float temperature, float softcap, float logit_scale, "
+      "int ignore_index) -> ()");
+}
+
+#define PK_REGISTER(key)                                                              \
+  STABLE_TORCH_LIBRARY_IMPL(prefkern, key, m) {                                       \
+    m.impl("linear_logprobs", PK_OP(linear_logprobs));                                \
+    m.impl("linear_logprobs_fwd", PK_OP(linear_logprobs));                            \
+    m.impl("linear_logprobs_backward", PK_OP(linear_logprobs_backward));              \
+    m.impl("logits_logprobs", PK_OP(logits_logprobs));                                \
+    m.impl("logits_logprobs_fwd", PK_OP(logits_logprobs));                            \
+    m.impl("logits_logprobs_backward", PK_OP(logits_logprobs_backward));              \
+    m.impl("logits_logprobs_backward_", PK_OP(logits_logprobs_backward_inplace));     \
+  }
+PK_REGISTER(CPU)
+PK_REGISTER(CUDA)

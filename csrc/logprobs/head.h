@@ -1,0 +1,91 @@
+// What linear_logprobs and logits_logprobs share on the torch side: argument checks, outputs, upstream gradients.
+#pragma once
+#include "core/cuda_runtime.h"
+#include "core/tensor.h"
+#include "logprobs/logits_fold.h"
+#include "logprobs/ops.h"
+
+namespace prefkern {
+
+struct HeadOptions {
+  double temperature, softcap, logit_scale;
+  int64_t ignore_index;
+};
+
+void check_head_options(const HeadOptions& o);
+// int64, contiguous; on the CPU every value is checked to be ignore_index or in [0, vocab). Returns the targets and, on
+// the CPU, how many rows are ignored.
+std::pair<Tensor, int64_t> checked_targets(const Tensor& targets, const Tensor& scores, const char* scores_name, int64_t rows,
+                                           int64_t vocab, int64_t ignore_index);
+// In the accumulator type, contiguous; on the CPU every value is checked to be positive and finite.
+OptTensor checked_row_temperature(const OptTensor& t, const Tensor& scores, const char* scores_name, int64_t rows, DType acc);
+
+// Allocates what `outputs` asks for; zeroed where some rows will not be written.
+HeadOutputs make_outputs(int64_t outputs, int64_t rows, DType acc, const Tensor& like, bool zero);
+HeadOutputs scatter_outputs(const HeadOutputs& compact, int64_t outputs, int64_t rows, const Tensor& active, DType acc);
+
+struct Upstream {
+  OptTensor logp, entropy, lse;  // contiguous, accumulator type
+};
+Upstream checked_upstream(const OptTensor& g_logp, const OptTensor& g_entropy, const OptTensor& g_lse, int64_t rows, DType acc,
+                          const Tensor& entropy, const Tensor& stats);
+
+template <class S>
+LogitBlock<S> logit_block(DType dtype, int64_t rows, int64_t cols, int64_t vocab, const Tensor& targets, const HeadOptions& o,
+                          const OptTensor& row_temperature) {
+  LogitBlock<S> b;
+  b.dtype = dtype;
+  b.rows = rows;
+  b.cols = cols;
+  b.vocab = vocab;
+  b.targets = data<int64_t>(targets);
+  b.ignore_index = o.ignore_index;
+  b.transform.scale = S(o.logit_scale);
+  b.transform.softcap = S(o.softcap);
+  b.transform.temperature = S(o.temperature);
+  b.transform.row_temperature = data_or_null<S>(row_temperature);
+  return b;
+}
+
+template <class S> void set_outputs(FoldArgs<S>& f, const HeadOutputs& out, int64_t outputs, int64_t rows) {
+  const auto& [logp, entropy, lse, sum_sq, mean, top1, stats] = out;
+  f.entropy = outputs & kEntropy;
+  f.extra = outputs & (kSumSqProbs | kMeanLogit | kIsTop1);
+  f.logp = mutable_data<S>(logp);
+  if (outputs & kEntropy) f.out_entropy = mutable_data<S>(entropy);
+  if (outputs & kLse) f.lse = mutable_data<S>(lse);
+  if (outputs & kSumSqProbs) f.sum_sq_probs = mutable_data<S>(sum_sq);
+  if (outputs & kMeanLogit) f.mean_logit = mutable_data<S>(mean);
+  if (outputs & kIsTop1) f.is_top1 = mutable_data<uint8_t>(top1);
+  if (outputs & kSaveStats) {
+    f.row_max = mutable_data<S>(stats);
+    f.row_log2_sum = f.row_max + rows;
+  }
+}
+
+template <class S>
+void set_upstream(GradArgs<S>& g, const Upstream& up, const Tensor& entropy, const Tensor& stats, int64_t rows) {
+  g.row_max = data<S>(stats);
+  g.row_log2_sum = g.row_max + rows;
+  g.entropy = up.entropy ? data<S>(entropy) : nullptr;
+  g.g_logp = data_or_null<S>(up.logp);
+  g.g_entropy = data_or_null<S>(up.entropy);
+  g.g_lse = data_or_null<S>(up.lse);
+}
+
+// Shifts per-row pointers so that row 0 of the block is row `first` of the call.
+template <class S> void advance_rows(LogitBlock<S>& b, int64_t first) {
+  b.targets += first;
+  if (b.transform.row_temperature) b.transform.row_temperature += first;
+}
+
+inline void run_fold(const FoldArgs<float>& f, void* stream, bool cuda) {
+  cuda ? check_cuda(cuda_fold_logits(f, stream)) : cpu_fold_logits(f);
+}
+inline void run_fold(const FoldArgs<double>& f, void*, bool) { cpu_fold_logits(f); }
+inline void run_grad(const GradArgs<float>& g, void* stream, bool cuda) {
+  cuda ? check_cuda(cuda_grad_logits(g, stream)) : cpu_grad_logits(g);
+}
+inline void run_grad(const GradArgs<double>& g, void*, bool) { cpu_grad_logits(g); }
+
+}  // namespace prefkern

@@ -1,0 +1,208 @@
+"""What becomes of a benchmark's results: JSON with the machine they are from, a Markdown table, a plot."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA = 1
+
+Results = Mapping[str, Any]
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Where and with what a run was made."""
+    import prefkern
+
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": device,
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else cpu_model(),
+        "cpu": cpu_model(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "prefkern": prefkern.build_info()["version"],
+        "commit": git_commit(),
+        "build": prefkern.build_info(),
+        "capabilities": prefkern.capabilities(),
+    }
+
+
+def cpu_model() -> str:
+    """The CPU's name for itself."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def git_commit() -> str | None:
+    """The commit this package is at, with "-dirty" for changes on top; None unless git tracks this very file."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(here.parent), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    if git("ls-files", "--error-unmatch", here.name) is None or (commit := git("rev-parse", "HEAD")) is None:
+        return None
+    return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no") else commit
+
+
+def results(rows: Sequence[Mapping[str, object]], device: str, command: str) -> dict[str, Any]:
+    """The rows of a run together with its surroundings."""
+    return {"schema": SCHEMA, "command": command, "environment": environment(device), "rows": list(rows)}
+
+
+def save(data: Results, path: Path) -> None:
+    path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def load(path: Path) -> Results:
+    """Results saved earlier."""
+    data = json.loads(path.read_text())
+    if data.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: schema {data.get('schema')!r}, expected {SCHEMA}")
+    return data
+
+
+# -------------------------------------------------------------------------------------------------------------- formatting
+
+
+def milliseconds(value: float | None) -> str:
+    """Three digits, in the unit that suits."""
+    if value is None:
+        return ""
+    if value < 1:
+        return f"{1e3 * value:.3g} us"
+    return f"{value:.3g} ms" if value < 1e3 else f"{value / 1e3:.3g} s"
+
+
+def times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x" if value < 100 else f"{value:.0f}x"
+
+
+def mebibytes(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}" if value < 10 else f"{value:.0f}"
+
+
+def scientific(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
+def yes_no(value: bool | None) -> str:
+    return "" if value is None else "yes" if value else "no"
+
+
+def case_title(row: Mapping[str, Any]) -> str:
+    """Such as "linear_logprobs 512x1024x32000 fp32 fwd"."""
+    words = [row["op"], "x".join(map(str, row["shape"])), row["dtype"], row["mode"]]
+    return " ".join(word for word in words if word)
+
+
+# ------------------------------------------------------------------------------------------------------------------- tables
+
+
+def markdown_table(data: Results, ops: Iterable[str] | None = None) -> str:
+    """A Markdown table: a line for each case and kind of output, a column for each peer that ran anywhere.
+
+    Cells are times over the floor of the same case; what lies beyond the peers is about this library alone.
+    """
+    rows = _measured(data, ops)
+    peers = _unique(row["peer"] for row in rows if row["peer"] != "floor")
+    floors = {case_title(row): row for row in rows if row["peer"] == "floor"}
+    head = ["case", "output", "floor", *peers, "extra MiB", "eager MiB", "max error"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for (title, outputs), group in _by_case(rows).items():
+        ours, eager = group.get("prefkern", {}), group.get("eager", {})
+        cells = [
+            title,
+            outputs,
+            milliseconds(floors[title]["time_ms"]) if title in floors else "",
+            *(times(group.get(peer, {}).get("ratio_floor")) for peer in peers),
+            mebibytes(ours.get("peak_mib")),
+            mebibytes(eager.get("peak_mib")),
+            scientific(ours.get("max_error")),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def provenance(data: Results) -> str:
+    """One sentence that says where the figures are from."""
+    env = data["environment"]
+    commit = f", commit {env['commit'][:12]}" if env.get("commit") else ""
+    threads = f"{env['threads']} thread{'s' if env['threads'] != 1 else ''}"
+    versions = f"prefkern {env['prefkern']}{commit}, torch {env['torch']}"
+    return f"`{data['command']}` on {env['device_name']}, {threads}; {versions}; {env['time'][:10]}."
+
+
+def plot(data: Results, path: Path) -> None:
+    """Bars of the time over the floor: a panel for each case, a bar for each peer and kind of output."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = _measured(data, None)
+    groups = _by_case(rows)
+    titles = _unique(title for title, _ in groups)
+    colours = {peer: f"C{i % 10}" for i, peer in enumerate(_unique(r["peer"] for r in rows if r["peer"] != "floor"))}
+    heights = [1 + sum(len(group) for (t, _), group in groups.items() if t == title) for title in titles]
+    figure, axes = plt.subplots(
+        max(len(titles), 1), 1, figsize=(9, 0.28 * sum(heights) + 0.7 * max(len(titles), 1) + 0.8), squeeze=False,
+        gridspec_kw={"height_ratios": heights or [1]}, layout="constrained",
+    )  # fmt: skip
+    for axis, title in zip(axes[:, 0], titles, strict=False):
+        bars = [(f"{peer}  {o}", peer, row) for (t, o), group in groups.items() if t == title for peer, row in group.items()]
+        axis.barh([b[0] for b in bars], [b[2]["ratio_floor"] for b in bars], color=[colours[b[1]] for b in bars])
+        for i, (_, _, row) in enumerate(bars):
+            axis.annotate(f" {times(row['ratio_floor'])}", (row["ratio_floor"], i), va="center", fontsize=8)
+        floor = next((row["note"] for row in rows if row["peer"] == "floor" and case_title(row) == title), "")
+        axis.axvline(1.0, color="black", linewidth=0.8)
+        if max((b[2]["ratio_floor"] for b in bars), default=1.0) > 20:
+            axis.set_xscale("log")
+        axis.margins(x=0.12)
+        axis.invert_yaxis()
+        axis.tick_params(labelsize=8)
+        axis.set_title(f"{title}   (1 = {floor})", fontsize=9, loc="left")
+    figure.supxlabel("time over the floor", fontsize=9)
+    figure.suptitle(provenance(data), fontsize=7)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _measured(data: Results, ops: Iterable[str] | None) -> list[Mapping[str, Any]]:
+    wanted = None if ops is None else set(ops)
+    return [row for row in data["rows"] if row["status"] == "ok" and (wanted is None or row["op"] in wanted)]
+
+
+def _by_case(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, Mapping[str, Any]]]:
+    """(case, kind of output) -> peer -> row, without the floors."""
+    groups: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["peer"] != "floor":
+            groups.setdefault((case_title(row), row["outputs"]), {})[row["peer"]] = row
+    return groups
+
+
+def _unique(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))

@@ -1,0 +1,133 @@
+"""What can be measured: ops, their shapes and types, and how they are spelled on the command line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+MODES = ("fwd", "bwd")
+
+Shape = tuple[int, ...]
+
+
+class UsageError(ValueError):
+    """The caller asked for something that does not exist; the message says what does."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op that can be measured, and what is measured when nothing else is asked for."""
+
+    name: str
+    dims: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    dtypes: tuple[str, ...]
+    modes: tuple[str, ...]
+
+    @property
+    def pattern(self) -> str:
+        return "x".join(self.dims)
+
+
+OPS = {
+    op.name: op
+    for op in (
+        Op("linear_logprobs", ("N", "H", "V"), ((512, 1024, 32000),), tuple(DTYPES), MODES),
+        Op("logits_logprobs", ("N", "V"), ((256, 128256),), tuple(DTYPES), MODES),
+        Op("group_advantages", ("B", "G"), ((65536, 8),), ("fp32", "fp64"), ("fwd",)),
+        Op("policy_loss", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), MODES),
+        Op("overhead", (), ((),), ("fp32",), ("fwd",)),
+    )
+}
+DEFAULT_DTYPES = ("fp32",)
+DEFAULT_MODES = ("fwd",)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape, in one type; "bwd" is forward and backward together."""
+
+    op: str
+    shape: Shape
+    dtype: str
+    mode: str
+
+    @property
+    def title(self) -> str:
+        dims = "x".join(map(str, self.shape))
+        return f"{self.op} {dims} {self.dtype} {self.mode}".replace("  ", " ")
+
+
+def choose(kind: str, name: str, accepted: Iterable[str]) -> str:
+    """`name` if it is one of `accepted`; else an error with the nearest that is."""
+    names = list(accepted)
+    if name in names:
+        return name
+    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UsageError(f"unknown {kind} {name!r}{hint} Accepted: {', '.join(names)}")
+
+
+def choose_all(kind: str, text: str, accepted: Iterable[str]) -> tuple[str, ...]:
+    """The names in a comma-separated list, each of them checked."""
+    names = list(accepted)
+    return tuple(dict.fromkeys(choose(kind, part.strip(), names) for part in text.split(",")))
+
+
+def parse_shapes(text: str) -> list[Shape]:
+    """'512x1024x32000,2048x256x32000' -> [(512, 1024, 32000), (2048, 256, 32000)]."""
+    return [_parse_shape(part.strip()) for part in text.split(",")]
+
+
+def _parse_shape(text: str) -> Shape:
+    if not re.fullmatch(r"\d+(x\d+)*", text):
+        raise UsageError(f"bad shape {text!r}: expected positive sizes joined by 'x', such as 512x1024x32000")
+    shape = tuple(int(part) for part in text.split("x"))
+    if 0 in shape:
+        raise UsageError(f"bad shape {text!r}: sizes must be positive")
+    return shape
+
+
+def plan_cases(
+    ops: Sequence[str] = (),
+    shapes: Sequence[Shape] | None = None,
+    dtypes: Sequence[str] | None = None,
+    modes: Sequence[str] | None = None,
+) -> list[Case]:
+    """The cases of a run. Shapes without an op are shapes of linear_logprobs; without either, every op runs its default.
+
+    A named op refuses what it does not have; an op that nobody named is left out instead.
+    """
+    named = list(ops) or (["linear_logprobs"] if shapes else [])
+    cases: list[Case] = []
+    for name in named or OPS:
+        op = OPS[choose("op", name, OPS)]
+        op_shapes = [_fit(op, shape) for shape in shapes] if shapes else op.shapes
+        op_dtypes = _having("dtype", op, dtypes or DEFAULT_DTYPES, op.dtypes, strict=bool(named))
+        op_modes = _having("mode", op, modes or DEFAULT_MODES, op.modes, strict=bool(named))
+        cases += [Case(op.name, s, d, m) for s in op_shapes for d in op_dtypes for m in op_modes]
+    return cases
+
+
+def _fit(op: Op, shape: Shape) -> Shape:
+    got = "x".join(map(str, shape))
+    if not op.dims:
+        raise UsageError(f"{op.name} takes no shape, got {got}")
+    if len(shape) != len(op.dims):
+        raise UsageError(f"{op.name} takes shapes {op.pattern}, got {got}")
+    if op.name == "group_advantages" and shape[0] % shape[1]:
+        raise UsageError(f"{op.name} takes shapes BxG with B a multiple of the group size G, got {got}")
+    return shape
+
+
+def _having(kind: str, op: Op, wanted: Sequence[str], accepted: Sequence[str], strict: bool) -> list[str]:
+    has = [name for name in wanted if name in accepted]
+    if strict and len(has) < len(wanted):
+        lacks = ", ".join(name for name in wanted if name not in accepted)
+        raise UsageError(f"{op.name} is not measured with {kind} {lacks}. Accepted: {', '.join(accepted)}")
+    return has

@@ -1,0 +1,175 @@
+"""Side-by-side timing of several calls in one process.
+
+The calls run interleaved, in an order that rotates and turns round from one round to the next, so that a busy neighbour or
+a warm clock meets all of them alike. What is compared are then pairs: the ratio of two calls is the median, over the
+rounds, of the ratio of their times in the same round.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+SAMPLE_SECONDS = 5e-3  # shorter calls are repeated back to back until a sample takes about this long
+MAX_REPEATS = 2000
+
+Call = Callable[[], object]
+
+
+@dataclass
+class Timing:
+    """What was measured of one call: one entry per round, or why there is none."""
+
+    wall_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    error: str | None = None
+
+    @property
+    def median_ms(self) -> float:
+        return 1e3 * statistics.median(self.wall_s)
+
+    @property
+    def cpu_ms(self) -> float:
+        return 1e3 * statistics.median(self.cpu_s)
+
+    def ratio(self, other: Timing) -> float:
+        """Median of the per-round ratios of wall time, this one over the other."""
+        return statistics.median(mine / theirs for mine, theirs in zip(self.wall_s, other.wall_s, strict=True))
+
+
+def compare(
+    calls: Mapping[str, Call],
+    *,
+    device: str = "cpu",
+    rounds: int = 7,
+    min_rounds: int = 3,
+    budget_s: float = 60.0,
+    warmup: int = 1,
+) -> dict[str, Timing]:
+    """Times the calls against each other: at most `rounds` rounds, fewer (not below `min_rounds`) once `budget_s` is spent.
+
+    A call that raises while it warms up is left out, and its `error` says why.
+    """
+    timings = {name: Timing() for name in calls}
+    repeats: dict[str, int] = {}
+    for name, call in calls.items():
+        try:
+            for _ in range(warmup):
+                call()
+            timings[name].peak_bytes = peak_extra_bytes(call, device)
+            repeats[name] = _repeats(call, device)
+        except Exception as error:  # a peer may fail in any way; the others are still worth measuring
+            timings[name].error = describe(error)
+    alive = list(repeats)
+    start = time.perf_counter()
+    for done in range(rounds):
+        if done >= min_rounds and time.perf_counter() - start > budget_s:
+            break
+        for name in _order(alive, done):
+            wall, cpu = _sample(calls[name], repeats[name], device)
+            timings[name].wall_s.append(wall)
+            timings[name].cpu_s.append(cpu)
+    return timings
+
+
+def describe(error: BaseException) -> str:
+    """The first line of an error, shortened."""
+    text = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {text[0]}"[:160]
+
+
+def peak_extra_bytes(call: Call, device: str = "cpu") -> int | None:
+    """Most memory the call needed at once beyond what was in use before it; None where this cannot be told.
+
+    On the CPU this is resident memory as the kernel counts it, with free heap handed back first.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    _hand_back_free_heap()
+    if not _reset_high_water_mark():
+        return None
+    resident = _proc_status("VmRSS")
+    call()
+    peak = _proc_status("VmHWM")
+    return None if resident is None or peak is None else max(0, peak - resident)
+
+
+def _order(names: list[str], done: int) -> list[str]:
+    if not names:
+        return []
+    shift = done % len(names)
+    order = names[shift:] + names[:shift]
+    return order[::-1] if done % 2 else order
+
+
+def _repeats(call: Call, device: str) -> int:
+    wall, _ = _sample(call, 1, device)
+    return max(1, min(MAX_REPEATS, int(SAMPLE_SECONDS / max(wall, 1e-7))))
+
+
+def _sample(call: Call, repeats: int, device: str) -> tuple[float, float]:
+    """Seconds per call: wall (device time on CUDA, from events) and CPU."""
+    gc.collect()
+    gc.disable()  # a collection in the middle would be charged to whoever happens to run
+    try:
+        if device == "cuda":
+            return _sample_cuda(call, repeats)
+        cpu, wall = time.process_time(), time.perf_counter()
+        for _ in range(repeats):
+            call()
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        return wall / repeats, cpu / repeats
+    finally:
+        gc.enable()
+
+
+def _sample_cuda(call: Call, repeats: int) -> tuple[float, float]:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    cpu = time.process_time()
+    begin.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    cpu = time.process_time() - cpu
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / repeats, cpu / repeats
+
+
+def _hand_back_free_heap() -> None:
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):  # not glibc: freed memory may still count as resident
+        return
+
+
+def _reset_high_water_mark() -> bool:
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        return False
+    return True
+
+
+def _proc_status(key: str) -> int | None:
+    """A size from /proc/self/status, in bytes."""
+    try:
+        with open("/proc/self/status") as file:
+            sizes = [line.split()[1] for line in file if line.startswith(key + ":")]
+    except OSError:
+        return None
+    return int(sizes[0]) * 1024 if sizes else None

@@ -1,0 +1,161 @@
+"""`prefkern bench`: this library beside the others and beside the floor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from prefkern.bench.shapes import Case
+    from prefkern.bench.suites import Row
+
+
+def bench(
+    ops: Annotated[list[str] | None, typer.Argument(metavar="[OP ...]", help="Ops to measure; all by default.")] = None,
+    shapes: Annotated[str | None, typer.Option(metavar="NxHxV[,...]", help="Shapes, in the op's own dimensions.")] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="fp32,bf16", help="Types of the inputs.")] = None,
+    mode: Annotated[str | None, typer.Option(metavar="fwd,bwd", help="Forward, or forward and backward.")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="eager,compile,...", help="Whom to compare with: eager, compile, torch, "
+                                 "torch-chunked, liger, trl, cce, or none.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Save the results.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the results.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own choice by default.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds at most; fewer when a case takes long.")] = 7,
+    budget: Annotated[float, typer.Option(min=0, help="Seconds after which a case starts no further round.")] = 5.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:  # fmt: skip
+    """Measure ops side by side with other implementations, in one process.
+
+    Times are medians. Ratios are medians over rounds, in which everybody runs in turn: to plain PyTorch and to the floor,
+    the least work anybody has to do. Without an OP, --shapes is about linear_logprobs.
+    """
+    import torch
+
+    from prefkern.bench import report, suites
+    from prefkern.bench.shapes import UsageError
+
+    try:
+        cases = _cases(ops, shapes, dtype, mode)
+        peers = _peers(against)
+        _check_device(device)
+        _check_plot(plot_file)
+    except UsageError as error:
+        typer.echo(f"prefkern bench: {error}", err=True)
+        raise typer.Exit(2) from None
+    if threads is not None:
+        torch.set_num_threads(threads)
+    # fewer rounds than three only when asked for
+    rows = suites.run_cases(cases, peers, device=device, rounds=rounds, budget_s=budget, each=_print_case)
+    data = report.results(rows, device, _command())
+    typer.echo(report.provenance(data))
+    if json_file is not None:
+        report.save(data, json_file)
+    if plot_file is not None:
+        report.plot(data, plot_file)
+
+
+def _cases(ops: list[str] | None, shapes: str | None, dtype: str | None, mode: str | None) -> list[Case]:
+    from prefkern.bench.shapes import DTYPES, MODES, choose_all, parse_shapes, plan_cases
+
+    return plan_cases(
+        ops or (),
+        parse_shapes(shapes) if shapes else None,
+        choose_all("dtype", dtype, DTYPES) if dtype else None,
+        choose_all("mode", mode, MODES) if mode else None,
+    )
+
+
+def _peers(against: str | None) -> tuple[str, ...] | None:
+    from prefkern.bench.peers import NAMEABLE
+    from prefkern.bench.shapes import choose_all
+
+    if against is None:
+        return None
+    return () if against == "none" else choose_all("peer", against, NAMEABLE)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    import prefkern
+    from prefkern.bench.shapes import UsageError, choose
+
+    if choose("device", device, ("cpu", "cuda")) == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device")
+    if not prefkern.capabilities()["cuda_compiled"]:
+        raise UsageError("--device cuda: this prefkern was built without CUDA")
+
+
+def _check_plot(path: Path | None) -> None:
+    """Before anything is measured: a run should not fail at its end."""
+    from importlib.util import find_spec
+
+    from prefkern.bench.shapes import UsageError
+
+    if path is not None and find_spec("matplotlib") is None:
+        raise UsageError('--plot needs matplotlib: pip install "prefkern[demo]"')
+
+
+def _command() -> str:
+    import shlex
+    import sys
+
+    return shlex.join(["prefkern", *sys.argv[1:]])
+
+
+def _print_case(case: Case, rows: list[Row]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from prefkern.bench import report
+
+    with_gradient = any(row.grad_error is not None for row in rows)
+    table = Table(title=case.title, title_justify="left")
+    for name in ("outputs", "peer"):
+        table.add_column(name, no_wrap=True)
+    columns = ["time", "CPU time", "/ eager", "/ floor", "extra MiB", "max error", "grad error", "bit-stable"]
+    for name in columns:
+        if name != "grad error" or with_gradient:
+            table.add_column(name, justify="right")
+    for row in rows:
+        if row.status != "ok":
+            continue
+        cells = [
+            row.outputs,
+            row.peer,
+            report.milliseconds(row.time_ms),
+            report.milliseconds(row.cpu_ms),
+            report.times(row.ratio_eager),
+            report.times(row.ratio_floor),
+            report.mebibytes(row.peak_mib),
+            report.scientific(row.max_error),
+            *([report.scientific(row.grad_error)] if with_gradient else []),
+            report.yes_no(row.bit_stable),
+        ]
+        table.add_row(*cells, style="bold" if row.peer.startswith("prefkern") else None)
+    console = Console()
+    console.print(table)
+    console.print(f"floor: {next(row.note for row in rows if row.peer == 'floor')}", style="dim")
+    if reasons := _not_measured(rows):
+        console.print(f"not measured: {reasons}", style="dim")
+    console.print()
+
+
+def _not_measured(rows: list[Row]) -> str:
+    """Reasons, with the peers and outputs that share them."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.status != "ok":
+            reasons.setdefault((row.peer, row.status), []).append(row.outputs)
+    variants = {row.outputs for row in rows if row.outputs}
+    named = (
+        f"{peer}{'' if set(outputs) == variants else ' ' + ', '.join(outputs)} ({status})"
+        for (peer, status), outputs in reasons.items()
+    )
+    return "; ".join(named)

@@ -1,0 +1,63 @@
+"""How a public function calls its op: errors get their Python type back, and validation can be switched on."""
+
+import os
+import re
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+_KINDS: dict[str, type[Exception]] = {"ValueError": ValueError, "TypeError": TypeError, "RuntimeError": RuntimeError}
+_MARKED = re.compile(r"\b(ValueError|TypeError|RuntimeError): (.*)", re.DOTALL)
+
+_validation = os.environ.get("PREFKERN_VALIDATE", "") not in ("", "0")
+
+
+def set_validation(enabled: bool) -> None:
+    """Switch the checks on CUDA tensors that need a device synchronisation (targets out of range, temperatures that are
+    not positive, non-finite values inside a mask). On the CPU they always run. Off by default; the environment variable
+    ``PREFKERN_VALIDATE=1`` switches it on for a process. Without it the affected rows come out NaN."""
+    global _validation  # noqa: PLW0603
+    _validation = bool(enabled)
+
+
+def validation() -> bool:
+    """Whether the checks of :func:`set_validation` run."""
+    return _validation
+
+
+def translate(error: RuntimeError) -> Exception:
+    """The exception that a failed op stands for. The stable ABI lets C++ throw only RuntimeError; our checks carry the
+    Python type as a prefix of the message."""
+    text = str(error)
+    marked = _MARKED.search(text)
+    if marked:
+        return _KINDS[marked[1]](marked[2].strip())
+    if "out of memory" in text and not isinstance(error, torch.OutOfMemoryError):
+        return torch.OutOfMemoryError(text)
+    return error
+
+
+def call(op: Callable[..., Any], *args: Any) -> Any:
+    """``op(*args)`` with the exceptions of :func:`translate`."""
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        raise translate(error) from None
+
+
+def no_double_backward(name: str) -> None:
+    """Make a second differentiation of the backward op ``name`` an error instead of a silent zero."""
+
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        raise RuntimeError(f"{name} cannot be differentiated twice; its backward has no derivative")
+
+    torch.library.register_autograd(f"prefkern::{name}", backward)
+
+
+def choice(name: str, value: str, accepted: tuple[str, ...]) -> int:
+    """Index of ``value`` in ``accepted``, or a ValueError that lists them."""
+    try:
+        return accepted.index(value)
+    except ValueError:
+        raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, accepted))}") from None

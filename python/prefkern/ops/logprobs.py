@@ -1,0 +1,366 @@
+"""Log-probabilities of chosen tokens, with entropy and other softmax statistics in the same pass.
+
+``linear_logprobs`` starts from hidden states and the head's weight and never holds a tensor of N x V elements;
+``logits_logprobs`` starts from logits. Kernels: ``csrc/logprobs``; formulas: ``csrc/math/logits.h``, ``csrc/math/softmax.h``.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ._call import call, no_double_backward, validation
+from .types import LinearLogprobs
+
+_OPS = torch.ops.prefkern
+_linear, _linear_fwd = _OPS.linear_logprobs.default, _OPS.linear_logprobs_fwd.default
+_logits, _logits_fwd = _OPS.logits_logprobs.default, _OPS.logits_logprobs_fwd.default
+
+OUTPUTS = ("entropy", "lse", "sum_sq_probs", "mean_logit", "is_top1")
+_BITS = {name: 1 << i for i, name in enumerate(OUTPUTS)}
+_SAVE_STATS = 32
+_GRAD_HIDDEN, _GRAD_WEIGHT, _GRAD_BIAS = 1, 2, 4
+_ENTROPY, _LSE = _BITS["entropy"], _BITS["lse"]
+_DTYPES = {
+    torch.float32: _C.DType.float32,
+    torch.bfloat16: _C.DType.bfloat16,
+    torch.float16: _C.DType.float16,
+    torch.float64: _C.DType.float64,
+}
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    outputs: Iterable[str] = (),
+    chunk_bytes: int | None = None,
+) -> LinearLogprobs:
+    r"""Log-probability of each target under the softmax of a linear head, without the logits.
+
+    With :math:`z = \mathrm{cap}(s\,(h W^\top + b)) / \tau` and :math:`\mathrm{cap}(x) = c \tanh(x / c)`, returns
+    :math:`\log p_y = z_y - \log\sum_v e^{z_v}` and, when asked for, statistics of the same distribution.
+
+    Args:
+        hidden: ``[..., H]`` float32, bfloat16 or float16 (float64 on the CPU), any strides.
+        weight: ``[V, H]``, same dtype and device. Under autocast both are cast to its dtype.
+        targets: ``[...]`` int64 or int32, values in ``[0, V)`` or ``ignore_index``.
+        bias: ``[V]``, any floating dtype.
+        temperature: :math:`\tau > 0`, a number or one per row (broadcast to ``targets``; not differentiable).
+        softcap: :math:`c > 0` (Gemma's final logit soft-capping), or None.
+        logit_scale: :math:`s > 0` (Cohere's logit scale, Granite's 1 / logits_scaling).
+        ignore_index: rows with this target give 0 in every output and no gradient; on the CPU they cost nothing.
+        outputs: any of ``"entropy"`` (nats), ``"lse"`` (log-sum-exp of z), ``"sum_sq_probs"``, ``"mean_logit"`` (mean of z
+            over V), ``"is_top1"`` (z_y is the first maximum). Only what is asked for is computed.
+        chunk_bytes: workspace budget in bytes; None for the default (see ``prefkern.plan_chunks``). Results do not depend
+            on it beyond rounding; equal calls give equal bits.
+
+    Returns:
+        LinearLogprobs with fields shaped like ``targets``, float32 (float64 for float64 input, is_top1 bool), None where
+        not asked for. Gradients flow from logp, entropy and lse to hidden, weight and bias.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what is accepted. Targets out of range and temperatures
+            that are not positive are always found on the CPU; on CUDA such rows come out NaN, or raise under
+            ``prefkern.set_validation(True)``.
+
+    Memory: one block of logits plus converted operands, O(chunk_bytes), and O((N + V) H) for gradients.
+    """
+    bits = _output_bits(outputs)
+    shape = targets.shape
+    if hidden.shape[:-1] != shape:
+        raise ValueError(f"targets has shape {list(shape)}; hidden has shape {list(hidden.shape)}, so {list(hidden.shape[:-1])} is expected")
+    if hidden.is_cuda:
+        _validate(targets, temperature, weight.shape[0], ignore_index)
+    tau, row_temperature = _split_temperature(temperature, shape)
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden, weight = _autocast(hidden, weight)
+    if targets.ndim != 1:
+        hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    args = (tau, _softcap(softcap), float(logit_scale), ignore_index)
+    chunk = 0 if chunk_bytes is None else _positive_int("chunk_bytes", chunk_bytes)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        out = call(_linear, hidden, weight, targets, bias, row_temperature, *args, bits | _SAVE_STATS, chunk)
+    else:
+        out = call(_linear_fwd, hidden, weight, targets, bias, row_temperature, *args, bits, chunk)
+    return _result(out, bits, shape)
+
+
+def logits_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    outputs: Iterable[str] = (),
+    inplace_backward: bool = False,
+) -> LinearLogprobs:
+    """Log-probability of each target from logits, reading them once.
+
+    Args:
+        logits: ``[..., V]`` float32, bfloat16 or float16 (float64 on the CPU). ``[B, T, V]`` may have any strides before
+            the last axis, so ``logits[:, :-1]`` is not copied.
+        targets: ``[...]`` int64 or int32.
+        inplace_backward: the backward overwrites ``logits`` with their gradient instead of allocating a second tensor of
+            their size. For logits that nothing else reads afterwards; autograd raises if another op saved them. They must
+            not be a leaf. Under ``torch.compile`` the gradient is a new tensor (the compiler plans its own memory).
+        temperature, softcap, logit_scale, ignore_index, outputs: as in :func:`linear_logprobs`.
+
+    Returns:
+        As :func:`linear_logprobs`. Gradients flow from logp, entropy and lse to logits, in the logits' dtype.
+    """
+    bits = _output_bits(outputs)
+    shape = targets.shape
+    if logits.ndim == 0 or logits.shape[:-1] != shape:
+        raise ValueError(f"targets has shape {list(shape)}; logits has shape {list(logits.shape)}, so {list(logits.shape[:-1])} is expected")
+    if logits.is_cuda:
+        _validate(targets, temperature, logits.shape[-1], ignore_index)
+    tau, row_temperature = _split_temperature(temperature, shape)
+    needs_grad = torch.is_grad_enabled() and logits.requires_grad
+    if inplace_backward and needs_grad and logits.is_leaf:
+        raise ValueError("inplace_backward would overwrite logits, which is a leaf that requires a gradient; pass a result of the model, or False")
+    if logits.ndim not in (2, 3):
+        logits = logits.reshape(-1, logits.shape[-1])
+    if targets.ndim != 1:
+        targets = targets.reshape(-1)
+    args = (tau, _softcap(softcap), float(logit_scale), ignore_index)
+    inplace = inplace_backward and not torch.compiler.is_compiling()
+    op, extra = (_logits, _SAVE_STATS) if needs_grad else (_logits_fwd, 0)
+    return _result(call(op, logits, targets, row_temperature, *args, bits | extra, inplace), bits, shape)
+
+
+def plan_chunks(
+    rows: int,
+    hidden: int,
+    vocab: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    backward: bool = False,
+    chunk_bytes: int | None = None,
+) -> Any:
+    """How :func:`linear_logprobs` will cut a call with ``rows`` tokens: ``row_chunk``, ``vocab_block``,
+    ``workspace_bytes``. The plan depends on nothing but these arguments."""
+    for name, value in (("rows", rows), ("hidden", hidden), ("vocab", vocab)):
+        if value < 0:
+            raise ValueError(f"{name} is {value}; it must not be negative")
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype is {dtype}; accepted: {', '.join(map(str, _DTYPES))}")
+    budget = 0 if chunk_bytes is None else _positive_int("chunk_bytes", chunk_bytes)
+    return _C.plan_chunks(rows, hidden, vocab, _DTYPES[dtype], torch.device(device).type == "cuda", backward, budget)
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _output_bits(outputs: Iterable[str]) -> int:
+    if isinstance(outputs, str):
+        raise ValueError(f"outputs is the string {outputs!r}; a tuple of names is expected, e.g. ({outputs!r},)")
+    bits = 0
+    for name in outputs:
+        bit = _BITS.get(name)
+        if bit is None:
+            raise ValueError(f"outputs has {name!r}; accepted: {', '.join(map(repr, OUTPUTS))}")
+        bits |= bit
+    return bits
+
+
+def _split_temperature(temperature: float | Tensor, shape: torch.Size) -> tuple[float, Tensor | None]:
+    if not isinstance(temperature, Tensor):
+        return float(temperature), None
+    if temperature.requires_grad:
+        raise ValueError("temperature requires a gradient, but no gradient flows to it; pass temperature.detach()")
+    try:
+        return 1.0, temperature.expand(shape).reshape(-1)
+    except RuntimeError:
+        raise ValueError(f"temperature has shape {list(temperature.shape)}; a number or a shape that broadcasts to {list(shape)} is expected") from None
+
+
+def _softcap(softcap: float | None) -> float:
+    if softcap is None:
+        return 0.0
+    if not softcap > 0:
+        raise ValueError(f"softcap is {softcap}; it must be positive and finite, or None")
+    return float(softcap)
+
+
+def _positive_int(name: str, value: int) -> int:
+    if value <= 0:
+        raise ValueError(f"{name} is {value}; it must be positive, or None for the default")
+    return int(value)
+
+
+def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    if hidden.dtype == torch.float64:
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def _validate(targets: Tensor, temperature: float | Tensor, vocab: int, ignore_index: int) -> None:
+    if not validation() or torch.compiler.is_compiling():
+        return
+    bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
+    if bool(bad.any()):
+        raise ValueError(f"targets has {int(targets[bad][0])}; accepted: 0 to {vocab - 1}, or ignore_index = {ignore_index}")
+    if isinstance(temperature, Tensor) and not bool(((temperature > 0) & temperature.isfinite()).all()):
+        raise ValueError("temperature has a value that is not positive and finite")
+
+
+def _result(out: tuple[Tensor, ...], bits: int, shape: torch.Size) -> LinearLogprobs:
+    if len(shape) != 1:
+        out = (out[0].view(shape), *(t.view(shape) if bits >> i & 1 else t for i, t in enumerate(out[1:6])))
+    if bits == 0:
+        return LinearLogprobs(out[0], None, None, None, None, None)
+    return LinearLogprobs(out[0], *(out[i + 1] if bits >> i & 1 else None for i in range(5)))
+
+
+# ---- fake implementations and autograd -------------------------------------------------------------------------------
+
+
+def _accumulator(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def _fake_outputs(like: Tensor, rows: Any, outputs: int) -> tuple[Tensor, ...]:
+    acc = _accumulator(like)
+    dtypes = [acc] * 4 + [torch.bool]
+    optional = [like.new_empty((rows if outputs >> i & 1 else 0,), dtype=d) for i, d in enumerate(dtypes)]
+    stats = like.new_empty((2, rows) if outputs & _SAVE_STATS else (0,), dtype=acc)
+    return (like.new_empty((rows,), dtype=acc), *optional, stats)
+
+
+def _fake_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    row_temperature: Tensor | None,
+    temperature: float,
+    softcap: float,
+    logit_scale: float,
+    ignore_index: int,
+    outputs: int,
+    chunk_bytes: int,
+) -> tuple[Tensor, ...]:
+    torch._check(hidden.dim() == 2 and weight.dim() == 2, lambda: "hidden must be [N, H] and weight [V, H]")
+    torch._check(hidden.shape[1] == weight.shape[1], lambda: f"hidden has H = {hidden.shape[1]} and weight has H = {weight.shape[1]}")
+    return _fake_outputs(hidden, hidden.shape[0], outputs)
+
+
+def _fake_logits(
+    logits: Tensor,
+    targets: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    softcap: float,
+    logit_scale: float,
+    ignore_index: int,
+    outputs: int,
+    inplace_backward: bool,
+) -> tuple[Tensor, ...]:
+    rows = logits.shape[0] if logits.dim() == 2 else logits.shape[0] * logits.shape[1]
+    return _fake_outputs(logits, rows, outputs)
+
+
+for _name in ("linear_logprobs", "linear_logprobs_fwd"):
+    torch.library.register_fake(f"prefkern::{_name}", _fake_linear)
+for _name in ("logits_logprobs", "logits_logprobs_fwd"):
+    torch.library.register_fake(f"prefkern::{_name}", _fake_logits)
+
+
+@torch.library.register_fake("prefkern::linear_logprobs_backward")
+def _fake_linear_backward(
+    g_logp: Tensor | None, g_entropy: Tensor | None, g_lse: Tensor | None, hidden: Tensor, weight: Tensor, targets: Tensor,
+    bias: Tensor | None, row_temperature: Tensor | None, entropy: Tensor, stats: Tensor, temperature: float, softcap: float,
+    logit_scale: float, ignore_index: int, needs: int, chunk_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    none = hidden.new_empty((0,), dtype=_accumulator(hidden))
+    return (
+        hidden.new_empty(hidden.shape) if needs & _GRAD_HIDDEN else none,
+        weight.new_empty(weight.shape) if needs & _GRAD_WEIGHT else none.clone(),
+        bias.new_empty(bias.shape) if needs & _GRAD_BIAS and bias is not None else none.clone(),
+    )
+
+
+@torch.library.register_fake("prefkern::logits_logprobs_backward")
+def _fake_logits_backward(
+    g_logp: Tensor | None, g_entropy: Tensor | None, g_lse: Tensor | None, logits: Tensor, targets: Tensor,
+    row_temperature: Tensor | None, entropy: Tensor, stats: Tensor, temperature: float, softcap: float, logit_scale: float,
+    ignore_index: int,
+) -> Tensor:  # fmt: skip
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("prefkern::logits_logprobs_backward_")
+def _fake_logits_backward_inplace(*args: Any) -> None:
+    return None
+
+
+def _mark_outputs(ctx: Any, output: tuple[Tensor, ...], outputs: int) -> None:
+    _, entropy, lse, sum_sq_probs, mean_logit, is_top1, stats = output
+    fixed = [sum_sq_probs, mean_logit, is_top1, stats]
+    fixed += [t for t, bit in ((entropy, _ENTROPY), (lse, _LSE)) if not outputs & bit]
+    ctx.mark_non_differentiable(*fixed)
+    ctx.set_materialize_grads(False)
+
+
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, targets, bias, row_temperature, *options, outputs, chunk_bytes = inputs
+    ctx.save_for_backward(hidden, weight, targets, bias, row_temperature, output[1], output[6])
+    ctx.options, ctx.chunk_bytes = options, chunk_bytes
+    _mark_outputs(ctx, output, outputs)
+
+
+def _backward_linear(ctx: Any, g_logp: Any, g_entropy: Any, g_lse: Any, *_: Any) -> tuple[Tensor | None, ...]:
+    hidden, weight, targets, bias, row_temperature, entropy, stats = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[0] * _GRAD_HIDDEN + ctx.needs_input_grad[1] * _GRAD_WEIGHT + ctx.needs_input_grad[3] * _GRAD_BIAS
+    if (g_logp is None and g_entropy is None and g_lse is None) or not wanted:
+        return (None,) * 11
+    d_hidden, d_weight, d_bias = _OPS.linear_logprobs_backward(
+        g_logp, g_entropy, g_lse, hidden, weight, targets, bias, row_temperature, entropy, stats, *ctx.options, wanted, ctx.chunk_bytes
+    )
+    return (
+        d_hidden if wanted & _GRAD_HIDDEN else None,
+        d_weight if wanted & _GRAD_WEIGHT else None,
+        None,
+        d_bias if wanted & _GRAD_BIAS else None,
+        *(None,) * 7,
+    )
+
+
+def _setup_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, targets, row_temperature, *options, outputs, inplace = inputs
+    ctx.save_for_backward(logits, targets, row_temperature, output[1], output[6])
+    ctx.options, ctx.inplace = options, inplace
+    _mark_outputs(ctx, output, outputs)
+
+
+def _backward_logits(ctx: Any, g_logp: Any, g_entropy: Any, g_lse: Any, *_: Any) -> tuple[Tensor | None, ...]:
+    logits, targets, row_temperature, entropy, stats = ctx.saved_tensors
+    if g_logp is None and g_entropy is None and g_lse is None:
+        return (None,) * 9
+    args = (g_logp, g_entropy, g_lse, logits, targets, row_temperature, entropy, stats, *ctx.options)
+    if not ctx.inplace:
+        return (_OPS.logits_logprobs_backward(*args), *(None,) * 8)
+    with torch.no_grad():
+        _OPS.logits_logprobs_backward_(*args)
+    # Whoever else saved these logits, and a second backward through here, must find out that they are gone.
+    torch.autograd.graph.increment_version(logits)
+    return (logits.detach(), *(None,) * 8)
+
+
+torch.library.register_autograd("prefkern::linear_logprobs", _backward_linear, setup_context=_setup_linear)
+torch.library.register_autograd("prefkern::logits_logprobs", _backward_logits, setup_context=_setup_logits)
+no_double_backward("linear_logprobs_backward")
+no_double_backward("logits_logprobs_backward")

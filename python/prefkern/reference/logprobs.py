@@ -1,0 +1,118 @@
+"""Log-probabilities of target tokens, from hidden states and head weight or from logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from prefkern.ops.types import LinearLogprobs
+
+OUTPUTS = ("entropy", "lse", "sum_sq_probs", "mean_logit", "is_top1")
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    outputs: Iterable[str] = (),
+    chunk_bytes: int | None = None,
+) -> LinearLogprobs:
+    """Statistics of softmax(z), with
+
+        y = hidden weight^T + bias,   x = logit_scale * y,   z = softcap tanh(x / softcap) / temperature
+        logp = z[target] - lse(z),    entropy = -sum_v p_v log p_v
+
+    Args:
+        hidden: [..., H]. Narrower types than float32 are widened first: the products are those of the given numbers.
+        weight: [V, H].
+        targets: int64 [...], in [0, V) or `ignore_index`.
+        bias: [V].
+        temperature: positive; a number, or a tensor shaped like `targets` for one per token. No gradient.
+        softcap: positive; None leaves x as it is.
+        outputs: which of "entropy", "lse", "sum_sq_probs", "mean_logit", "is_top1" to return beside logp.
+        chunk_bytes: without meaning here.
+
+    Ignored rows give 0 (False), and neither their hidden states nor their gradients are looked at.
+    Gradients flow from logp, entropy and lse to hidden, weight and bias.
+    """
+    counts = targets != ignore_index
+    y = _widen(hidden)[counts] @ _widen(weight).mT
+    if bias is not None:
+        y = y + _widen(bias)
+    return _statistics(y, targets, counts, temperature, softcap, logit_scale, outputs)
+
+
+def logits_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    outputs: Iterable[str] = (),
+    inplace_backward: bool = False,
+) -> LinearLogprobs:
+    """The same statistics of given logits y [..., V]. See `linear_logprobs`.
+
+    A logit of -inf is a token that cannot be drawn: it adds nothing to the entropy. `inplace_backward` is without meaning
+    here: the logits are never overwritten.
+    """
+    counts = targets != ignore_index
+    return _statistics(_widen(logits)[counts], targets, counts, temperature, softcap, logit_scale, outputs)
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _statistics(
+    y: Tensor,
+    targets: Tensor,
+    counts: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    outputs: Iterable[str],
+) -> LinearLogprobs:
+    """y [n, V] holds the rows of `targets` that count."""
+    wanted = set(outputs)
+    if unknown := wanted - set(OUTPUTS):
+        raise ValueError(f"outputs: got {sorted(unknown)}, accepted are {list(OUTPUTS)}")
+    target = targets[counts]
+    if bool(((target < 0) | (target >= y.shape[-1])).any()):
+        raise ValueError(f"targets: values must lie in [0, {y.shape[-1]}) or be ignore_index")
+
+    x = logit_scale * y
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.detach().expand_as(targets)[counts].unsqueeze(-1).to(x.dtype)
+    z = x / temperature
+
+    log_p = torch.log_softmax(z, dim=-1)
+    p = log_p.exp()
+
+    def per_row(values: Tensor) -> Tensor:
+        return torch.zeros(targets.shape, dtype=values.dtype, device=values.device).masked_scatter(counts, values)
+
+    result = LinearLogprobs(logp=per_row(log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)))
+    if "entropy" in wanted:  # 0 log 0 = 0, in the gradient too
+        result = result._replace(entropy=per_row(-(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)))
+    if "lse" in wanted:
+        result = result._replace(lse=per_row(torch.logsumexp(z, dim=-1)))
+    if "sum_sq_probs" in wanted:
+        result = result._replace(sum_sq_probs=per_row(p.detach().square().sum(-1)))
+    if "mean_logit" in wanted:
+        result = result._replace(mean_logit=per_row(z.detach().mean(-1)))
+    if "is_top1" in wanted:
+        result = result._replace(is_top1=per_row(z.argmax(dim=-1) == target))
+    return result
