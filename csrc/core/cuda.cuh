@@ -30,8 +30,10 @@ __device__ __forceinline__ float to_float(f16_t x) { return static_cast<float>(x
 
 __device__ __forceinline__ float vmax(float a, float b) { return a > b ? a : b; }
 __device__ __forceinline__ float vmin(float a, float b) { return a < b ? a : b; }
-constexpr float kFlushExponent = -127.0f;
-__device__ __forceinline__ float exp2_flush(float t) { return t <= kFlushExponent ? 0.0f : exp2f(t); }
+constexpr float kFlushExponent = -151.0f;  // 2^t is exactly 0 here
+
+__device__ __forceinline__ float exp2_flush(float t) { return exp2f(t); }
+__device__ __forceinline__ float vexp(float x) { return expf(x); }
 __device__ __forceinline__ float vtanh(float x) { return tanhf(x); }
 __device__ __forceinline__ float vlog2(float x) { return log2f(x); }
 

@@ -8,8 +8,10 @@ namespace {
 // CPU: a block of logits should survive in the last-level cache between the GEMM that writes it and the fold that reads
 // it, and still be wide enough for the GEMM to run at its full rate.
 // CUDA: wide blocks, because every block adds one pass over the float32 hidden gradient.
-constexpr int64_t kCpuBudget = int64_t(24) << 20, kCudaBudget = int64_t(512) << 20;
+constexpr int64_t kCpuBudget = int64_t(48) << 20, kCudaBudget = int64_t(512) << 20;
+constexpr int64_t kCpuLogits = int64_t(4) << 20;  // of the budget, for the block of logits, unless the caller sets one
 constexpr int64_t kCpuRows = 2048, kCudaRows = 4096;
+constexpr int64_t kCpuMinColumns = 512;
 constexpr int64_t kColumnMultiple = 64, kMinColumns = 64;
 
 int64_t round_down(int64_t x, int64_t multiple) { return x - x % multiple; }
@@ -33,6 +35,7 @@ ChunkPlan plan_chunks(const PlanRequest& r) {
   const auto columns_for = [&](int64_t n) { return (budget - n * per_row) / (n * acc + per_column); };
   while (rows > 1 && columns_for(rows) < std::min(r.vocab, kMinColumns)) rows = (rows + 1) / 2;
   int64_t cols = std::clamp<int64_t>(columns_for(rows), 1, r.vocab);
+  if (r.budget_bytes <= 0 && !r.cuda) cols = std::min(cols, std::max(kCpuMinColumns, kCpuLogits / (rows * acc)));
   if (cols < r.vocab && cols > kColumnMultiple) cols = round_down(cols, kColumnMultiple);
   return {rows, cols, rows * cols * acc + rows * per_row + cols * per_column};
 }

@@ -43,8 +43,8 @@ PK_HD uint32_t float_to_bits(float f) { uint32_t u; __builtin_memcpy(&u, &f, 4);
 PK_HD float to_float(float x) { return x; }
 PK_HD float to_float(bf16_t x) { return bits_to_float(uint32_t(x.bits) << 16); }
 PK_HD float to_float(f16_t x) {
-#if defined(__FLT16_MANT_DIG__) && (defined(__AVX512FP16__) || defined(__aarch64__))
-  _Float16 h; __builtin_memcpy(&h, &x.bits, 2); return static_cast<float>(h);
+#if defined(__aarch64__)
+  __fp16 h; __builtin_memcpy(&h, &x.bits, 2); return static_cast<float>(h);
 #else
   // Shift exponent and mantissa into place and scale by 2^112: exact, subnormals included. Inf and NaN are put back.
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, rest = uint32_t(x.bits & 0x7fffu) << 13;
@@ -146,14 +146,14 @@ PK_HD VecF vmax(VecF a, VecF b) { return a > b ? a : b; }
 PK_HD VecF vmin(VecF a, VecF b) { return a < b ? a : b; }
 #endif
 
-// 2^t, exactly 0 for t <= -127 (so -inf works), NaN for NaN; for t < 127. Relative error <= 1.2e-7 (2 ulp).
-// A degree-5 polynomial on [-1/2, 1/2], fitted for least relative error with the constant term fixed at 1.
-constexpr float kFlushExponent = -127.0f;
+// 2^t for kFlushExponent <= t < 127, exactly 0 at kFlushExponent, NaN for NaN. Relative error <= 1.2e-7 (2 ulp); results
+// below 2^-126 are subnormal or 0. A degree-5 polynomial on [-1/2, 1/2], fitted for least relative error with the
+// constant term fixed at 1.
+constexpr float kFlushExponent = -151.0f;
 PK_HD VecF exp2_flush(VecF t) {
   constexpr float c1 = 0x1.62e42ap-1f, c2 = 0x1.ebf9bcp-3f, c3 = 0x1.c6b752p-5f, c4 = 0x1.3cea88p-7f, c5 = 0x1.5bba14p-10f;
 #if defined(__AVX512F__)
   const __m512 x = reinterpret_cast<__m512>(t);
-  const __mmask16 keep = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kFlushExponent), _CMP_NLE_UQ);
   const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(x, n);
   __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(c5), f, _mm512_set1_ps(c4));
@@ -161,7 +161,7 @@ PK_HD VecF exp2_flush(VecF t) {
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c2));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c1));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-  return reinterpret_cast<VecF>(_mm512_maskz_scalef_ps(keep, p, n));
+  return reinterpret_cast<VecF>(_mm512_scalef_ps(p, n));
 #else
   const VecF clamped = vmax(splat<VecF>(-126.0f), t);
   const VecF shifted = clamped + 0x1.8p23f;  // adding 1.5 * 2^23 rounds to the nearest integer, left in the low bits
@@ -170,16 +170,47 @@ PK_HD VecF exp2_flush(VecF t) {
   VecI n; __builtin_memcpy(&n, &shifted, sizeof n);
   const VecI scale_bits = (n + 127) << 23;
   VecF scale; __builtin_memcpy(&scale, &scale_bits, sizeof scale);
-  return t <= kFlushExponent ? VecF{} : p * scale;
+  return t < -126.0f ? VecF{} : p * scale;
 #endif
 }
-PK_HD float exp2_flush(float t) { return t <= kFlushExponent ? 0.0f : __builtin_exp2f(t); }
+PK_HD float exp2_flush(float t) { return __builtin_exp2f(t); }
 PK_HD double exp2_flush(double t) { return __builtin_exp2(t); }
+
+// e^x for every x: relative error <= 1.2e-7 where the result is normal, infinity on overflow, subnormals and 0 on
+// underflow, NaN for NaN. x = n ln2 + f with ln2 in two parts, of which n times the first is exact, so that f is right
+// without an fma too; a degree-6 polynomial for e^f on [-ln2/2, ln2/2], fitted for least relative error.
+PK_HD VecF vexp(VecF x) {
+  constexpr float log2_e = 0x1.715476p+0f, ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
+  constexpr float c2 = 0x1.fffffcp-2f, c3 = 0x1.555492p-3f, c4 = 0x1.5558f2p-5f, c5 = 0x1.1239e2p-7f, c6 = 0x1.6a2434p-10f;
+  // Outside [-104, 89] the result is 0 or infinity. Both bounds let NaN pass.
+  const VecF bounded = vmin(splat<VecF>(89.0f), vmax(splat<VecF>(-104.0f), x));
+#if defined(__AVX512F__)
+  const VecF n = reinterpret_cast<VecF>(_mm512_roundscale_ps(reinterpret_cast<__m512>(bounded * log2_e),
+                                                             _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  const VecF shifted = bounded * log2_e + 0x1.8p23f;
+  const VecF n = shifted - 0x1.8p23f;
+#endif
+  const VecF f = (bounded - n * ln2_high) - n * ln2_low;
+  const VecF p = ((((((f * c6 + c5) * f + c4) * f + c3) * f + c2) * f + 1.0f) * f) + 1.0f;
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecF>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+#else
+  // 2^n as a product of two, since n reaches from -150 to 128.
+  VecI bits; __builtin_memcpy(&bits, &shifted, sizeof bits);
+  const VecI whole = bits - 0x4b400000, half = whole >> 1;
+  const VecI first_bits = (half + 127) << 23, second_bits = (whole - half + 127) << 23;
+  VecF first, second; __builtin_memcpy(&first, &first_bits, sizeof first); __builtin_memcpy(&second, &second_bits, sizeof second);
+  return p * first * second;
+#endif
+}
+PK_HD float vexp(float x) { return __builtin_expf(x); }
+PK_HD double vexp(double x) { return __builtin_exp(x); }
 
 // tanh with absolute error <= 2e-7: (1 - e) / (1 + e) with e = exp(-2|x|), and the Taylor polynomial near 0, where that
 // quotient would cancel.
 PK_HD VecF vtanh(VecF x) {
-  const VecF a = vmax(x, -x), e = exp2_flush(a * -2.8853900817779268f), far = (1 - e) / (1 + e);
+  const VecF a = vmin(vmax(x, -x), splat<VecF>(44.0f)), e = exp2_flush(a * -2.8853900817779268f), far = (1 - e) / (1 + e);
   const VecF a2 = a * a, near = a * (1 + a2 * (-0.333333333f + a2 * (0.133333333f + a2 * -0.053968254f)));
   const VecF r = a < 0.125f ? near : far;
   return x < 0 ? -r : (x == x ? r : x);

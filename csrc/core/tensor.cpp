@@ -52,7 +52,16 @@ std::string with_reason(const std::string& message) {
 }
 
 Tensor empty(std::initializer_list<int64_t> shape, ScalarType type, const Tensor& like) {
-  return torch::stable::empty(shape, type, std::nullopt, like.device());
+  // Straight to the allocator: the boxed aten::empty costs three times as much, and a call allocates several outputs.
+  std::array<int64_t, 3> strides{};
+  int64_t step = 1;
+  for (size_t i = shape.size(); i-- > 0; step *= shape.begin()[i]) strides[i] = step;
+  AtenTensorHandle handle = nullptr;
+  const auto dtype = torch::headeronly::ScalarType(type);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides.data(),
+                                                  static_cast<int32_t>(dtype), static_cast<int32_t>(like.device().type()),
+                                                  like.is_cpu() ? 0 : like.get_device_index(), &handle));
+  return Tensor(handle);
 }
 
 Tensor zeros(std::initializer_list<int64_t> shape, ScalarType type, const Tensor& like) {

@@ -47,12 +47,17 @@ void check_head(const Tensor& hidden, const Tensor& weight, const OptTensor& bia
   }
 }
 
-Tensor unit_stride(const Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t); }
+// As a GEMM takes it: adjacent columns, rows that do not overlap (expand() gives them a stride of 0).
+Tensor gemm_layout(const Tensor& t) {
+  const bool columns = t.size(1) == 1 || t.stride(1) == 1, rows = t.size(0) <= 1 || t.stride(0) >= t.size(1);
+  return columns && rows ? t : torch::stable::contiguous(t);
+}
+int64_t row_stride(const Tensor& t) { return std::max(t.stride(0), t.size(1)); }  // of a single row it may be anything
 
 Head make_head(const Tensor& hidden, const Tensor& weight, const Tensor& targets, const OptTensor& bias,
                const OptTensor& row_temperature, const HeadOptions& options, int64_t chunk_bytes, bool backward) {
   const DType dtype = float_dtype(hidden, "hidden"), acc = accumulator(dtype);
-  Head h{unit_stride(hidden), unit_stride(weight), targets, bias, row_temperature, options, dtype, acc,
+  Head h{gemm_layout(hidden), gemm_layout(weight), targets, bias, row_temperature, options, dtype, acc,
          hidden.size(0), hidden.size(1), weight.size(0), hidden.is_cuda(), current_stream(hidden), {}};
   if (bias) h.bias = to_contiguous(cast(*bias, scalar_type(acc)));
   h.plan = plan_chunks({h.rows, h.width, h.vocab, dtype, h.cuda, backward, chunk_bytes});
@@ -71,7 +76,7 @@ class Operand {
   Matrix rows(int64_t first, int64_t count, bool transposed = false) {
     if (!buffer_) {
       const auto* base = static_cast<const char*>(source_.const_data_ptr());
-      return {base + first * source_.stride(0) * element_size(type_), source_.stride(0), transposed};
+      return {base + first * row_stride(source_) * element_size(type_), row_stride(source_), transposed};
     }
     if (first != held_first_ || count != held_count_) {
       Tensor into = torch::stable::narrow(*buffer_, 0, 0, count);

@@ -7,7 +7,7 @@ namespace prefkern {
 inline namespace PK_ISA {
 namespace {
 
-constexpr int64_t kTile = 2048;  // 8 KiB of float
+constexpr int64_t kTile = 1024;  // 4 KiB of float
 constexpr int kUnroll = 4;
 
 // The running state of one row: sums against `max`, still spread over vector lanes.
@@ -25,7 +25,6 @@ template <class V, class T> PK_HD typename Lanes<V>::Scalar tile_max(const T* p,
   for (int k = 0; k < kUnroll; k++) m[k] = splat<V>(kMinusInf<S>);
   int64_t i = 0;
   for (; i + kUnroll * L <= n; i += kUnroll * L) {
-    __builtin_prefetch(p + i + kTile);
     for (int k = 0; k < kUnroll; k++) m[k] = vmax(Mem<V>::load(p + i + k * L), m[k]);
   }
   for (; i + L <= n; i += L) m[0] = vmax(Mem<V>::load(p + i), m[0]);
@@ -53,8 +52,12 @@ PK_HD void fold_tile(const T* p, int64_t n, typename Lanes<V>::Scalar k, RowAccu
     return;
   }
   int64_t i = 0;
-  for (; i + kUnroll * L <= n; i += kUnroll * L)
+  for (; i + kUnroll * L <= n; i += kUnroll * L) {
+    // The next tile comes from memory while this one keeps the arithmetic units busy.
+    for (int line = 0; line < kUnroll * L * int(sizeof(T)); line += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(p + i + kTile) + line);
     for (int j = 0; j < kUnroll; j++) softmax_add<ENTROPY, EXTRA>(a.lanes[j], Mem<V>::load(p + i + j * L), a.max, k);
+  }
   for (; i + L <= n; i += L) softmax_add<ENTROPY, EXTRA>(a.lanes[0], Mem<V>::load(p + i), a.max, k);
   for (; i < n; i++) softmax_add<ENTROPY, EXTRA>(a.tail, Mem<S>::load(p + i), a.max, k);
 }
@@ -111,7 +114,7 @@ void fold_row(const FoldArgs<typename Lanes<V>::Scalar>& args, int64_t row) {
   RowAccumulator<V> acc;
   acc.max = state.max;
 
-  const bool plain = is_plain(b.transform);
+  const bool plain = sizeof(T) == sizeof(S) && is_plain(b.transform);
   alignas(64) S buffer[kTile];
   for (int64_t first = 0; first < b.cols; first += kTile) {
     const int64_t n = first + kTile < b.cols ? kTile : b.cols - first;
@@ -169,6 +172,8 @@ template <class V, class T, class O> void grad_row(const GradArgs<typename Lanes
     if (has_target) target_pre = Mem<S>::load(x + target);
     int64_t i = 0;
     for (; i + 2 * L <= b.cols; i += 2 * L) {
+      for (int line = 0; line < 2 * L * int(sizeof(T)); line += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(x + i) + 2048 + line, 1);
       const V p0 = Mem<V>::load(x + i), p1 = Mem<V>::load(x + i + L);
       const V d0 = softmax_grad_value(g, p0), d1 = softmax_grad_value(g, p1);
       Mem<V>::store(out + i, d0);

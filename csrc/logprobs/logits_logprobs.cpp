@@ -28,6 +28,26 @@ Logits check_logits(const Tensor& t) {
 
 bool adjacent_columns(const Logits& l) { return l.vocab == 1 || l.tensor.stride(l.tensor.dim() - 1) == 1; }
 
+// Whether two rows share memory, as after expand().
+bool rows_overlap(const Logits& l) {
+  const Tensor& t = l.tensor;
+  int64_t n = t.size(0), step = t.stride(0), inner_n = 1, inner_step = 0;
+  if (t.dim() == 3) { inner_n = t.size(1); inner_step = t.stride(1); }
+  if (n <= 1 || (inner_n > 1 && step < inner_step)) { std::swap(n, inner_n); std::swap(step, inner_step); }
+  int64_t extent = l.vocab;  // of one row, then of all rows of the shorter stride
+  if (inner_n > 1) {
+    if (inner_step < extent) return true;
+    extent += (inner_n - 1) * inner_step;
+  }
+  return n > 1 && step < extent;
+}
+
+void check_inplace(const Logits& l) {
+  check_value(adjacent_columns(l), "logits has a stride of ", l.tensor.stride(l.tensor.dim() - 1),
+              " in its last dimension; inplace_backward needs 1");
+  check_value(!rows_overlap(l), "logits has rows that share memory, as expand() makes them; inplace_backward would write them twice");
+}
+
 template <class S>
 void fold(const Logits& l, const Tensor& targets, const OptTensor& tau, const HeadOptions& o, int64_t outputs,
           const HeadOutputs& out) {
@@ -83,11 +103,12 @@ void run_backward(const Backward& b, Tensor& into, const RowMap& into_map) {
 
 HeadOutputs logits_logprobs(const Tensor& logits, const Tensor& targets, OptTensor row_temperature, double temperature,
                             double softcap, double logit_scale, int64_t ignore_index, int64_t outputs,
-                            bool /*inplace_backward*/) {
+                            bool inplace_backward) {
   const HeadOptions options{temperature, softcap, logit_scale, ignore_index};
   check_head_options(options);
   Logits l = check_logits(logits);
   const OnDevice guard(logits);
+  if (inplace_backward && (outputs & kSaveStats)) check_inplace(l);  // here rather than in the middle of a backward
   if (!adjacent_columns(l)) l = check_logits(torch::stable::contiguous(logits));
   const Tensor t = checked_targets(targets, logits, "logits", l.rows, l.vocab, ignore_index).first;
   const OptTensor tau = checked_row_temperature(row_temperature, logits, "logits", l.rows, l.acc);
@@ -117,8 +138,7 @@ void logits_logprobs_backward_inplace(OptTensor g_logp, OptTensor g_entropy, Opt
   const OnDevice guard(logits);
   const Backward b = check_backward(g_logp, g_entropy, g_lse, logits, targets, row_temperature, entropy, stats,
                                     {temperature, softcap, logit_scale, ignore_index});
-  check_value(adjacent_columns(b.logits), "logits has a stride of ", logits.stride(logits.dim() - 1),
-              " in its last dimension; inplace_backward needs 1");
+  check_inplace(b.logits);
   run_backward(b, logits, b.logits.map);
 }
 

@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward(
 
 HeadOutputs logits_logprobs(const Tensor& logits, const Tensor& targets, OptTensor row_temperature, double temperature,
                             double softcap, double logit_scale, int64_t ignore_index, int64_t outputs,
-                            bool inplace_backward);  // the flag is for the autograd formula
+                            bool inplace_backward);  // checks that the logits can take their gradient
 
 Tensor logits_logprobs_backward(OptTensor g_logp, OptTensor g_entropy, OptTensor g_lse, const Tensor& logits,
                                 const Tensor& targets, OptTensor row_temperature, const Tensor& entropy, const Tensor& stats,

@@ -97,11 +97,13 @@ class Eager(Peer):
     about = "plain PyTorch: log_softmax, gather, exp"
 
     def linear_logprobs(self, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
-        return self.logits_logprobs(hidden @ weight.T, targets, entropy)
+        return self._of_log_softmax(F.log_softmax(_wide(hidden @ weight.T), dim=-1), targets, entropy)
 
     def logits_logprobs(self, logits: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        log_p = F.log_softmax(wide, dim=-1)
+        return self._of_log_softmax(F.log_softmax(_wide(logits), dim=-1), targets, entropy)
+
+    @staticmethod
+    def _of_log_softmax(log_p: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
         logp = log_p.gather(1, targets[:, None]).squeeze(1)
         return logp, -(log_p.exp() * log_p).sum(-1) if entropy else None
 
@@ -269,6 +271,10 @@ PEERS: dict[str, type[Peer]] = {
 }
 AGAINST = ("eager", "compile", "torch", "liger", "trl", "cce")  # whom a run compares with if nobody is named
 NAMEABLE = (*AGAINST, "torch-chunked")
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _no_entropy(entropy: bool) -> None:

@@ -157,6 +157,8 @@ def provenance(data: Results) -> str:
 
 def plot(data: Results, path: Path) -> None:
     """Bars of the time over the floor: a panel for each case, a bar for each peer and kind of output."""
+    import textwrap
+
     import matplotlib
 
     matplotlib.use("Agg")
@@ -185,7 +187,7 @@ def plot(data: Results, path: Path) -> None:
         axis.tick_params(labelsize=8)
         axis.set_title(f"{title}   (1 = {floor})", fontsize=9, loc="left")
     figure.supxlabel("time over the floor", fontsize=9)
-    figure.suptitle(provenance(data), fontsize=7)
+    figure.suptitle(textwrap.fill(provenance(data), 130), fontsize=7)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -49,6 +49,7 @@ class Row:
     """"ok", or why there is nothing to report."""
     note: str = ""
     time_ms: float | None = None
+    min_ms: float | None = None
     cpu_ms: float | None = None
     ratio_floor: float | None = None
     ratio_eager: float | None = None
@@ -451,6 +452,7 @@ def _row(
         status="ok",
         note=note,
         time_ms=timing.median_ms,
+        min_ms=timing.min_ms,
         cpu_ms=timing.cpu_ms,
         ratio_floor=timing.ratio(timings["floor"]),
         ratio_eager=timing.ratio(eager) if eager is not None and eager.wall_s else None,

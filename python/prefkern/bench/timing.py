@@ -36,6 +36,10 @@ class Timing:
         return 1e3 * statistics.median(self.wall_s)
 
     @property
+    def min_ms(self) -> float:
+        return 1e3 * min(self.wall_s)
+
+    @property
     def cpu_ms(self) -> float:
         return 1e3 * statistics.median(self.cpu_s)
 

@@ -103,10 +103,17 @@ def _check_plot(path: Path | None) -> None:
 
 
 def _command() -> str:
+    """The command without where its results went."""
     import shlex
     import sys
 
-    return shlex.join(["prefkern", *sys.argv[1:]])
+    kept, skip = [], False
+    for word in sys.argv[1:]:
+        option = word.partition("=")[0]
+        if not skip and option not in ("--json", "--plot"):
+            kept.append(word)
+        skip = not skip and word in ("--json", "--plot")
+    return shlex.join(["prefkern", *kept])
 
 
 def _print_case(case: Case, rows: list[Row]) -> None:

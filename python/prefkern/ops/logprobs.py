@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import _C
 from ._call import call, no_double_backward, validation
@@ -74,21 +75,24 @@ def linear_logprobs(
 
     Memory: one block of logits plus converted operands, O(chunk_bytes), and O((N + V) H) for gradients.
     """
+    _check_tensors(hidden=hidden, weight=weight, targets=targets)
+    if bias is not None:
+        _check_tensors(bias=bias)
     bits = _output_bits(outputs)
     shape = targets.shape
-    if hidden.shape[:-1] != shape:
+    if hidden.ndim == 0 or hidden.shape[:-1] != shape:
         raise ValueError(f"targets has shape {list(shape)}; hidden has shape {list(hidden.shape)}, so {list(hidden.shape[:-1])} is expected")
     if hidden.is_cuda:
         _validate(targets, temperature, weight.shape[0], ignore_index)
     tau, row_temperature = _split_temperature(temperature, shape)
-    if torch.is_autocast_enabled(hidden.device.type):
+    if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         hidden, weight = _autocast(hidden, weight)
     if targets.ndim != 1:
-        hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    args = (tau, _softcap(softcap), float(logit_scale), ignore_index)
+        hidden, targets = hidden.reshape(targets.numel(), hidden.shape[-1]), targets.reshape(-1)
+    args = (tau, _softcap(softcap), _number("logit_scale", logit_scale), _integer("ignore_index", ignore_index))
     chunk = 0 if chunk_bytes is None else _positive_int("chunk_bytes", chunk_bytes)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-        out = call(_linear, hidden, weight, targets, bias, row_temperature, *args, bits | _SAVE_STATS, chunk)
+        out = call(_differentiable(_linear, _LinearLogprobs), hidden, weight, targets, bias, row_temperature, *args, bits | _SAVE_STATS, chunk)
     else:
         out = call(_linear_fwd, hidden, weight, targets, bias, row_temperature, *args, bits, chunk)
     return _result(out, bits, shape)
@@ -119,6 +123,7 @@ def logits_logprobs(
     Returns:
         As :func:`linear_logprobs`. Gradients flow from logp, entropy and lse to logits, in the logits' dtype.
     """
+    _check_tensors(logits=logits, targets=targets)
     bits = _output_bits(outputs)
     shape = targets.shape
     if logits.ndim == 0 or logits.shape[:-1] != shape:
@@ -127,15 +132,17 @@ def logits_logprobs(
         _validate(targets, temperature, logits.shape[-1], ignore_index)
     tau, row_temperature = _split_temperature(temperature, shape)
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
-    if inplace_backward and needs_grad and logits.is_leaf:
-        raise ValueError("inplace_backward would overwrite logits, which is a leaf that requires a gradient; pass a result of the model, or False")
+    if not isinstance(inplace_backward, bool):
+        raise TypeError(f"inplace_backward is {inplace_backward!r}; True or False is expected")
+    inplace = inplace_backward and not torch.compiler.is_compiling()
+    if inplace and needs_grad and (logits if logits._base is None else logits._base).is_leaf:
+        raise ValueError("inplace_backward would overwrite logits, which is a leaf that requires a gradient, or a view of one; pass a result of the model, or False")
     if logits.ndim not in (2, 3):
-        logits = logits.reshape(-1, logits.shape[-1])
+        logits = logits.reshape(targets.numel(), logits.shape[-1])
     if targets.ndim != 1:
         targets = targets.reshape(-1)
-    args = (tau, _softcap(softcap), float(logit_scale), ignore_index)
-    inplace = inplace_backward and not torch.compiler.is_compiling()
-    op, extra = (_logits, _SAVE_STATS) if needs_grad else (_logits_fwd, 0)
+    args = (tau, _softcap(softcap), _number("logit_scale", logit_scale), _integer("ignore_index", ignore_index))
+    op, extra = (_differentiable(_logits, _LogitsLogprobs), _SAVE_STATS) if needs_grad else (_logits_fwd, 0)
     return _result(call(op, logits, targets, row_temperature, *args, bits | extra, inplace), bits, shape)
 
 
@@ -152,7 +159,7 @@ def plan_chunks(
     """How :func:`linear_logprobs` will cut a call with ``rows`` tokens: ``row_chunk``, ``vocab_block``,
     ``workspace_bytes``. The plan depends on nothing but these arguments."""
     for name, value in (("rows", rows), ("hidden", hidden), ("vocab", vocab)):
-        if value < 0:
+        if _integer(name, value) < 0:
             raise ValueError(f"{name} is {value}; it must not be negative")
     if dtype not in _DTYPES:
         raise TypeError(f"dtype is {dtype}; accepted: {', '.join(map(str, _DTYPES))}")
@@ -160,15 +167,41 @@ def plan_chunks(
     return _C.plan_chunks(rows, hidden, vocab, _DTYPES[dtype], torch.device(device).type == "cuda", backward, budget)
 
 
+def _differentiable(op: Any, function: type[torch.autograd.Function]) -> Any:
+    # Same forward and backward either way. A compiler wants the op; eager saves tens of microseconds a call by not going
+    # through the op's Python autograd registration.
+    return op if torch.compiler.is_compiling() else function.apply
+
+
 # ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _check_tensors(**tensors: Any) -> None:
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}; a torch.Tensor is expected")
+
+
+def _number(name: str, value: Any, accepted: str = "a number") -> float:
+    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} is {value!r}; {accepted} is expected")
+    return float(value)
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, Tensor) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is {value!r}; an integer is expected")
+    return int(value)
 
 
 def _output_bits(outputs: Iterable[str]) -> int:
     if isinstance(outputs, str):
         raise ValueError(f"outputs is the string {outputs!r}; a tuple of names is expected, e.g. ({outputs!r},)")
+    if not isinstance(outputs, Iterable):
+        raise TypeError(f"outputs is {outputs!r}; a tuple of names is expected")
     bits = 0
     for name in outputs:
-        bit = _BITS.get(name)
+        bit = _BITS.get(name) if isinstance(name, str) else None
         if bit is None:
             raise ValueError(f"outputs has {name!r}; accepted: {', '.join(map(repr, OUTPUTS))}")
         bits |= bit
@@ -177,7 +210,7 @@ def _output_bits(outputs: Iterable[str]) -> int:
 
 def _split_temperature(temperature: float | Tensor, shape: torch.Size) -> tuple[float, Tensor | None]:
     if not isinstance(temperature, Tensor):
-        return float(temperature), None
+        return _number("temperature", temperature, "a number or a tensor"), None
     if temperature.requires_grad:
         raise ValueError("temperature requires a gradient, but no gradient flows to it; pass temperature.detach()")
     try:
@@ -189,15 +222,17 @@ def _split_temperature(temperature: float | Tensor, shape: torch.Size) -> tuple[
 def _softcap(softcap: float | None) -> float:
     if softcap is None:
         return 0.0
-    if not softcap > 0:
-        raise ValueError(f"softcap is {softcap}; it must be positive and finite, or None")
-    return float(softcap)
+    value = _number("softcap", softcap, "a number or None")
+    if not value > 0:
+        raise ValueError(f"softcap is {value}; it must be positive and finite, or None")
+    return value
 
 
 def _positive_int(name: str, value: int) -> int:
-    if value <= 0:
-        raise ValueError(f"{name} is {value}; it must be positive, or None for the default")
-    return int(value)
+    number = _integer(name, value)
+    if not 0 < number < 1 << 63:
+        raise ValueError(f"{name} is {number}; it must be positive and below 2^63, or None for the default")
+    return number
 
 
 def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,6 +267,13 @@ def _accumulator(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
+def _same_device(reference_name: str, reference: Tensor, **tensors: Tensor | None) -> None:
+    # One tensor on the meta device brings the whole call here, and results on another device would never be written.
+    for name, t in tensors.items():
+        if t is not None and t.device != reference.device:
+            raise ValueError(f"{name} is on {t.device} but {reference_name} is on {reference.device}; they must be on the same device")
+
+
 def _fake_outputs(like: Tensor, rows: Any, outputs: int) -> tuple[Tensor, ...]:
     acc = _accumulator(like)
     dtypes = [acc] * 4 + [torch.bool]
@@ -253,6 +295,7 @@ def _fake_linear(
     outputs: int,
     chunk_bytes: int,
 ) -> tuple[Tensor, ...]:
+    _same_device("hidden", hidden, weight=weight, targets=targets, bias=bias, temperature=row_temperature)
     torch._check(hidden.dim() == 2 and weight.dim() == 2, lambda: "hidden must be [N, H] and weight [V, H]")
     torch._check(hidden.shape[1] == weight.shape[1], lambda: f"hidden has H = {hidden.shape[1]} and weight has H = {weight.shape[1]}")
     return _fake_outputs(hidden, hidden.shape[0], outputs)
@@ -269,6 +312,7 @@ def _fake_logits(
     outputs: int,
     inplace_backward: bool,
 ) -> tuple[Tensor, ...]:
+    _same_device("logits", logits, targets=targets, temperature=row_temperature)
     rows = logits.shape[0] if logits.dim() == 2 else logits.shape[0] * logits.shape[1]
     return _fake_outputs(logits, rows, outputs)
 
@@ -358,6 +402,26 @@ def _backward_logits(ctx: Any, g_logp: Any, g_entropy: Any, g_lse: Any, *_: Any)
     # Whoever else saved these logits, and a second backward through here, must find out that they are gone.
     torch.autograd.graph.increment_version(logits)
     return (logits.detach(), *(None,) * 8)
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _linear_fwd(*inputs)
+        _setup_linear(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(once_differentiable(_backward_linear))
+
+
+class _LogitsLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _logits_fwd(*inputs)
+        _setup_logits(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(once_differentiable(_backward_logits))
 
 
 torch.library.register_autograd("prefkern::linear_logprobs", _backward_linear, setup_context=_setup_linear)

@@ -33,9 +33,9 @@ def linear_logprobs(
     Args:
         hidden: [..., H]. Narrower types than float32 are widened first: the products are those of the given numbers.
         weight: [V, H].
-        targets: int64 [...], in [0, V) or `ignore_index`.
+        targets: int64 or int32 [...], in [0, V) or `ignore_index`.
         bias: [V].
-        temperature: positive; a number, or a tensor shaped like `targets` for one per token. No gradient.
+        temperature: positive; a number, or one per token (broadcast to `targets`). No gradient.
         softcap: positive; None leaves x as it is.
         outputs: which of "entropy", "lse", "sum_sq_probs", "mean_logit", "is_top1" to return beside logp.
         chunk_bytes: without meaning here.
@@ -46,7 +46,7 @@ def linear_logprobs(
     counts = targets != ignore_index
     y = _widen(hidden)[counts] @ _widen(weight).mT
     if bias is not None:
-        y = y + _widen(bias)
+        y = y + bias.to(y.dtype)
     return _statistics(y, targets, counts, temperature, softcap, logit_scale, outputs)
 
 
@@ -87,7 +87,7 @@ def _statistics(
     wanted = set(outputs)
     if unknown := wanted - set(OUTPUTS):
         raise ValueError(f"outputs: got {sorted(unknown)}, accepted are {list(OUTPUTS)}")
-    target = targets[counts]
+    target = targets[counts].long()
     if bool(((target < 0) | (target >= y.shape[-1])).any()):
         raise ValueError(f"targets: values must lie in [0, {y.shape[-1]}) or be ignore_index")
 
