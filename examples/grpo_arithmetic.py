@@ -37,6 +37,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -66,10 +67,10 @@ class Settings:
     sft_batch: int = 64
     sft_lr: float = 1e-3
     grpo_steps: int = 100
-    prompts_per_step: int = 64
+    prompts_per_step: int = 48
     group_size: int = 8
     minibatches: int = 4  # optimiser steps per rollout
-    grpo_lr: float = 2e-4
+    grpo_lr: float = 3e-4
     warmup_steps: int = 10
     temperature: float = 1.0
     eps_low: float = 0.2
@@ -275,12 +276,12 @@ class Trainer:
         mask = up_to_eos(completions, self.tokenizer.eos_token_id)
         return score(completions, mask, problems, self.tokenizer).mean().item()
 
-    def start_phase(self, lr: float, decay_steps: int | None = None) -> None:
-        """A fresh optimiser: linear warm-up, then linear decay over decay_steps (to a tenth) or a constant rate."""
+    def start_phase(self, lr: float, decay_steps: int = 0) -> None:
+        """A fresh optimiser: linear warm-up, then linear decay to a tenth over decay_steps (0: constant)."""
         warmup = self.settings.warmup_steps
 
         def scale(step: int) -> float:
-            decayed = 1.0 if decay_steps is None else max(0.1, 1.0 - step / decay_steps)
+            decayed = 1.0 if not decay_steps else max(0.1, 1.0 - step / decay_steps)
             return min((step + 1) / warmup, decayed)
 
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -440,8 +441,6 @@ def summary_table(records: Sequence[Record]) -> Table:
 
 def draw(records: Sequence[Record], settings: Settings, path: Path) -> None:
     # A Figure without pyplot draws with Agg and leaves the caller's backend alone.
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     axes = dict(zip(("reward", "held_out", "entropy", "clip_fraction"), figure.subplots(2, 2).flat, strict=True))
     titles = {
@@ -484,8 +483,7 @@ def count(minimum: int):
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     default = Settings()
     parser = argparse.ArgumentParser(
-        prog="grpo_arithmetic",
-        description="GRPO on two-digit addition: a small model, a short supervised start, then rewards only.",
+        description="GRPO on two-digit addition: a small model, a short supervised start, then rewards only."
     )
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu")
@@ -501,7 +499,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         f"{default.sft_stop_at:.0%} of a sample of training problems is solved",
     )
     add("--quick", action="store_true", help="a smoke run: the first few GRPO steps only")
-    add("--threads", type=count(1), default=2, metavar="N", help="CPU threads (default 2)")
+    # One thread by default: matrices are small, and where others use the cores too, threads that wait for each other
+    # make the run several times slower.
+    add("--threads", type=count(1), default=1, metavar="N", help="CPU threads (default 1)")
     add("--out", type=Path, default=Path("grpo_arithmetic.png"), metavar="PNG", help="curves as a picture")
     add("--json", type=Path, metavar="FILE", help="curves as JSON")
     arguments = parser.parse_args(argv)

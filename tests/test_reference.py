@@ -19,7 +19,7 @@ def close(actual, expected, tolerance=1e-9):
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
-# ------------------------------------------------------------------------------------------------------- log-probabilities
+# ---------------------------------------------------------------------------------------------------- log-probabilities
 
 LOG_2_3_5 = f64([math.log(2), math.log(3), math.log(5)], [0.0, 0.0, 0.0])  # softmax: [.2, .3, .5], [1/3, 1/3, 1/3]
 ALL = ("entropy", "lse", "sum_sq_probs", "mean_logit", "is_top1")
@@ -119,13 +119,13 @@ def test_bfloat16_is_widened_before_the_product():
 
 
 def test_log_probability_arguments_are_checked():
-    with pytest.raises(ValueError, match="outputs.*entropi"):
+    with pytest.raises(ValueError, match=r"outputs.*entropi"):
         reference.logits_logprobs(LOG_2_3_5, torch.tensor([0, 0]), outputs=["entropi"])
     with pytest.raises(ValueError, match=r"targets.*\[0, 3\)"):
         reference.logits_logprobs(LOG_2_3_5, torch.tensor([0, 3]))
 
 
-# --------------------------------------------------------------------------------------------------------- group advantages
+# ----------------------------------------------------------------------------------------------------- group advantages
 
 REWARDS = f64(1, 0, 0, 0, 1, 1, 0.5, 1)
 GROUP = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
@@ -201,15 +201,15 @@ def test_invariants_of_advantages():
 
 
 def test_advantage_arguments_are_checked():
-    with pytest.raises(ValueError, match="estimator.*'gpro'.*'grpo'"):
+    with pytest.raises(ValueError, match=r"estimator.*'gpro'.*'grpo'"):
         reference.group_advantages(REWARDS, GROUP, estimator="gpro")
-    with pytest.raises(ValueError, match="singleton.*'one'"):
+    with pytest.raises(ValueError, match=r"singleton.*'one'"):
         reference.group_advantages(REWARDS, GROUP, singleton="one")
-    with pytest.raises(ValueError, match="rewards.*NaN"):
+    with pytest.raises(ValueError, match=r"rewards.*NaN"):
         reference.group_advantages(f64(1, NAN), torch.tensor([0, 0]))
 
 
-# -------------------------------------------------------------------------------------------------------------- policy loss
+# ---------------------------------------------------------------------------------------------------------- policy loss
 
 RHO = f64(1.5, 0.5, 1.5, 0.5, 4)
 ADVANTAGES = f64(1, 1, -1, -1, -1)
@@ -374,7 +374,9 @@ def test_policy_gradcheck():
     a, mask = torch.randn(4, dtype=torch.float64), torch.rand(4, 6) < 0.8
 
     def loss(x):
-        return reference.policy_loss(x, old, a, mask, dual_clip=1.5, ref_logp=ref, beta=0.1, agg="seq-mean-token-mean").loss
+        return reference.policy_loss(
+            x, old, a, mask, dual_clip=1.5, ref_logp=ref, beta=0.1, agg="seq-mean-token-mean"
+        ).loss
 
     assert torch.autograd.gradcheck(loss, logp.requires_grad_())
 
@@ -396,5 +398,5 @@ def test_policy_arguments_are_checked(options, message):
 
 
 def test_a_single_sequence_without_cu_seqlens_is_refused():
-    with pytest.raises(ValueError, match="logp.*cu_seqlens"):
+    with pytest.raises(ValueError, match=r"logp.*cu_seqlens"):
         reference.policy_loss(torch.zeros(4), torch.zeros(4), torch.zeros(4))

@@ -36,6 +36,7 @@ __device__ __forceinline__ float exp2_flush(float t) { return exp2f(t); }
 __device__ __forceinline__ float vexp(float x) { return expf(x); }
 __device__ __forceinline__ float vtanh(float x) { return tanhf(x); }
 __device__ __forceinline__ float vlog2(float x) { return log2f(x); }
+PK_HD double vsqrt(double x) { return sqrt(x); }
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 template <class T, int N> struct alignas(sizeof(T) * N) Pack { T v[N]; };

@@ -146,15 +146,15 @@ template <class S> HeadGrads backward_walk(const Head& h, const GradArgs<S>& ups
   const ScalarType acc = scalar_type(h.acc);
   const int64_t cols = h.plan.vocab_block;
   const bool direct = h.dtype == h.acc;  // gradients have the accumulator type: GEMMs write them in place
-  Tensor none = empty({0}, acc, h.hidden);
+  const auto none = [&] { return empty({0}, acc, h.hidden); };  // one each: results may not share memory
   Tensor logits = empty({h.plan.row_chunk, cols}, acc, h.hidden);
-  Tensor d_hidden = needs & kGradHidden ? empty({h.rows, h.width}, acc, h.hidden) : none;
-  Tensor d_weight = needs & kGradWeight ? empty({h.vocab, h.width}, scalar_type(h.dtype), h.hidden) : none;
-  Tensor d_weight_block = needs & kGradWeight && !direct ? empty({cols, h.width}, acc, h.hidden) : none;
-  Tensor d_bias = needs & kGradBias ? empty({h.vocab}, acc, h.hidden) : none;
+  Tensor d_hidden = needs & kGradHidden ? empty({h.rows, h.width}, acc, h.hidden) : none();
+  Tensor d_weight = needs & kGradWeight ? empty({h.vocab, h.width}, scalar_type(h.dtype), h.hidden) : none();
+  Tensor d_weight_block = needs & kGradWeight && !direct ? empty({cols, h.width}, acc, h.hidden) : none();
+  Tensor d_bias = needs & kGradBias ? empty({h.vocab}, acc, h.hidden) : none();
   // On CUDA the logits' gradient is narrowed in place to the inputs' type, so that tensor cores take it.
   const DType grad_type = h.cuda ? h.dtype : h.acc;
-  Tensor ones = none;
+  Tensor ones = none();
   if (needs & kGradBias) {
     ones = empty({h.plan.row_chunk}, scalar_type(grad_type), h.hidden);
     ones = torch::stable::fill_(ones, 1.0);
@@ -187,7 +187,7 @@ template <class S> HeadGrads backward_walk(const Head& h, const GradArgs<S>& ups
     if (needs & kGradBias)
       gemm(h.hidden, grad_type, 1, n_cols, n_rows, {ones.const_data_ptr(), n_rows, false}, dz, mutable_data<S>(d_bias) + v, n_cols, r > 0);
   });
-  return {cast(d_hidden, scalar_type(h.dtype)), d_weight, d_bias};
+  return {needs & kGradHidden ? cast(d_hidden, scalar_type(h.dtype)) : d_hidden, d_weight, d_bias};
 }
 
 // Rows that count, as indices: on the CPU ignored rows leave before the GEMM.
@@ -241,11 +241,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward(
   auto [t, ignored] = checked_targets(targets, hidden, "hidden", rows, vocab, ignore_index);
   OptTensor tau = checked_row_temperature(row_temperature, hidden, "hidden", rows, acc);
   Upstream up = checked_upstream(g_logp, g_entropy, g_lse, rows, acc, entropy, stats);
-  const Tensor none = empty({0}, scalar_type(acc), hidden);
-  if (ignored == rows)
-    return {needs & kGradHidden ? zeros({rows, width}, hidden.scalar_type(), hidden) : none,
-            needs & kGradWeight ? zeros({vocab, width}, hidden.scalar_type(), hidden) : none,
-            needs & kGradBias ? zeros({vocab}, bias->scalar_type(), hidden) : none};
+  if (ignored == rows) {
+    const auto none = [&] { return empty({0}, scalar_type(acc), hidden); };
+    return {needs & kGradHidden ? zeros({rows, width}, hidden.scalar_type(), hidden) : none(),
+            needs & kGradWeight ? zeros({vocab, width}, hidden.scalar_type(), hidden) : none(),
+            needs & kGradBias ? zeros({vocab}, bias->scalar_type(), hidden) : none()};
+  }
 
   const auto run = [&](const Head& h, const Upstream& u, const Tensor& ent, const Tensor& st) {
     const auto walk = [&](auto zero) {

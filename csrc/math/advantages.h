@@ -8,7 +8,7 @@
 // of equal float rewards c adds up to n c without rounding, its mean is c, its deviations are 0, and sum (r - m)^2 == 0
 // exactly when max == min. For double rewards refine_mean gives the same.
 #pragma once
-#include "core/common.h"
+#include "core/elementary.h"
 
 namespace prefkern {
 
@@ -29,23 +29,21 @@ struct GroupMoments {
 };
 
 // NaN when the sum is infinite: no plausible number comes of an infinite reward.
-PK_HD double group_mean(double sum, int64_t n) { return sum / double(n) + 0.0 * sum; }
+PK_HD double group_mean(double sum, double n) { return sum / n + 0.0 * sum; }
 
 // Second step of the mean, for rewards whose sum rounds: the deviations from `mean` are small, and exact where they cancel.
-PK_HD double refine_mean(double mean, double sum_of_deviations, int64_t n) { return mean + sum_of_deviations / double(n); }
+PK_HD double refine_mean(double mean, double sum_of_deviations, double n) { return mean + sum_of_deviations / n; }
 
-PK_HD GroupMoments group_moments(const AdvantageRule& rule, int64_t n, double mean, double sum_sq_deviations) {
-  const double std = n > 1 ? __builtin_sqrt(sum_sq_deviations / double(n - 1)) : sum_sq_deviations;
-  GroupMoments g{mean, std, mean, 1.0};
-  const bool reward = n == 1 && rule.singleton == SingletonRule::reward;
-  if (reward) g.center = 0.0 * mean;  // NaN stays NaN
-  switch (rule.estimator) {
-    case AdvantageEstimator::grpo: g.scale = 1.0 / ((reward ? 1.0 : std) + rule.eps); break;
-    case AdvantageEstimator::dr_grpo: break;
-    case AdvantageEstimator::rloo: g.scale = n > 1 ? double(n) / double(n - 1) : 1.0; break;
-  }
-  if (sum_sq_deviations == 0 && !reward) g.scale = 0.0;  // eps may be 0
-  return g;
+// n as a number. No branches: over an array of groups this becomes vector code.
+PK_HD GroupMoments group_moments(const AdvantageRule& rule, double n, double mean, double sum_sq_deviations) {
+  const bool grpo = rule.estimator == AdvantageEstimator::grpo, rloo = rule.estimator == AdvantageEstimator::rloo;
+  const bool reward = (n == 1) & (rule.singleton == SingletonRule::reward);
+  const double others = n > 1 ? n - 1 : 1.0;
+  const double std = vsqrt(sum_sq_deviations / others);
+  const double divisor = grpo ? (reward ? 1.0 : std) + rule.eps : rloo ? others : 1.0;
+  const double scale = (rloo ? n : 1.0) / divisor;
+  const bool equal = (sum_sq_deviations == 0) & !reward;
+  return {mean, std, reward ? 0.0 * mean : mean, equal ? 0.0 : scale};  // eps may be 0; NaN stays NaN
 }
 
 PK_HD double advantage(const GroupMoments& g, double reward) { return (reward - g.center) * g.scale; }

@@ -1,4 +1,4 @@
-"""Compiles every CUDA source of the project for the CPU into one Python module, simt_kernels, with the emulator of simt.h.
+"""Compiles every CUDA source of the project for the CPU, with the emulator of simt.h: one Python module, simt_kernels.
 
 `build` keeps objects and modules in a directory of the caller's, named by a hash of all that goes into them.
 """

@@ -71,11 +71,11 @@ __global__ void lane_leaves(float* out) {
 }
 
 __global__ void masks_differ(float* out) {
-  out[threadIdx.x] = __shfl_xor_sync(threadIdx.x < 16 ? 0x00ffffffu : 0xffffff00u, 1.0f, 1);
+  out[threadIdx.x] = __shfl_xor_sync(threadIdx.x % 32 < 16 ? 0x00ffffffu : 0xffffff00u, 1.0f, 1);
 }
 
 __global__ void operations_differ(float* out) {
-  out[threadIdx.x] = threadIdx.x < 16 ? __shfl_xor_sync(kAll, 1.0f, 1) : __shfl_down_sync(kAll, 1.0f, 1);
+  out[threadIdx.x] = threadIdx.x % 32 < 16 ? __shfl_xor_sync(kAll, 1.0f, 1) : __shfl_down_sync(kAll, 1.0f, 1);
 }
 
 __global__ void source_not_in_mask(float* out) {

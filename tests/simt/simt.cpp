@@ -304,9 +304,9 @@ void clear_shared() {
 
 void check_red_zones() {
 #if !defined(SIMT_ASAN)  // which has reported a write by now
-  const auto is_red = [](char c) { return c == kRedByte; };
+  const auto is_red = [](const char* p) { return std::all_of(p, p + kRedZone, [](char c) { return c == kRedByte; }); };
   for (const SharedArray& a : machine.shared)
-    if (!std::all_of(a.data - kRedZone, a.data, is_red) || !std::all_of(a.data + a.bytes, a.data + a.bytes + kRedZone, is_red))
+    if (!is_red(a.data - kRedZone) || !is_red(a.data + a.bytes))
       throw Error("write outside a shared array of " + std::to_string(a.bytes) + " bytes");
 #endif
 }
@@ -341,7 +341,8 @@ void run_block(std::mt19937_64& random) {
     }
     if (progress) continue;
     for (const Warp& w : machine.warps)
-      if (w.pending.size() > 1) throw Error("warp operation: lanes wait for one another with other masks or operations");
+      if (w.pending.size() > 1)
+        throw Error("warp operation: lanes wait for one another with other masks or operations");
     const auto count = [&](State state) {
       return std::to_string(std::count_if(machine.fibers.begin(), machine.fibers.begin() + static_cast<ptrdiff_t>(n),
                                           [&](const auto& f) { return f->state == state; }));
@@ -407,8 +408,8 @@ void* shared_array(const void* tag, size_t bytes, size_t alignment) {
 void sync_block(const char* file, int line) {
   Barrier& b = machine.barrier;
   if (b.arrived > 0 && (b.line != line || strcmp(b.file, file) != 0))
-    throw Error("__syncthreads() at " + std::string(file) + ":" + std::to_string(line) + " while other threads wait at " +
-                b.file + ":" + std::to_string(b.line));
+    throw Error("__syncthreads() at " + std::string(file) + ":" + std::to_string(line) +
+                " while other threads wait at " + b.file + ":" + std::to_string(b.line));
   b = {b.arrived + 1, file, line};
   if (b.arrived == machine.alive) return release_barrier();
   current_fiber().state = State::at_barrier;
@@ -420,7 +421,8 @@ void warp_operation(WarpOp op, uint32_t mask, void* value, size_t size, unsigned
   const uint32_t me = 1u << machine.current % warpSize;
   Warp& w = machine.warps[warp];
   if (!(mask & me)) throw Error("warp operation: the calling lane is not in its own mask");
-  if (mask & (w.exited | ~w.present)) throw Error("warp operation: the mask has a lane that has exited or does not exist");
+  if (mask & (w.exited | ~w.present))
+    throw Error("warp operation: the mask has a lane that has exited or does not exist");
   auto p = std::find_if(w.pending.begin(), w.pending.end(),
                         [&](const Pending& q) { return q.op == op && q.mask == mask && q.size == size; });
   if (p == w.pending.end()) p = w.pending.insert(p, {op, mask, size});

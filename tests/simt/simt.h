@@ -1,10 +1,10 @@
-// Runs CUDA kernels on the CPU, for tests: include this instead of cuda_runtime.h. Every CUDA thread is a fiber (simt.cpp).
-// A fiber runs until it reaches a barrier, a warp operation or its end; the blocks of a grid run one after another. The
-// order of threads and blocks can be chosen: a kernel whose result depends on it has a race.
+// Runs CUDA kernels on the CPU, for tests: include this instead of cuda_runtime.h. Every CUDA thread is a fiber
+// (simt.cpp), which runs until it reaches a barrier, a warp operation or its end; the blocks of a grid run one after
+// another. The order of threads and blocks can be chosen: a kernel whose result depends on it has a race.
 //
-// What leaves a GPU with undefined behaviour, and can be seen from here, is an Error: a barrier that only part of a block
-// reaches, or that is reached from different lines; a warp operation whose lanes do not match its mask; a write outside a
-// shared array; a misaligned vector load; a launch that no GPU accepts; a deadlock. Shared memory starts out as NaN.
+// What leaves a GPU with undefined behaviour, and can be seen from here, is an Error: a barrier reached from different
+// lines; a warp operation whose lanes do not match its mask; threads that wait for others forever; a write outside a
+// shared array; a misaligned vector load; a launch that no GPU accepts. Shared memory starts out as NaN.
 //
 // Not modelled: time, weak memory ordering, blocks that wait for one another, asynchronous copies, tensor cores.
 #pragma once
@@ -23,16 +23,16 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
-// `name` is a reference to an array, so that sizeof and the bounds checks of a sanitizer see its length. The static variable
-// tells the arrays of a kernel apart; in a function template there is one per instantiation, as there is with nvcc.
-#define PK_SMEM(T, name, n)      \
-  static char name##_simt_tag;   \
+// `name` is a reference to an array, so that sizeof and the bounds checks of a sanitizer see its length. The static
+// variable tells the arrays of a kernel apart; a function template has one per instantiation, as it has with nvcc.
+#define PK_SMEM(T, name, n)    \
+  static char name##_simt_tag; \
   T(&name)[n] = *static_cast<T(*)[n]>(simt::shared_array(&name##_simt_tag, sizeof(T[n]), alignof(T)))
 #define PK_LAUNCH(kernel, grid, block, stream, ...) simt::launch(kernel, grid, block, stream, __VA_ARGS__)
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
-  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  constexpr dim3(unsigned nx = 1, unsigned ny = 1, unsigned nz = 1) : x(nx), y(ny), z(nz) {}
 };
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 constexpr int warpSize = 32;
@@ -59,8 +59,8 @@ void run(dim3 grid, dim3 block, const std::function<void()>& thread);
 void* shared_array(const void* tag, size_t bytes, size_t alignment);
 void sync_block(const char* file, int line);
 
-// One operation of all the lanes in `mask`. A shuffle replaces `value` by that of lane `source`; a ballot takes and gives
-// a uint32_t.
+// One operation of all the lanes in `mask`. A shuffle replaces `value` by that of lane `source`; a ballot takes a
+// uint32_t, 0 or 1, and gives one.
 enum class WarpOp { sync, shuffle, shuffle_xor, shuffle_up, shuffle_down, ballot };
 void warp_operation(WarpOp op, uint32_t mask, void* value, size_t size, unsigned source);
 inline unsigned lane() { return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % warpSize; }

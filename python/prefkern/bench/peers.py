@@ -256,9 +256,9 @@ class Cce(Peer):
     about = "cut_cross_entropy, impl torch_compile on the CPU and cce on CUDA"
 
     def __init__(self) -> None:
-        torch.compiler.reset()
         module = _import("cut_cross_entropy", "cut_cross_entropy")
         self._function: Callable[..., Tensor] = _member(module, "linear_cross_entropy")
+        torch.compiler.reset()
 
     def linear_logprobs(self, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
         _no_entropy(entropy)

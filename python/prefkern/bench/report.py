@@ -84,7 +84,7 @@ def load(path: Path) -> Results:
     return data
 
 
-# -------------------------------------------------------------------------------------------------------------- formatting
+# ----------------------------------------------------------------------------------------------------------- formatting
 
 
 def milliseconds(value: float | None) -> str:
@@ -118,7 +118,7 @@ def case_title(row: Mapping[str, Any]) -> str:
     return " ".join(word for word in words if word)
 
 
-# ------------------------------------------------------------------------------------------------------------------- tables
+# --------------------------------------------------------------------------------------------------------------- tables
 
 
 def markdown_table(data: Results, ops: Iterable[str] | None = None) -> str:
@@ -174,14 +174,17 @@ def plot(data: Results, path: Path) -> None:
         gridspec_kw={"height_ratios": heights or [1]}, layout="constrained",
     )  # fmt: skip
     for axis, title in zip(axes[:, 0], titles, strict=False):
-        bars = [(f"{peer}  {o}", peer, row) for (t, o), group in groups.items() if t == title for peer, row in group.items()]
-        axis.barh([b[0] for b in bars], [b[2]["ratio_floor"] for b in bars], color=[colours[b[1]] for b in bars])
-        for i, (_, _, row) in enumerate(bars):
-            axis.annotate(f" {times(row['ratio_floor'])}", (row["ratio_floor"], i), va="center", fontsize=8)
+        bars = [row for (t, _), group in groups.items() if t == title for row in group.values()]
+        ratios = [row["ratio_floor"] for row in bars]
+        labels = [f"{row['peer']}  {row['outputs']}" for row in bars]
+        axis.barh(labels, ratios, color=[colours[row["peer"]] for row in bars])
+        for i, ratio in enumerate(ratios):
+            axis.annotate(f" {times(ratio)}", (ratio, i), va="center", fontsize=8)
         floor = next((row["note"] for row in rows if row["peer"] == "floor" and case_title(row) == title), "")
         axis.axvline(1.0, color="black", linewidth=0.8)
-        if max((b[2]["ratio_floor"] for b in bars), default=1.0) > 20:
+        if max(ratios, default=1.0) > 20:
             axis.set_xscale("log")
+            axis.xaxis.set_major_formatter("{x:g}")
         axis.margins(x=0.12)
         axis.invert_yaxis()
         axis.tick_params(labelsize=8)

@@ -79,6 +79,18 @@ def choose_all(kind: str, text: str, accepted: Iterable[str]) -> tuple[str, ...]
     return tuple(dict.fromkeys(choose(kind, part.strip(), names) for part in text.split(",")))
 
 
+def check_device(device: str) -> None:
+    """An error unless prefkern can run there."""
+    import prefkern
+
+    if choose("device", device, ("cpu", "cuda")) == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device")
+    if not prefkern.capabilities()["cuda_compiled"]:
+        raise UsageError("--device cuda: this prefkern was built without CUDA")
+
+
 def parse_shapes(text: str) -> list[Shape]:
     """'512x1024x32000,2048x256x32000' -> [(512, 1024, 32000), (2048, 256, 32000)]."""
     return [_parse_shape(part.strip()) for part in text.split(",")]
@@ -99,9 +111,10 @@ def plan_cases(
     dtypes: Sequence[str] | None = None,
     modes: Sequence[str] | None = None,
 ) -> list[Case]:
-    """The cases of a run. Shapes without an op are shapes of linear_logprobs; without either, every op runs its default.
+    """The cases of a run.
 
-    A named op refuses what it does not have; an op that nobody named is left out instead.
+    Shapes without an op are shapes of linear_logprobs; without either, every op runs its default. An op that was named
+    refuses what it does not have; one that was not is left out instead.
     """
     named = list(ops) or (["linear_logprobs"] if shapes else [])
     cases: list[Case] = []

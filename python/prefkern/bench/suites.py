@@ -1,9 +1,9 @@
 """What is run for each op: inputs, the calls of every peer, the floor, and how far the results are from float64.
 
-The floor is the least that an implementation of the same kind has to do, in plain PyTorch with buffers made beforehand:
+The floor is the least that an implementation of the same kind has to do, in plain PyTorch with buffers made before:
 
-    linear_logprobs   the bare torch.mm products in the type of the inputs: one forward; four with backward, of which the
-                      second recomputes the logits that are not kept
+    linear_logprobs   the bare torch.mm products in the type of the inputs: one forward; four with backward, of which
+                      the second recomputes the logits that are not kept
     logits_logprobs   the fastest plain read of the logits; with backward two reads and one write
     group_advantages  a copy of rewards and group ids
     policy_loss       a copy of the inputs
@@ -36,7 +36,7 @@ OutputsCall = Callable[[], Outputs]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the results: a peer's (or the floor's) way to one case. Figures are None where `status` is not "ok"."""
+    """One line of the results: one case by one peer, or by the floor. Figures are None unless `status` is "ok"."""
 
     op: str
     shape: list[int]
@@ -299,17 +299,15 @@ class PolicyWorkload(Workload):
 class OverheadWorkload(Workload):
     """Every op on inputs so small that only the way to the kernel takes time."""
 
-    sizes = {
-        "linear_logprobs": (4, 64, 256),
-        "logits_logprobs": (4, 256),
-        "group_advantages": (16, 4),
-        "policy_loss": (2, 8),
-    }
-    variants = tuple(sizes)
+    variants = ("linear_logprobs", "logits_logprobs", "group_advantages", "policy_loss")
 
     def __init__(self, case: Case, device: str) -> None:
         super().__init__(case, device)
-        self.tiny = {op: WORKLOADS[op](Case(op, shape, "fp32", "fwd"), device) for op, shape in self.sizes.items()}
+        shapes = ((4, 64, 256), (4, 256), (16, 4), (2, 8))
+        self.tiny = {
+            op: WORKLOADS[op](Case(op, shape, "fp32", "fwd"), device)
+            for op, shape in zip(self.variants, shapes, strict=True)
+        }
 
     def call(self, peer: Peer, variant: str) -> OutputsCall:
         return self.tiny[variant].call(peer, self.tiny[variant].variants[0])
@@ -332,7 +330,7 @@ WORKLOADS: dict[str, type[Workload]] = {
 
 
 def run_case(
-    case: Case, against: Sequence[str], *, device: str = "cpu", rounds: int = 7, budget_s: float = 20.0
+    case: Case, against: Sequence[str], *, device: str = "cpu", rounds: int = 5, budget_s: float = 4.0
 ) -> list[Row]:
     """Measures one case: the floor first, then for each variant this library and everybody it is compared with."""
     workload = WORKLOADS[case.op](case, device)
@@ -359,8 +357,8 @@ def run_cases(
     against: Sequence[str] | None = None,
     *,
     device: str = "cpu",
-    rounds: int = 7,
-    budget_s: float = 20.0,
+    rounds: int = 5,
+    budget_s: float = 4.0,
     each: Callable[[Case, list[Row]], None] = lambda case, rows: None,
 ) -> list[dict[str, object]]:
     """The rows of all cases, as JSON takes them. `each` is called after every case."""
@@ -389,7 +387,7 @@ def fastest_read(x: Tensor, device: str) -> tuple[str, Callable[[], object]]:
         reads["torch.dot with itself"] = lambda: torch.dot(flat, flat)
     if flat.numel() * flat.element_size() % 8 == 0:  # wide words may read faster than narrow numbers
         words = flat.view(torch.int64)
-        reads["sum of the bytes as int64"] = lambda: words.sum()
+        reads["sum of the bytes as int64"] = words.sum
     seconds = {name: min(_seconds(read, device) for _ in range(5)) for name, read in reads.items()}
     best = min(seconds, key=lambda name: seconds[name])
     return best, reads[best]
@@ -421,6 +419,8 @@ def _adapter(name: str) -> Peer | str:
         return PEERS[name]()
     except Unavailable as reason:
         return str(reason)
+    except Exception as error:  # a broken installation is no reason to stop
+        return describe(error)
 
 
 def _probe(workload: Workload, peer: Peer | str, variant: str) -> _Probe:

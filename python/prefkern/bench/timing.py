@@ -1,7 +1,7 @@
 """Side-by-side timing of several calls in one process.
 
-The calls run interleaved, in an order that rotates and turns round from one round to the next, so that a busy neighbour or
-a warm clock meets all of them alike. What is compared are then pairs: the ratio of two calls is the median, over the
+The calls run interleaved, in an order that rotates and turns round from one round to the next, so that a busy neighbour
+or a warm clock meets all of them alike. What is compared are then pairs: the ratio of two calls is the median, over the
 rounds, of the ratio of their times in the same round.
 """
 
@@ -52,23 +52,36 @@ def compare(
     calls: Mapping[str, Call],
     *,
     device: str = "cpu",
-    rounds: int = 7,
+    rounds: int = 5,
     min_rounds: int = 3,
     budget_s: float = 60.0,
     warmup: int = 1,
 ) -> dict[str, Timing]:
-    """Times the calls against each other: at most `rounds` rounds, fewer (not below `min_rounds`) once `budget_s` is spent.
+    """Times the calls against each other, for `rounds` rounds; after `min_rounds` the end of `budget_s` stops it, too.
 
     A call that raises while it warms up is left out, and its `error` says why.
     """
+    gc.collect()
+    gc.freeze()  # what is there now is no garbage of the calls: the collections between samples pass over it
+    try:
+        return _compare(calls, device, rounds, min_rounds, budget_s, warmup)
+    finally:
+        gc.unfreeze()
+
+
+def _compare(
+    calls: Mapping[str, Call], device: str, rounds: int, min_rounds: int, budget_s: float, warmup: int
+) -> dict[str, Timing]:
     timings = {name: Timing() for name in calls}
     repeats: dict[str, int] = {}
     for name, call in calls.items():
         try:
             for _ in range(warmup):
                 call()
+            start = time.perf_counter()
             timings[name].peak_bytes = peak_extra_bytes(call, device)
-            repeats[name] = _repeats(call, device)
+            long = time.perf_counter() - start > 50 * SAMPLE_SECONDS
+            repeats[name] = 1 if long else _repeats(call, device)
         except Exception as error:  # a peer may fail in any way; the others are still worth measuring
             timings[name].error = describe(error)
     alive = list(repeats)

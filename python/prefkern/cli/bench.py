@@ -14,34 +14,37 @@ if TYPE_CHECKING:
 
 def bench(
     ops: Annotated[list[str] | None, typer.Argument(metavar="[OP ...]", help="Ops to measure; all by default.")] = None,
-    shapes: Annotated[str | None, typer.Option(metavar="NxHxV[,...]", help="Shapes, in the op's own dimensions.")] = None,
+    shapes: Annotated[str | None, typer.Option(metavar="NxHxV[,...]", help="Shapes, in the op's dimensions.")] = None,
     dtype: Annotated[str | None, typer.Option(metavar="fp32,bf16", help="Types of the inputs.")] = None,
     mode: Annotated[str | None, typer.Option(metavar="fwd,bwd", help="Forward, or forward and backward.")] = None,
     against: Annotated[
-        str | None, typer.Option(metavar="eager,compile,...", help="Whom to compare with: eager, compile, torch, "
-                                 "torch-chunked, liger, trl, cce, or none.")
+        str | None,
+        typer.Option(
+            metavar="eager,compile,...",
+            help="Whom to compare with: eager, compile, torch, torch-chunked, liger, trl, cce, or none.",
+        ),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Save the results.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the results.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own choice by default.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds at most; fewer when a case takes long.")] = 7,
-    budget: Annotated[float, typer.Option(min=0, help="Seconds after which a case starts no further round.")] = 5.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds at most; fewer when a case takes long.")] = 5,
+    budget: Annotated[float, typer.Option(min=0, help="Seconds after which a case starts no further round.")] = 4.0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-) -> None:  # fmt: skip
+) -> None:
     """Measure ops side by side with other implementations, in one process.
 
-    Times are medians. Ratios are medians over rounds, in which everybody runs in turn: to plain PyTorch and to the floor,
+    Times are medians. Ratios are medians over rounds in which all run in turn: to plain PyTorch and to the floor,
     the least work anybody has to do. Without an OP, --shapes is about linear_logprobs.
     """
     import torch
 
     from prefkern.bench import report, suites
-    from prefkern.bench.shapes import UsageError
+    from prefkern.bench.shapes import UsageError, check_device
 
     try:
         cases = _cases(ops, shapes, dtype, mode)
         peers = _peers(against)
-        _check_device(device)
+        check_device(device)
         _check_plot(plot_file)
     except UsageError as error:
         typer.echo(f"prefkern bench: {error}", err=True)
@@ -76,20 +79,6 @@ def _peers(against: str | None) -> tuple[str, ...] | None:
     if against is None:
         return None
     return () if against == "none" else choose_all("peer", against, NAMEABLE)
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    import prefkern
-    from prefkern.bench.shapes import UsageError, choose
-
-    if choose("device", device, ("cpu", "cuda")) == "cpu":
-        return
-    if not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA device")
-    if not prefkern.capabilities()["cuda_compiled"]:
-        raise UsageError("--device cuda: this prefkern was built without CUDA")
 
 
 def _check_plot(path: Path | None) -> None:

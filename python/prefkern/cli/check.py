@@ -26,12 +26,13 @@ def check(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Save the table.")] = None,
 ) -> None:
     """Compare every op with its float64 definition. The exit code is 1 if anything is out of bounds."""
-    import torch
+    from prefkern.bench.shapes import UsageError, check_device
 
-    if device not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"got {device!r}, accepted: cpu, cuda", param_hint="--device")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("torch sees no CUDA device", param_hint="--device")
+    try:
+        check_device(device)
+    except UsageError as error:
+        typer.echo(f"prefkern check: {error}", err=True)
+        raise typer.Exit(2) from None
     lines = run(device)
     if json_file is not None:
         from prefkern.bench.report import environment
@@ -51,8 +52,8 @@ class Line:
     dtype: str
     case: str
     forward: float | None
-    """Largest error of any output: absolute, except that lse and mean_logit, which grow with the logits, count relative to
-    their size where that exceeds 1."""
+    """Largest error of any output: absolute, except that lse and mean_logit, which grow with the logits, count relative
+    to their size where that exceeds 1."""
     forward_bound: float
     gradient: float | None = None
     """Largest error of a gradient over the largest entry of that gradient, where it comes closest to its bound."""
@@ -93,7 +94,7 @@ def run(device: str) -> list[Line]:
 _ORDER = ("linear_logprobs", "logits_logprobs", "group_advantages", "policy_loss")
 
 
-# ------------------------------------------------------------------------------------------------------------- the problems
+# --------------------------------------------------------------------------------------------------------- the problems
 
 
 def _problems(dtype: torch.dtype, device: str) -> Iterator[Problem]:
@@ -120,29 +121,26 @@ def _head_problems(dtype: torch.dtype, device: str) -> Iterator[Problem]:
     targets = torch.randint(vocab, shape)
     targets[0] = logits[0].argmax(-1)
     some = targets.masked_fill(torch.rand(shape) < 0.3, -100)
-    every = ("entropy", "lse", "sum_sq_probs", "mean_logit", "is_top1")
-    bent = {"temperature": 0.5 + torch.rand(shape), "softcap": 4.0, "logit_scale": 1.3, "outputs": every}
+    every = {"targets": some, "outputs": ("entropy", "lse", "sum_sq_probs", "mean_logit", "is_top1")}
+    bent = {**every, "temperature": 0.5 + torch.rand(shape), "softcap": 4.0, "logit_scale": 1.3}
 
-    def plain_linear(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, **options: Any) -> Any:
+    def plain_linear(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Any = None, **options: Any) -> Any:
         y = hidden @ weight.T
         return reference.logits_logprobs(y if bias is None else y + bias, targets, **options)
 
-    head = (prefkern.linear_logprobs, reference.linear_logprobs, plain_linear)
+    linear = (prefkern.linear_logprobs, reference.linear_logprobs, plain_linear)
     over_logits = (prefkern.logits_logprobs, reference.logits_logprobs, reference.logits_logprobs)
     both = {"hidden": hidden, "weight": weight}
+    one, far = {"logits": logits}, {"logits": logits + 500}
     yield from _on(
         device,
-        Problem("linear_logprobs", "logp", both, {"targets": targets}, *head),
-        Problem("linear_logprobs", "all outputs, ignored rows", both, {"targets": some, "outputs": every}, *head),
-        Problem("linear_logprobs", "bias, softcap, temperatures", {**both, "bias": bias}, {"targets": some, **bent}, *head),
-        Problem("logits_logprobs", "logp", {"logits": logits}, {"targets": targets}, *over_logits),
-        Problem(
-            "logits_logprobs", "all outputs, ignored rows", {"logits": logits}, {"targets": some, "outputs": every}, *over_logits
-        ),
-        Problem("logits_logprobs", "softcap, temperatures", {"logits": logits}, {"targets": some, **bent}, *over_logits),
-        Problem(
-            "logits_logprobs", "offset of 500", {"logits": logits + 500}, {"targets": some, "outputs": every}, *over_logits
-        ),
+        Problem("linear_logprobs", "logp", both, {"targets": targets}, *linear),
+        Problem("linear_logprobs", "all outputs, ignored rows", both, every, *linear),
+        Problem("linear_logprobs", "bias, softcap, temperatures", {**both, "bias": bias}, bent, *linear),
+        Problem("logits_logprobs", "logp", one, {"targets": targets}, *over_logits),
+        Problem("logits_logprobs", "all outputs, ignored rows", one, every, *over_logits),
+        Problem("logits_logprobs", "softcap, temperatures", one, bent, *over_logits),
+        Problem("logits_logprobs", "offset of 500", far, every, *over_logits),
     )
 
 
@@ -202,7 +200,7 @@ def _on(device: str, *problems: Problem) -> Iterator[Problem]:
         yield Problem(p.op, p.case, leaves, options, p.ours, p.exact, p.plain)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the verdict
+# ---------------------------------------------------------------------------------------------------------- the verdict
 
 
 def _judge(problem: Problem, name: str, dtype: torch.dtype) -> Line:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -17,13 +18,13 @@ def demo(context: typer.Context) -> None:
         example = importlib.import_module(MODULE)
     except ModuleNotFoundError as error:
         missing = error.name or ""
-        if MODULE == missing or MODULE.startswith(missing + "."):
+        if missing == MODULE or MODULE.startswith(missing + "."):
             _stop("the example is not part of this installation: run examples/grpo_arithmetic.py of the source tree")
         _stop(f'the example needs {missing}: pip install "prefkern[demo]"')
-    sys.argv = ["prefkern demo", *context.args]
-    raise typer.Exit(example.main() or 0)
+    sys.argv[0] = "prefkern demo"  # what the example's usage line says
+    raise typer.Exit(example.main(context.args))
 
 
-def _stop(message: str) -> None:
+def _stop(message: str) -> NoReturn:
     typer.echo(f"prefkern demo: {message}", err=True)
     raise typer.Exit(2)

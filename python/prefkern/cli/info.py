@@ -12,7 +12,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plan: Annotated[
         tuple[int, int, int] | None,
-        typer.Option(metavar="N H V", help="Also show how linear_logprobs cuts up N tokens, hidden size H, vocabulary V."),
+        typer.Option(metavar="N H V", help="Also show how linear_logprobs cuts up such a call."),
     ] = None,
 ) -> None:
     """Show versions, what the library was built for, and what it uses on this machine."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _C
 from ._call import call, no_double_backward, validation
@@ -80,7 +79,9 @@ def linear_logprobs(
         _check_tensors(bias=bias)
     bits = _output_bits(outputs)
     shape = targets.shape
-    if hidden.ndim == 0 or hidden.shape[:-1] != shape:
+    if hidden.ndim == 0:
+        raise ValueError("hidden has shape []; [..., H] is expected")
+    if hidden.shape[:-1] != shape:
         raise ValueError(f"targets has shape {list(shape)}; hidden has shape {list(hidden.shape)}, so {list(hidden.shape[:-1])} is expected")
     if hidden.is_cuda:
         _validate(targets, temperature, weight.shape[0], ignore_index)
@@ -126,7 +127,9 @@ def logits_logprobs(
     _check_tensors(logits=logits, targets=targets)
     bits = _output_bits(outputs)
     shape = targets.shape
-    if logits.ndim == 0 or logits.shape[:-1] != shape:
+    if logits.ndim == 0:
+        raise ValueError("logits has shape []; [..., V] is expected")
+    if logits.shape[:-1] != shape:
         raise ValueError(f"targets has shape {list(shape)}; logits has shape {list(logits.shape)}, so {list(logits.shape[:-1])} is expected")
     if logits.is_cuda:
         _validate(targets, temperature, logits.shape[-1], ignore_index)
@@ -248,8 +251,10 @@ def _validate(targets: Tensor, temperature: float | Tensor, vocab: int, ignore_i
     bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
     if bool(bad.any()):
         raise ValueError(f"targets has {int(targets[bad][0])}; accepted: 0 to {vocab - 1}, or ignore_index = {ignore_index}")
-    if isinstance(temperature, Tensor) and not bool(((temperature > 0) & temperature.isfinite()).all()):
-        raise ValueError("temperature has a value that is not positive and finite")
+    if isinstance(temperature, Tensor):
+        bad = ~((temperature > 0) & temperature.isfinite())
+        if bool(bad.any()):
+            raise ValueError(f"temperature has {float(temperature[bad][0])}; it must be positive and finite")
 
 
 def _result(out: tuple[Tensor, ...], bits: int, shape: torch.Size) -> LinearLogprobs:
@@ -397,8 +402,9 @@ def _backward_logits(ctx: Any, g_logp: Any, g_entropy: Any, g_lse: Any, *_: Any)
     args = (g_logp, g_entropy, g_lse, logits, targets, row_temperature, entropy, stats, *ctx.options)
     if not ctx.inplace:
         return (_OPS.logits_logprobs_backward(*args), *(None,) * 8)
-    with torch.no_grad():
-        _OPS.logits_logprobs_backward_(*args)
+    if torch.is_grad_enabled():
+        raise RuntimeError("inplace_backward cannot be differentiated twice; use it without create_graph")
+    _OPS.logits_logprobs_backward_(*args)
     # Whoever else saved these logits, and a second backward through here, must find out that they are gone.
     torch.autograd.graph.increment_version(logits)
     return (logits.detach(), *(None,) * 8)
@@ -411,7 +417,7 @@ class _LinearLogprobs(torch.autograd.Function):
         _setup_linear(ctx, inputs, output)
         return output
 
-    backward = staticmethod(once_differentiable(_backward_linear))
+    backward = staticmethod(_backward_linear)
 
 
 class _LogitsLogprobs(torch.autograd.Function):
@@ -421,7 +427,7 @@ class _LogitsLogprobs(torch.autograd.Function):
         _setup_logits(ctx, inputs, output)
         return output
 
-    backward = staticmethod(once_differentiable(_backward_logits))
+    backward = staticmethod(_backward_logits)
 
 
 torch.library.register_autograd("prefkern::linear_logprobs", _backward_linear, setup_context=_setup_linear)

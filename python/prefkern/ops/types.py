@@ -36,7 +36,7 @@ class GroupAdvantages(NamedTuple):
     """Mean reward of the sample's group."""
     std: Tensor
     """Standard deviation of the group's rewards with ddof 1; 0 in a group of one."""
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
     """int64: size of the group."""
 
 
@@ -46,4 +46,4 @@ class LossOutput(NamedTuple):
     loss: Tensor
     """0-d, float32, or float64 for float64 input."""
     metrics: dict[str, Tensor]
-    """0-d tensors without gradient, on the device of the loss: reading one is the caller's synchronisation, not ours."""
+    """0-d tensors without gradient, on the device of the loss. Reading one is the caller's synchronisation."""

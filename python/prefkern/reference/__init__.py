@@ -1,6 +1,6 @@
 """The definitions: what every op computes, in plain PyTorch.
 
-Same signatures and results as the public ops, differentiable by autograd, in any floating type. Nothing here is fast and
+Same signatures and results as the public ops, differentiable by autograd, in any floating type. Nothing here is fast,
 nothing here calls a kernel: in float64 these functions are the truth that the tests and `prefkern check` compare with.
 """
 

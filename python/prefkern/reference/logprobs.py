@@ -63,8 +63,8 @@ def logits_logprobs(
 ) -> LinearLogprobs:
     """The same statistics of given logits y [..., V]. See `linear_logprobs`.
 
-    A logit of -inf is a token that cannot be drawn: it adds nothing to the entropy. `inplace_backward` is without meaning
-    here: the logits are never overwritten.
+    A logit of -inf is a token that cannot be drawn: it adds nothing to the entropy. `inplace_backward` is without
+    meaning here: the logits are never overwritten.
     """
     counts = targets != ignore_index
     return _statistics(_widen(logits)[counts], targets, counts, temperature, softcap, logit_scale, outputs)

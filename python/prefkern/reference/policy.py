@@ -50,9 +50,10 @@ def policy_loss(
 
     Values outside the mask change nothing, whatever they are. If the mask is empty, loss, metrics and gradient are 0.
 
-    Metrics, over the tokens that count: `clip_fraction_low` (A < 0 and rho < 1 - eps_low), `clip_fraction_high` (A > 0 and
-    rho > 1 + eps_high), `clip_fraction_dual` (A < 0 and the dual bound holds l down), `ratio_mean`, `ratio_min`, `ratio_max`
-    (of rho), `approx_kl` (mean of exp(d) - 1 - d), `kl` (mean of k3; 0 without ref_logp) and `tokens` (how many count).
+    Metrics, over the tokens that count: `clip_fraction_low` (A < 0 and rho < 1 - eps_low), `clip_fraction_high` (A > 0
+    and rho > 1 + eps_high), `clip_fraction_dual` (A < 0 and the dual bound holds l down), `ratio_mean`, `ratio_min`,
+    `ratio_max` (of rho), `approx_kl` (mean of exp(d) - 1 - d), `kl` (mean of k3; 0 without ref_logp) and `tokens` (how
+    many count).
     """
     _check_options(kind, agg, kl, dual_clip, beta, ref_logp)
     row, rows = _row_of_each_token(logp, cu_seqlens)
@@ -126,9 +127,7 @@ def _row_of_each_token(logp: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor,
     return torch.arange(len(lengths), device=logp.device).repeat_interleave(lengths), len(lengths)
 
 
-def _check_options(
-    kind: str, agg: str, kl: str, dual_clip: float | None, beta: float, ref_logp: Tensor | None
-) -> None:
+def _check_options(kind: str, agg: str, kl: str, dual_clip: float | None, beta: float, ref_logp: Tensor | None) -> None:
     for name, value, accepted in (
         ("kind", kind, ("clip",)),
         ("agg", agg, ("token-mean", "seq-mean-token-mean")),

@@ -1,0 +1,117 @@
+"""Fixtures of every test: a seed, the devices, threads, and what a call allocates.
+
+`pytest` runs the matrix on the CPU; `pytest -m cuda` runs the same matrix on a GPU.
+"""
+
+import os
+import subprocess
+import sys
+from itertools import accumulate
+
+import hypothesis
+import pytest
+import torch
+
+import prefkern
+
+hypothesis.settings.register_profile("prefkern", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.load_profile("prefkern")
+
+HAS_CUDA = torch.cuda.is_available() and prefkern.capabilities()["cuda_compiled"]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    if request.param == "cuda" and not HAS_CUDA:
+        pytest.skip("needs an NVIDIA GPU and a build with CUDA")
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    """Set the number of threads; the old one comes back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def validation():
+    """Set validation; the old setting comes back afterwards."""
+    before = prefkern.validation()
+    yield prefkern.set_validation
+    prefkern.set_validation(before)
+
+
+class Allocations:
+    """Bytes that went through torch's allocator during a call: the largest piece, and the most held at once."""
+
+    def __init__(self, device, call):
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self.result = call()
+            torch.cuda.synchronize()
+            self.peak = self.largest = torch.cuda.max_memory_allocated() - before
+            return
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            self.result = call()
+        events = profile.profiler.kineto_results.events()
+        sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+        self.peak = max(accumulate(sizes), default=0)
+        self.largest = max(sizes, default=0)
+
+
+@pytest.fixture
+def allocations(device):
+    return lambda call: Allocations(device, call)
+
+
+@pytest.fixture
+def run_python():
+    """Run a script in a process of its own and return what it printed."""
+
+    def run(script, *args, **environment):
+        process = subprocess.run(
+            [sys.executable, *(["-c", script] if isinstance(script, str) else script), *map(str, args)],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert process.returncode == 0, process.stdout + process.stderr
+        return process.stdout.strip()
+
+    return run
+
+
+class OpLog(torch.utils._python_dispatch.TorchDispatchMode):
+    """Which prefkern ops ran, with their arguments: [(name, args)]."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "prefkern":
+            self.calls.append((func.name().removeprefix("prefkern::"), args))
+        return func(*args, **(kwargs or {}))
+
+    def args(self, name):
+        (found,) = [args for called, args in self.calls if called == name]
+        return found
+
+    def names(self):
+        return [name for name, _ in self.calls]
+
+
+@pytest.fixture
+def op_log():
+    with OpLog() as log:
+        yield log

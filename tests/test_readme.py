@@ -1,0 +1,57 @@
+"""What the README states is executed or checked here."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_two_commands_are_what_ci_runs() -> None:
+    first, second = (block.strip() for block in blocks("bash"))
+    ci = (ROOT / ".ci" / "run").read_text()
+    install, demo = first.split(" && ")
+    install_tests, run_tests = second.split(" && ")
+    assert demo == "prefkern demo"
+    for part in (install, demo, install_tests, run_tests):
+        assert part.replace("python -m ", "") in ci, part
+
+
+def test_the_example_runs_and_trains() -> None:
+    (code,) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", code + "\nprint(hidden.grad.abs().sum() > 0, weight.grad.abs().sum() > 0)"],
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    *_, metrics, flags = done.stdout.strip().splitlines()
+    assert "clip_fraction_low" in metrics
+    assert flags == "tensor(True) tensor(True)"
+
+
+def test_links_point_to_files() -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert links
+    missing = [link for link in links if not (ROOT / link).exists()]
+    assert not missing
+
+
+def test_the_table_is_the_one_of_the_committed_measurement() -> None:
+    from prefkern.bench.report import markdown_table
+
+    stated = re.search(r"<!-- table: begin -->\n(.*?)\n<!-- table: end -->", README, re.DOTALL)
+    source = re.search(r"\]\((benchmarks/results/[\w.-]+\.json)\)", README)
+    assert stated and source, "README names no result file"
+    assert stated[1].strip() == markdown_table(json.loads((ROOT / source[1]).read_text())).strip()
+
+
+@pytest.mark.parametrize("command", ["info", "check", "bench", "demo"])
+def test_the_commands_it_names_exist(command: str) -> None:
+    assert f"prefkern {command}" in README
+    subprocess.run([sys.executable, "-m", "prefkern.cli", command, "--help"], capture_output=True, check=True)
