@@ -7,8 +7,10 @@
 #include <stdexcept>
 #include <string>
 
+#include "advantages/group_stats.h"
 #include "core/cuda_runtime.h"
 #include "logprobs/logits_fold.h"
+#include "policy/token_loss.h"
 
 namespace prefkern {
 namespace py = pybind11;
@@ -65,6 +67,45 @@ template <class S> void bind_logit_structs(py::module_& m, const std::string& su
   bind_pointer(g, "g_lse", &Grad::g_lse);
 }
 
+template <class S> void bind_group_structs(py::module_& m, const std::string& suffix) {
+  using Group = GroupArgs<S>;
+  py::class_<Group> g(m, ("GroupArgs" + suffix).c_str());
+  g.def(py::init<>()).def_readwrite("rule", &Group::rule).def_readwrite("count", &Group::count);
+  bind_pointer(g, "rewards", &Group::rewards);
+  bind_pointer(g, "group", &Group::group);
+  bind_pointer(g, "order", &Group::order);
+  bind_pointer(g, "advantages", &Group::advantages);
+  bind_pointer(g, "mean", &Group::mean);
+  bind_pointer(g, "std", &Group::std);
+  bind_pointer(g, "sizes", &Group::sizes);
+}
+
+template <class S> void bind_policy_structs(py::module_& m, const std::string& suffix) {
+  using Loss = PolicyArgs<S>;
+  py::class_<Loss> l(m, ("PolicyArgs" + suffix).c_str());
+  l.def(py::init<>()).def_readwrite("options", &Loss::options).def_readwrite("layout", &Loss::layout)
+      .def_readwrite("token_advantages", &Loss::token_advantages).def_readwrite("slices", &Loss::slices);
+  bind_pointer(l, "logp", &Loss::logp);
+  bind_pointer(l, "old_logp", &Loss::old_logp);
+  bind_pointer(l, "ref_logp", &Loss::ref_logp);
+  bind_pointer(l, "advantages", &Loss::advantages);
+  bind_pointer(l, "mask", &Loss::mask);
+  bind_pointer(l, "grad", &Loss::grad);
+  bind_pointer(l, "loss", &Loss::loss);
+  bind_pointer(l, "metrics", &Loss::metrics);
+  bind_pointer(l, "inverse_norm", &Loss::inverse_norm);
+  bind_pointer(l, "partials", &Loss::partials);
+  bind_pointer(l, "finished", &Loss::finished);
+
+  using Grad = PolicyGradArgs<S>;
+  py::class_<Grad> g(m, ("PolicyGradArgs" + suffix).c_str());
+  g.def(py::init<>()).def_readwrite("tokens", &Grad::tokens);
+  bind_pointer(g, "unnormalised", &Grad::unnormalised);
+  bind_pointer(g, "upstream", &Grad::upstream);
+  bind_pointer(g, "inverse_norm", &Grad::inverse_norm);
+  bind_pointer(g, "grad", &Grad::grad);
+}
+
 inline void bind_argument_structs(py::module_& m) {
   py::enum_<DType>(m, "DType").value("float32", DType::f32).value("bfloat16", DType::bf16).value("float16", DType::f16)
       .value("float64", DType::f64);
@@ -73,6 +114,33 @@ inline void bind_argument_structs(py::module_& m) {
       .def_readwrite("inner_stride", &RowMap::inner_stride);
   bind_logit_structs<float>(m, "");
   bind_logit_structs<double>(m, "64");
+
+  py::enum_<AdvantageEstimator>(m, "AdvantageEstimator").value("grpo", AdvantageEstimator::grpo)
+      .value("dr_grpo", AdvantageEstimator::dr_grpo).value("rloo", AdvantageEstimator::rloo);
+  py::enum_<SingletonRule>(m, "SingletonRule").value("zero", SingletonRule::zero).value("reward", SingletonRule::reward);
+  py::class_<AdvantageRule>(m, "AdvantageRule").def(py::init<>()).def_readwrite("estimator", &AdvantageRule::estimator)
+      .def_readwrite("singleton", &AdvantageRule::singleton).def_readwrite("eps", &AdvantageRule::eps);
+  bind_group_structs<float>(m, "");
+  bind_group_structs<double>(m, "64");
+
+  py::enum_<PolicyKind>(m, "PolicyKind").value("clip", PolicyKind::clip);
+  py::enum_<KlKind>(m, "KlKind").value("none", KlKind::none).value("k3", KlKind::k3);
+  py::enum_<Aggregation>(m, "Aggregation").value("token_mean", Aggregation::token_mean)
+      .value("seq_mean_token_mean", Aggregation::seq_mean_token_mean);
+  py::class_<PolicyOptions>(m, "PolicyOptions").def(py::init<>()).def_readwrite("kind", &PolicyOptions::kind)
+      .def_readwrite("kl", &PolicyOptions::kl).def_readwrite("agg", &PolicyOptions::agg)
+      .def_readwrite("eps_low", &PolicyOptions::eps_low).def_readwrite("eps_high", &PolicyOptions::eps_high)
+      .def_readwrite("dual_clip", &PolicyOptions::dual_clip).def_readwrite("beta", &PolicyOptions::beta)
+      .def_readwrite("ratio_clamp", &PolicyOptions::ratio_clamp);
+  py::class_<SequenceLayout> layout(m, "SequenceLayout");
+  layout.def(py::init<>()).def_readwrite("sequences", &SequenceLayout::sequences)
+      .def_readwrite("padded_length", &SequenceLayout::padded_length).def_readwrite("tokens", &SequenceLayout::tokens);
+  bind_pointer(layout, "cu_seqlens", &SequenceLayout::cu_seqlens);
+  m.def("policy_slices", &policy_slices, py::arg("layout"), "How many blocks share a sequence on CUDA.");
+  m.attr("POLICY_SUMS") = int(kPolicySums);
+  m.attr("POLICY_METRICS") = int(kPolicyMetrics);
+  bind_policy_structs<float>(m, "");
+  bind_policy_structs<double>(m, "64");
 }
 
 template <class Args> void bind_cpu(py::module_& m, const char* name, void (*launch)(const Args&)) {
@@ -94,11 +162,22 @@ inline void bind_cpu_launchers(py::module_& m) {
   bind_cpu<FoldArgs<double>>(m, "cpu_fold_logits64", &cpu_fold_logits);
   bind_cpu<GradArgs<float>>(m, "cpu_grad_logits", &cpu_grad_logits);
   bind_cpu<GradArgs<double>>(m, "cpu_grad_logits64", &cpu_grad_logits);
+  m.def("cpu_group_advantages", static_cast<int64_t (*)(const GroupArgs<float>&)>(&cpu_group_advantages), py::arg("args"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_group_advantages64", static_cast<int64_t (*)(const GroupArgs<double>&)>(&cpu_group_advantages), py::arg("args"),
+        py::call_guard<py::gil_scoped_release>());
+  bind_cpu<PolicyArgs<float>>(m, "cpu_policy_loss", &cpu_policy_loss);
+  bind_cpu<PolicyArgs<double>>(m, "cpu_policy_loss64", &cpu_policy_loss);
+  bind_cpu<PolicyGradArgs<float>>(m, "cpu_policy_loss_backward", &cpu_policy_loss_backward);
+  bind_cpu<PolicyGradArgs<double>>(m, "cpu_policy_loss_backward64", &cpu_policy_loss_backward);
 }
 
 inline void bind_cuda_launchers(py::module_& m) {
   bind_cuda(m, "cuda_fold_logits", &cuda_fold_logits);
   bind_cuda(m, "cuda_grad_logits", &cuda_grad_logits);
+  bind_cuda(m, "cuda_group_advantages", &cuda_group_advantages);
+  bind_cuda(m, "cuda_policy_loss", &cuda_policy_loss);
+  bind_cuda(m, "cuda_policy_loss_backward", &cuda_policy_loss_backward);
 }
 
 }  // namespace prefkern

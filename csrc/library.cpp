@@ -1,7 +1,9 @@
 // Every operator of prefkern on one screen. torch.ops.prefkern.<name>; python/prefkern/ops has the documented functions,
 // the fake (meta) implementations and the autograd formulas. CPU and CUDA share each implementation, which picks the
 // kernels by the device of its tensors.
+#include "advantages/ops.h"
 #include "logprobs/ops.h"
+#include "policy/ops.h"
 
 using namespace prefkern;
 
@@ -36,6 +38,22 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "logits_logprobs_backward_(Tensor? g_logp, Tensor? g_entropy, Tensor? g_lse, Tensor(a!) logits, Tensor targets, "
       "Tensor? row_temperature, Tensor entropy, Tensor stats, float temperature, float softcap, float logit_scale, "
       "int ignore_index) -> ()");
+
+  // ---- advantages: estimator and singleton are the enumerations of math/advantages.h; results are (advantages, mean,
+  // std, count), each [B]. Rewards are constants: no gradient.
+  m.def("group_advantages(Tensor rewards, Tensor group, int estimator, float eps, int singleton) -> (Tensor, Tensor, Tensor, Tensor)");
+
+  // ---- policy: kind, agg and kl are the enumerations of math/policy.h (kl counted from its first penalty); results are
+  // (loss, metrics, unnormalised, inverse_norm). Only logp has a gradient. The _fwd form has no autograd formula.
+  m.def(
+      "policy_loss(Tensor logp, Tensor old_logp, Tensor advantages, Tensor? mask, Tensor? cu_seqlens, Tensor? ref_logp, int kind, "
+      "int agg, int kl, float eps_low, float eps_high, float dual_clip, float beta, float ratio_clamp, bool with_grad) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "policy_loss_fwd(Tensor logp, Tensor old_logp, Tensor advantages, Tensor? mask, Tensor? cu_seqlens, Tensor? ref_logp, "
+      "int kind, int agg, int kl, float eps_low, float eps_high, float dual_clip, float beta, float ratio_clamp, bool with_grad) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("policy_loss_backward(Tensor g_loss, Tensor unnormalised, Tensor inverse_norm) -> Tensor");
 }
 
 #define PK_REGISTER(key)                                                              \
@@ -47,6 +65,10 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("logits_logprobs_fwd", PK_OP(logits_logprobs));                            \
     m.impl("logits_logprobs_backward", PK_OP(logits_logprobs_backward));              \
     m.impl("logits_logprobs_backward_", PK_OP(logits_logprobs_backward_inplace));     \
+    m.impl("group_advantages", PK_OP(group_advantages));                              \
+    m.impl("policy_loss", PK_OP(policy_loss));                                        \
+    m.impl("policy_loss_fwd", PK_OP(policy_loss));                                    \
+    m.impl("policy_loss_backward", PK_OP(policy_loss_backward));                      \
   }
 PK_REGISTER(CPU)
 PK_REGISTER(CUDA)

@@ -19,7 +19,7 @@ not show the memory that linear_logprobs saves: for that a vocabulary has to be 
 
     python examples/grpo_arithmetic.py                        # one seed; the curves go to grpo_arithmetic.png
     python examples/grpo_arithmetic.py --seeds 3 --json curves.json
-    python examples/grpo_arithmetic.py --head eager           # the same run, plain PyTorch in place of linear_logprobs
+    python examples/grpo_arithmetic.py --head eager           # GRPO with plain PyTorch in place of linear_logprobs
     python examples/grpo_arithmetic.py --quick                # a smoke run: the first few GRPO steps only
 
 A seed repeats exactly on the same machine with the same number of threads. Needed besides prefkern: transformers,
@@ -32,7 +32,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -56,7 +56,7 @@ class Settings:
     """Everything that decides a run, together with its seed and the number of threads."""
 
     device: str = "cpu"
-    head: str = "prefkern"
+    head: str = "prefkern"  # of the GRPO phase
     hidden_size: int = 192
     layers: int = 2
     attention_heads: int = 4
@@ -297,7 +297,8 @@ class Trainer:
         s = self.settings
         problems = self.order.sample(self.training, s.sft_batch)
         prompts, targets = encode(problems, self.tokenizer, s.device)
-        logp, _ = answer_token_stats(self.model, prompts, targets, s.head, temperature=1.0)
+        # Never s.head: so GRPO starts from the same weights whatever the head, and its curves can be compared.
+        logp, _ = answer_token_stats(self.model, prompts, targets, "prefkern", temperature=1.0)
         loss = -logp.sum() / (targets != IGNORE).sum()  # logp is 0 where there is no answer token
         self.update(loss)
         self.schedule.step()
@@ -467,7 +468,7 @@ def draw(records: Sequence[Record], settings: Settings, path: Path) -> None:
     figure.savefig(path, dpi=130, format="png")
 
 
-def count(minimum: int):
+def count(minimum: int) -> Callable[[str], int]:
     """An argparse type: a whole number that is at least minimum."""
 
     def parse(text: str) -> int:
@@ -487,7 +488,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--head", choices=tuple(HEADS), default="prefkern", help="what computes log-probs and entropy")
+    add("--head", choices=tuple(HEADS), default="prefkern", help="log-probs and entropy in GRPO")
     add("--seed", type=count(0), default=0, help="the first seed (default 0)")
     add("--seeds", type=count(1), default=1, metavar="N", help="run N seeds, one after the other (default 1)")
     add("--steps", type=count(0), metavar="N", help=f"GRPO steps (default {default.grpo_steps})")

@@ -73,14 +73,15 @@ def allocations(device):
     return lambda call: Allocations(device, call)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_python():
-    """Run a script in a process of its own and return what it printed."""
+    """Run a script in a process of its own and return what it printed. A variable that is None is unset there."""
 
     def run(script, *args, **environment):
+        environment = {**os.environ, **environment}
         process = subprocess.run(
-            [sys.executable, *(["-c", script] if isinstance(script, str) else script), *map(str, args)],
-            env={**os.environ, **environment},
+            [sys.executable, "-c", script, *map(str, args)],
+            env={name: value for name, value in environment.items() if value is not None},
             capture_output=True,
             text=True,
             check=False,

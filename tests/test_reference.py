@@ -205,8 +205,9 @@ def test_advantage_arguments_are_checked():
         reference.group_advantages(REWARDS, GROUP, estimator="gpro")
     with pytest.raises(ValueError, match=r"singleton.*'one'"):
         reference.group_advantages(REWARDS, GROUP, singleton="one")
-    with pytest.raises(ValueError, match=r"rewards.*NaN"):
-        reference.group_advantages(f64(1, NAN), torch.tensor([0, 0]))
+    for value in (NAN, math.inf):
+        with pytest.raises(ValueError, match=r"rewards.*finite"):
+            reference.group_advantages(f64(1, value), torch.tensor([0, 0]))
 
 
 # ---------------------------------------------------------------------------------------------------------- policy loss

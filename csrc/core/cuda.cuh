@@ -34,6 +34,7 @@ constexpr float kFlushExponent = -151.0f;  // 2^t is exactly 0 here
 
 __device__ __forceinline__ float exp2_flush(float t) { return exp2f(t); }
 __device__ __forceinline__ float vexp(float x) { return expf(x); }
+constexpr float kExpTail = 0.34f;  // see math/policy.h
 __device__ __forceinline__ float vtanh(float x) { return tanhf(x); }
 __device__ __forceinline__ float vlog2(float x) { return log2f(x); }
 PK_HD double vsqrt(double x) { return sqrt(x); }

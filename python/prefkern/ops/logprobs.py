@@ -167,7 +167,13 @@ def plan_chunks(
     if dtype not in _DTYPES:
         raise TypeError(f"dtype is {dtype}; accepted: {', '.join(map(str, _DTYPES))}")
     budget = 0 if chunk_bytes is None else _positive_int("chunk_bytes", chunk_bytes)
-    return _C.plan_chunks(rows, hidden, vocab, _DTYPES[dtype], torch.device(device).type == "cuda", backward, budget)
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError):
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}; accepted: 'cpu', 'cuda'")
+    return _C.plan_chunks(rows, hidden, vocab, _DTYPES[dtype], kind == "cuda", backward, budget)
 
 
 def _differentiable(op: Any, function: type[torch.autograd.Function]) -> Any:

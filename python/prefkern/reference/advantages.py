@@ -41,8 +41,8 @@ def group_advantages(
         raise ValueError(f"singleton: got {singleton!r}, accepted are {list(SINGLETONS)}")
     r = rewards.detach()
     r = r if r.dtype == torch.float64 else r.float()
-    if bool(r.isnan().any()):
-        raise ValueError("rewards: got NaN")
+    if not bool(r.isfinite().all()):
+        raise ValueError("rewards: every reward must be finite")
 
     ids, index = torch.unique(group, return_inverse=True)
 

@@ -74,7 +74,7 @@ def policy_loss(
     bound = torch.where(low, -a * (1 - eps_low), -a * (1 + eps_high))
     dual = torch.zeros_like(low)
     if dual_clip is not None:
-        dual = (a < 0) & (-a * rho > -a * dual_clip)
+        dual = (a < 0) & (rho > dual_clip)
         bound = torch.where(dual, -a * dual_clip, bound)
     flat = low | high | dual  # constant in logp; their ratio is masked before exp, so that none of it overflows
     loss = torch.where(flat, bound, -a * lr.masked_fill(flat, 0.0).exp())
@@ -99,7 +99,7 @@ def policy_loss(
         "ratio_max": zero if empty else rho.max(),
         "approx_kl": mean(torch.expm1(d) - d),
         "kl": mean(k3),
-        "tokens": torch.tensor(len(lp), device=logp.device),
+        "tokens": torch.tensor(len(lp), dtype=dtype, device=logp.device),
     }
     return LossOutput(_aggregate(loss, row[keep], rows, agg), metrics)
 

@@ -1,0 +1,286 @@
+"""The kernels as prefkern._C offers them: argument structs filled with addresses, from NumPy arrays or torch tensors.
+tests/test_package.py runs this file once per instruction set."""
+
+import numpy as np
+import pytest
+import torch
+
+from prefkern import _C, reference
+
+ROWS, VOCAB = 6, 2500
+TYPES = {
+    "float32": (_C.DType.float32, torch.float32),
+    "bfloat16": (_C.DType.bfloat16, torch.bfloat16),
+    "float16": (_C.DType.float16, torch.float16),
+    "float64": (_C.DType.float64, torch.float64),
+}
+FIELDS = ("logp", "out_entropy", "lse", "sum_sq_probs", "mean_logit", "is_top1")
+UPSTREAM = ("g_logp", "g_entropy", "g_lse")
+TRANSFORMS = [{}, {"scale": 0.5, "temperature": 0.7}, {"softcap": 4.0, "scale": 1.5}]
+ALL = ("entropy", "lse", "sum_sq_probs", "mean_logit", "is_top1")
+
+
+def address(array):
+    return array.ctypes.data if isinstance(array, np.ndarray) else array.data_ptr()
+
+
+def structs(name):
+    suffix = "64" if name == "float64" else ""
+    return (
+        getattr(_C, "FoldArgs" + suffix),
+        getattr(_C, "GradArgs" + suffix),
+        getattr(_C, "cpu_fold_logits" + suffix),
+        getattr(_C, "cpu_grad_logits" + suffix),
+    )
+
+
+def set_block(block, name, rows, cols, targets, vocab=None, first_col=0, **transform):
+    block.dtype, block.rows, block.cols = TYPES[name][0], rows, cols
+    block.vocab, block.first_col, block.targets = vocab or cols, first_col, address(targets)
+    for key, value in transform.items():
+        setattr(block.transform, key, value)
+
+
+def set_map(row_map, outer, inner=1, inner_stride=0):
+    row_map.inner, row_map.outer_stride, row_map.inner_stride = inner, outer, inner_stride
+
+
+def fold(name, logits, targets, **transform):
+    """All outputs of whole rows, as a dict of NumPy arrays or torch tensors, whichever the logits are."""
+    args_type, _, launch, _ = structs(name)
+    rows, cols = logits.shape
+    real = np.float64 if name == "float64" else np.float32
+    out = {field: np.full(rows, 77, np.bool_ if field == "is_top1" else real) for field in FIELDS}
+    out |= {"row_max": np.empty(rows, real), "row_log2_sum": np.empty(rows, real)}
+    if not isinstance(logits, np.ndarray):
+        out = {field: torch.from_numpy(array) for field, array in out.items()}
+    a = args_type()
+    set_block(a.block, name, rows, cols, targets, **transform)
+    set_map(a.logits_map, cols)
+    a.logits = address(logits)
+    a.entropy = a.extra = True
+    for field, array in out.items():
+        setattr(a, field, address(array))
+    launch(a)
+    return out
+
+
+def inputs(name="float32"):
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.normal(size=(ROWS, VOCAB)) * 3).to(TYPES[name][1])
+    targets = torch.from_numpy(rng.integers(0, VOCAB, ROWS))
+    targets[0], targets[3] = logits[0].argmax(), -100
+    return logits, targets
+
+
+def tolerance(name):
+    return 1e-12 if name == "float64" else 1e-5
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+def test_fold_of_torch_tensors(name, transform):
+    logits, targets = inputs(name)
+    out = fold(name, logits, targets, **transform)
+    exact = reference.logits_logprobs(
+        logits.double(), targets, outputs=ALL, temperature=transform.get("temperature", 1.0),
+        softcap=transform.get("softcap"), logit_scale=transform.get("scale", 1.0),
+    )  # fmt: skip
+    for field, expected in zip(FIELDS, exact, strict=True):
+        torch.testing.assert_close(out[field].to(expected.dtype), expected, rtol=0, atol=tolerance(name))
+
+
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_fold_of_numpy_arrays(name):
+    """Written out in NumPy alone."""
+    tensor, targets = inputs(name)
+    logits, targets = tensor.numpy(), targets.numpy()
+    out = fold(name, logits, targets)
+    z = logits.astype(np.float64)
+    top = z.max(-1, keepdims=True)
+    lse = (top + np.log(np.exp(z - top).sum(-1, keepdims=True)))[:, 0]
+    p = np.exp(z - lse[:, None])
+    counts = targets != -100
+    expected = {
+        "logp": z[np.arange(ROWS), np.maximum(targets, 0)] - lse,
+        "out_entropy": -(p * np.log(p)).sum(-1),
+        "lse": lse,
+        "sum_sq_probs": (p * p).sum(-1),
+        "mean_logit": z.mean(-1),
+    }
+    for field, value in expected.items():
+        np.testing.assert_allclose(out[field], np.where(counts, value, 0), rtol=0, atol=tolerance(name))
+    assert out["is_top1"].tolist() == [bool(c) and t == r.argmax() for c, t, r in zip(counts, targets, z, strict=True)]
+    np.testing.assert_allclose(out["row_max"][counts], top[counts, 0], rtol=0, atol=0)
+    np.testing.assert_allclose(
+        (out["row_log2_sum"] * np.log(2) + out["row_max"])[counts], lse[counts], rtol=0, atol=tolerance(name)
+    )
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("width", [1, 7, 64, 1000, 2499])
+def test_blocks_of_the_vocabulary_equal_the_whole(name, width):
+    """The running state carries a row from one block of columns to the next."""
+    args_type, _, launch, _ = structs(name)
+    logits, targets = inputs(name)
+    if width == 1:
+        logits = logits[:, :90].contiguous()
+        targets = torch.where(targets < 0, targets, targets % 90)
+    vocab = logits.shape[1]
+    whole = fold(name, logits, targets)
+    real = torch.float64 if name == "float64" else torch.float32
+    state = torch.full((7, ROWS + 3), torch.nan, dtype=real)
+    out = {field: torch.full((ROWS,), 7, dtype=t.dtype) for field, t in whole.items()}
+    for first in range(0, vocab, width):
+        cols = min(width, vocab - first)
+        a = args_type()
+        set_block(a.block, name, ROWS, cols, targets, vocab, first)
+        set_map(a.logits_map, vocab)
+        a.logits = address(logits) + first * logits.element_size()
+        a.entropy = a.extra = True
+        a.first, a.last = first == 0, first + cols == vocab
+        a.state, a.state_stride = address(state), ROWS + 3
+        for field, tensor in out.items():
+            setattr(a, field, address(tensor))
+        launch(a)
+    for field, expected in whole.items():
+        counts = targets != -100 if field.startswith("row_") else slice(None)
+        torch.testing.assert_close(out[field][counts], expected[counts], rtol=0, atol=tolerance(name), msg=field)
+    assert state[:, ROWS:].isnan().all()  # beyond the rows nothing is written
+
+
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_row_temperature_and_bias(name):
+    logits, targets = inputs(name)
+    temperature, bias = torch.rand(ROWS).to(logits.dtype) + 0.5, torch.randn(VOCAB).to(logits.dtype)
+    out = fold(name, logits, targets, row_temperature=address(temperature), bias=address(bias))
+    exact = reference.logits_logprobs(
+        logits.double() + bias.double(), targets, temperature=temperature.double(), outputs=ALL
+    )
+    for field, expected in zip(FIELDS, exact, strict=True):
+        torch.testing.assert_close(out[field].to(expected.dtype), expected, rtol=0, atol=tolerance(name))
+
+
+def test_only_the_outputs_that_have_an_address_are_written():
+    logits, targets = inputs()
+    whole = fold("float32", logits, targets)
+    logp = torch.empty(ROWS)
+    a = _C.FoldArgs()
+    set_block(a.block, "float32", ROWS, VOCAB, targets)
+    set_map(a.logits_map, VOCAB)
+    a.logits, a.logp = address(logits), address(logp)
+    assert (a.lse, a.out_entropy, a.is_top1) == (0, 0, 0)
+    _C.cpu_fold_logits(a)
+    assert torch.equal(logp, whole["logp"])
+
+
+def grad(name, logits, targets, stats, upstream, into=None, **transform):
+    _, args_type, _, launch = structs(name)
+    rows, cols = logits.shape
+    into = np.empty_like(logits) if into is None and isinstance(logits, np.ndarray) else into
+    into = torch.empty_like(logits) if into is None else into
+    a = args_type()
+    set_block(a.block, name, rows, cols, targets, **transform)
+    set_map(a.logits_map, cols)
+    set_map(a.grad_map, cols)
+    a.grad_dtype = TYPES[name][0]
+    a.logits, a.grad = address(logits), address(into)
+    a.row_max, a.row_log2_sum, a.entropy = (address(stats[k]) for k in ("row_max", "row_log2_sum", "out_entropy"))
+    for field, array in upstream.items():
+        setattr(a, field, address(array))
+    launch(a)
+    return into
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("which", [*([g] for g in UPSTREAM), UPSTREAM], ids="+".join)
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+def test_gradients(name, which, transform):
+    logits, targets = inputs(name)
+    stats = fold(name, logits, targets, **transform)
+    real = stats["logp"].dtype
+    upstream = {field: torch.randn(ROWS, dtype=real) for field in which}
+    ours = grad(name, logits, targets, stats, upstream, **transform)
+    x = logits.double().requires_grad_()
+    out = reference.logits_logprobs(
+        x, targets, outputs=ALL, temperature=transform.get("temperature", 1.0),
+        softcap=transform.get("softcap"), logit_scale=transform.get("scale", 1.0),
+    )  # fmt: skip
+    total = sum((upstream[field].double() * getattr(out, field[2:])).sum() for field in which)
+    (expected,) = torch.autograd.grad(total, x)
+    error = (ours.double() - expected).norm() / expected.norm()
+    assert error < {"float64": 1e-12, "float32": 1e-6, "bfloat16": 3e-3, "float16": 4e-4}[name]
+    assert ours[3].eq(0).all()  # the ignored row
+    inplace = logits.clone()
+    grad(name, inplace, targets, stats, upstream, into=inplace, **transform)
+    assert torch.equal(inplace, ours)
+
+
+def test_gradient_of_numpy_arrays():
+    tensor, targets = inputs()
+    logits, targets = tensor.numpy(), targets.numpy()
+    stats = fold("float32", logits, targets)
+    ours = grad("float32", logits, targets, stats, {"g_logp": np.ones(ROWS, np.float32)})
+    p = np.exp(logits.astype(np.float64) - stats["lse"][:, None])
+    expected = (np.arange(VOCAB) == targets[:, None]) - p
+    np.testing.assert_allclose(ours, np.where((targets != -100)[:, None], expected, 0), rtol=2e-5, atol=1e-9)
+    np.testing.assert_allclose(ours.astype(np.float64).sum(-1), 0, atol=1e-5)  # a shift of a row changes nothing
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_rows_anywhere_in_memory(name):
+    """Row r at (r // inner) * outer_stride + (r % inner) * inner_stride: a slice of [B, T, V], a transposed batch."""
+    args_type, grad_type, launch, launch_grad = structs(name)
+    logits, targets = inputs(name)
+    stats = fold(name, logits, targets)
+    ones = torch.ones_like(stats["logp"])
+    d_whole = grad(name, logits, targets, stats, {"g_logp": ones})
+    for outer, inner_stride in ((4 * VOCAB, VOCAB), (VOCAB, 2 * VOCAB)):  # [2, 3 of 4, V] and [3, 2, V] transposed
+        memory = torch.full((8 * VOCAB,), torch.nan, dtype=logits.dtype)
+        strided = memory.as_strided((2, 3, VOCAB), (outer, inner_stride, 1))
+        strided.copy_(logits.view(2, 3, VOCAB))
+        logp, a = torch.empty_like(stats["logp"]), args_type()
+        set_block(a.block, name, ROWS, VOCAB, targets)
+        set_map(a.logits_map, outer, 3, inner_stride)
+        a.logits, a.logp = address(memory), address(logp)
+        launch(a)
+        assert torch.equal(logp, stats["logp"])
+        into, g = torch.full_like(memory, torch.nan), grad_type()
+        set_block(g.block, name, ROWS, VOCAB, targets)
+        set_map(g.logits_map, outer, 3, inner_stride)
+        set_map(g.grad_map, outer, 3, inner_stride)
+        g.logits, g.grad, g.grad_dtype, g.g_logp = address(memory), address(into), TYPES[name][0], address(ones)
+        g.row_max, g.row_log2_sum = address(stats["row_max"]), address(stats["row_log2_sum"])
+        launch_grad(g)
+        assert torch.equal(into.as_strided((2, 3, VOCAB), (outer, inner_stride, 1)), d_whole.view(2, 3, VOCAB))
+        assert into.isnan().sum() == 2 * VOCAB  # what lies between the rows is left alone
+
+
+def test_another_ignore_index():
+    logits, targets = inputs()
+    a, logp = _C.FoldArgs(), torch.empty(ROWS)
+    set_block(a.block, "float32", ROWS, VOCAB, torch.where(targets == -100, 5, targets))
+    kept = torch.where(targets == -100, 5, targets)
+    a.block.targets, a.block.ignore_index = address(kept), 5
+    set_map(a.logits_map, VOCAB)
+    a.logits, a.logp = address(logits), address(logp)
+    _C.cpu_fold_logits(a)
+    assert torch.equal(logp, fold("float32", logits, targets)["logp"])
+
+
+def test_structs_start_empty():
+    a, g = _C.FoldArgs(), _C.GradArgs()
+    assert (a.logits, a.state, a.logp, g.grad, g.g_logp, a.block.targets) == (0,) * 6
+    assert (a.first, a.last, a.entropy, a.extra) == (True, True, False, False)
+    assert (a.block.ignore_index, a.block.transform.temperature, a.block.transform.scale) == (-100, 1.0, 1.0)
+    assert a.block.transform.softcap == 0
+    a.logits = 2**47 + 16
+    assert a.logits == 2**47 + 16
+    _C.cpu_fold_logits(_C.FoldArgs())  # no rows, nothing to do
+
+
+def test_a_wrong_struct_is_a_type_error():
+    with pytest.raises(TypeError, match="cpu_fold_logits"):
+        _C.cpu_fold_logits(_C.GradArgs())
+    with pytest.raises(TypeError, match="cpu_grad_logits64"):
+        _C.cpu_grad_logits64(_C.GradArgs())
