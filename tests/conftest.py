@@ -14,7 +14,7 @@ import torch
 
 import prefkern
 
-hypothesis.settings.register_profile("prefkern", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.register_profile("prefkern", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("prefkern")
 
 HAS_CUDA = torch.cuda.is_available() and prefkern.capabilities()["cuda_compiled"]
@@ -23,6 +23,13 @@ HAS_CUDA = torch.cuda.is_available() and prefkern.capabilities()["cuda_compiled"
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Most inputs here are too small to share out; on a busy machine threads would mostly wait for each other. What
+    depends on threads asks for them with the fixture below."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

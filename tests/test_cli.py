@@ -108,8 +108,8 @@ def test_check_passes_on_this_machine(tmp_path):
     output = succeed("check", "--json", file)
     saved = json.loads(file.read_text())
     rows = saved["rows"]
-    assert {row["op"] for row in rows} == set(OPS)
-    assert {row["dtype"] for row in rows if row["op"] == "linear_logprobs"} == {"fp32", "bf16", "fp16", "fp64"}
+    every = {(op, dtype) for op in OPS for dtype in ("fp32", "bf16", "fp16", "fp64")}
+    assert {(row["op"], row["dtype"]) for row in rows} == every
     assert all(row["ok"] and row["forward"] <= row["forward_bound"] for row in rows)
     for row in rows:
         assert (row["gradient"] is None) == (row["op"] == "group_advantages")

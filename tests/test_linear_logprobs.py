@@ -76,9 +76,7 @@ def assert_fields(actual, expected, tolerance, rtol=0.0):
         assert (a is None) == (e is None), name
         if a is not None:
             assert a.shape == e.shape
-            assert_close(
-                a.cpu().to(e.dtype), e, rtol=rtol, atol=tolerance, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            assert_close(a.cpu().to(e.dtype), e, rtol=rtol, atol=tolerance, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def leaf(t):
@@ -170,9 +168,7 @@ def test_bias_of_any_dtype(device, dtype, bias_dtype):
     hidden, weight, targets = make(device, dtype)
     bias = torch.randn(301).to(device, bias_dtype)
     expected = exactly(hidden, weight, targets, bias)
-    assert_fields(
-        linear_logprobs(hidden, weight, targets, bias=bias, outputs=ALL), expected, 1e-11 if dtype == F64 else 1e-5
-    )
+    assert_fields(linear_logprobs(hidden, weight, targets, bias=bias, outputs=ALL), expected, 1e-11 if dtype == F64 else 1e-5)
     upstream = upstream_of(targets.shape)
     (*_, d_bias) = gradients(linear_logprobs, (hidden, weight, bias), upstream, targets=targets)
     assert d_bias.dtype == bias_dtype
@@ -375,8 +371,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("hidden_layout", LAYOUTS)
-@pytest.mark.parametrize("weight_layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("hidden_layout", "weight_layout"),
+    [*((name, "contiguous") for name in LAYOUTS), *(("contiguous", name) for name in LAYOUTS), ("transposed", "transposed")],
+)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=names)
 def test_any_strides(device, hidden_layout, weight_layout, dtype):
     hidden, weight, targets = make(device, dtype, vocab=19, width=6)
@@ -506,6 +504,23 @@ def test_equal_calls_give_equal_bits(device, dtype, chunk_bytes):
         assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+def test_threads(threads, dtype):
+    """Large enough to be shared out: the same values with any number of threads, the same bits with the same number."""
+    hidden, weight, targets = make("cpu", dtype, (256,), 2000, 16)
+    upstream = upstream_of(targets.shape)
+    runs = []
+    for n in (1, 2, 2, 3):
+        threads(n)
+        out = linear_logprobs(hidden, weight, targets, outputs=ALL)
+        runs.append((*out, *gradients(linear_logprobs, (hidden, weight), upstream, targets=targets)))
+    assert all(torch.equal(a, b) for a, b in zip(runs[1], runs[2], strict=True))
+    assert_fields(prefkern.LinearLogprobs(*runs[0][:6]), exactly(hidden, weight, targets), VALUE_TOLERANCE[dtype])
+    for run in runs[1:]:
+        for a, b in zip(run, runs[0], strict=True):
+            assert distance(a, b) < {F64: 1e-12, F32: 2e-6, BF16: 2e-3, F16: 3e-4, torch.bool: 1e-9}[a.dtype]
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=names)
 @pytest.mark.parametrize("backward", [False, True])
 def test_workspace_is_what_the_plan_says(device, allocations, dtype, backward):
@@ -620,9 +635,7 @@ def test_huge_logits(device, chunk_bytes):
     logits[3:, 18] = 1e4
     targets = torch.tensor([17, 40, 5, 18, 17, 5])
     identity = torch.eye(100)  # the logits, exactly
-    out = linear_logprobs(
-        logits.to(device), identity.to(device), targets.to(device), outputs=ALL, chunk_bytes=chunk_bytes
-    )
+    out = linear_logprobs(logits.to(device), identity.to(device), targets.to(device), outputs=ALL, chunk_bytes=chunk_bytes)
     expected = exactly(logits, identity, targets)
     assert_close(out.logp.cpu().double(), expected.logp, rtol=1e-6, atol=1e-6)
     assert out.logp[0] == 0
@@ -630,9 +643,7 @@ def test_huge_logits(device, chunk_bytes):
     assert_close(out.lse.cpu().double(), expected.lse, rtol=2e-7, atol=0)
     assert out.is_top1.tolist() == [True, False, False, False, True, False]
     upstream = upstream_of((6,))
-    d_logits, _ = gradients(
-        linear_logprobs, (logits.to(device), identity.to(device)), upstream, targets=targets.to(device)
-    )
+    d_logits, _ = gradients(linear_logprobs, (logits.to(device), identity.to(device)), upstream, targets=targets.to(device))
     e_logits, _ = gradients(reference.linear_logprobs, (logits.double(), identity.double()), upstream, targets=targets)
     assert_close(d_logits.cpu().double(), e_logits, rtol=1e-5, atol=1e-5)
 
@@ -711,9 +722,7 @@ def test_a_row_of_nan_poisons_only_itself(device, dtype, chunk_bytes):
     assert not out.is_top1[4]
     upstream = upstream_of((13,))
     d_clean, _ = gradients(linear_logprobs, (hidden, weight), upstream, targets=targets, chunk_bytes=chunk_bytes)
-    d_hidden, d_weight = gradients(
-        linear_logprobs, (poisoned, weight), upstream, targets=targets, chunk_bytes=chunk_bytes
-    )
+    d_hidden, d_weight = gradients(linear_logprobs, (poisoned, weight), upstream, targets=targets, chunk_bytes=chunk_bytes)
     assert d_hidden[4].isnan().all()
     assert distance(d_hidden[others], d_clean[others]) < {F64: 1e-12, F32: 1e-6, BF16: 4e-3, F16: 5e-4}[dtype]
     assert d_weight.isnan().all()  # a sum over the rows cannot hide it
@@ -886,8 +895,7 @@ def op_arguments(dtype, options, grad, device):
     return (tensors[0], tensors[1], targets, tensors[2], rows), numbers
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=names)
-@pytest.mark.parametrize("options", ["plain", "everything"])
+@pytest.mark.parametrize(("dtype", "options"), [(F32, "plain"), (BF16, "everything")], ids=str)
 @pytest.mark.parametrize("outputs", [0, 9, 31])
 def test_opcheck_forward(device, dtype, options, outputs):
     tensors, numbers = op_arguments(dtype, options, False, device)
@@ -897,9 +905,8 @@ def test_opcheck_forward(device, dtype, options, outputs):
     opcheck(OPS.linear_logprobs.default, (*tensors, *numbers, outputs | 32, 0))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=names)
+@pytest.mark.parametrize(("dtype", "rows"), [(F32, "some"), (BF16, "some"), (BF16, "none")], ids=str)
 @pytest.mark.parametrize("needs", range(1, 8))
-@pytest.mark.parametrize("rows", ["some", "none"])
 def test_opcheck_backward(device, dtype, needs, rows):
     tensors, numbers = op_arguments(dtype, "everything", False, device)
     if rows == "none":
@@ -918,8 +925,7 @@ COMPILED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("options", COMPILED)
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("options", "ranks"), [("plain", 1), ("outputs", 1), ("everything", 1), ("everything", 2)])
 def test_one_graph_for_any_number_of_tokens(device, options, ranks):
     """fullgraph, forward and backward, five sizes, at most two compilations (the second has a symbolic N)."""
     torch._dynamo.reset()
@@ -1150,9 +1156,7 @@ def test_bad_values_on_a_gpu_are_nan_without_validation(device, validation):
     validation(False)
     hidden, weight, _ = make(device, shape=(4,), vocab=10)
     temperature = torch.tensor([1.0, 1.0, -1.0, 1.0], device=device)
-    out = linear_logprobs(
-        hidden, weight, torch.tensor([0, 10, 3, -1], device=device), temperature=temperature, outputs=ALL
-    )
+    out = linear_logprobs(hidden, weight, torch.tensor([0, 10, 3, -1], device=device), temperature=temperature, outputs=ALL)
     assert out.logp.isnan().tolist() == [False, True, True, True]
 
 

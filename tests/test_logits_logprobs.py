@@ -112,7 +112,7 @@ def test_values(device, dtype, options):
     assert {t.device for t in out} == {logits.device}
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 7, 15, 16, 17, 63, 64, 65, 127, 1023, 1024, 1025, 2049, 4099])
+@pytest.mark.parametrize("vocab", [1, 2, 7, 16, 17, 63, 65, 127, 1023, 1024, 1025, 4099])
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("options", ["plain", "softcap"])
 def test_any_vocabulary_size(device, dtype, vocab, options):
@@ -175,8 +175,11 @@ def plain_torch(logits, targets, temperature=1.0, softcap=None, logit_scale=1.0,
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("sources", [*([s] for s in SOURCES), SOURCES], ids="+".join)
+@pytest.mark.parametrize(
+    ("options", "sources"),
+    [*((name, SOURCES) for name in OPTIONS), *((name, [s]) for name in ("plain", "everything") for s in SOURCES)],
+    ids=lambda p: p if isinstance(p, str) else "+".join(p),
+)
 def test_gradients(device, dtype, options, sources):
     """Against float64: rounding only in float32, and in half precision at most twice the error of plain PyTorch."""
     logits, targets = make(device, dtype, vocab=301)
@@ -326,9 +329,7 @@ def test_inplace_allocates_nothing_of_the_size_of_the_logits(device, allocations
     assert used.result[0].data_ptr() == result.data_ptr()
 
 
-@pytest.mark.parametrize(
-    "layout", ["sequence first", "without the last token", "columns of a wider one", "every second row"]
-)
+@pytest.mark.parametrize("layout", ["sequence first", "without the last token", "columns of a wider one", "every second row"])
 def test_inplace_into_a_view(device, layout):
     """The rest of the memory is left alone."""
     logits, targets = make(device, shape=(3, 5), vocab=70)
@@ -533,7 +534,7 @@ def test_huge_logits(device, dtype):
     assert_close(ours.cpu().double(), exact, rtol={F64: 1e-10, F32: 1e-6, BF16: 4e-3, F16: 1e-3}[dtype], atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=names)
 @pytest.mark.parametrize("options", ["plain", "everything"])
 @pytest.mark.parametrize("forbidden", ["most", "all but the first", "all but the last", "a long start"])
 def test_logits_of_minus_infinity(device, dtype, forbidden, options):
@@ -701,15 +702,15 @@ def test_autocast_takes_logits_as_they_are(device):
     assert torch.equal(out.logp, logits_logprobs(logits, targets).logp)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=names)
-@pytest.mark.parametrize("options", ["plain", "everything"])
-@pytest.mark.parametrize("shape", [(6,), (2, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "options", "shape"), [(F32, "plain", (6,)), (BF16, "everything", (6,)), (F32, "everything", (2, 3))], ids=str
+)
 def test_opcheck(device, dtype, options, shape):
     logits, targets = make(device, dtype, shape, 9)
     options, targets = options_of(options, 6, device), targets.reshape(-1)
     rows = options.get("temperature") if isinstance(options.get("temperature"), torch.Tensor) else None
     numbers = (1.0, options.get("softcap", 0.0), options.get("logit_scale", 1.0), -100)
-    for outputs in (0, 9, 31):
+    for outputs in (0, 31):
         opcheck(OPS.logits_logprobs_fwd.default, (logits, targets, rows, *numbers, outputs, False))
         opcheck(OPS.logits_logprobs.default, (leaf(logits), targets, rows, *numbers, outputs | 32, False))
     opcheck(OPS.logits_logprobs.default, (logits, targets, rows, *numbers, 33, False))
@@ -745,9 +746,7 @@ def test_one_graph_for_any_number_of_tokens(device, inplace, ranks):
 
 
 def test_meta_tensors_give_shapes():
-    out = logits_logprobs(
-        torch.empty(2, 3, 5, device="meta"), torch.empty(2, 3, dtype=torch.int64, device="meta"), outputs=ALL
-    )
+    out = logits_logprobs(torch.empty(2, 3, 5, device="meta"), torch.empty(2, 3, dtype=torch.int64, device="meta"), outputs=ALL)
     assert all(field.shape == (2, 3) and field.device.type == "meta" for field in out)
     assert [field.dtype for field in out] == [F32] * 5 + [torch.bool]
 

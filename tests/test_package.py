@@ -1,6 +1,7 @@
 """What the package says of itself, its settings, its planner, and every instruction set it is compiled for."""
 
 import importlib.metadata
+import importlib.util
 import re
 from pathlib import Path
 
@@ -85,9 +86,16 @@ def test_set_validation(validation):
         assert prefkern.validation() is bool(value)
 
 
-@pytest.mark.parametrize(("value", "expected"), [("1", "True"), ("0", "False"), ("", "False")])
-def test_validation_from_the_environment(run_python, value, expected):
-    assert run_python("import prefkern; print(prefkern.validation())", PREFKERN_VALIDATE=value) == expected
+@pytest.mark.parametrize(("value", "expected"), [("1", True), ("0", False), ("", False), (None, False)])
+def test_validation_from_the_environment(monkeypatch, value, expected):
+    """Read when the module is loaded: load it once more, beside the one in use."""
+    monkeypatch.delenv("PREFKERN_VALIDATE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("PREFKERN_VALIDATE", value)
+    spec = importlib.util.find_spec("prefkern.ops._call")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.validation() is expected
 
 
 # -------------------------------------------------------------------------------------------------------------- planner
@@ -197,14 +205,14 @@ def best_results(run_python, tmp_path_factory):
 
 @pytest.mark.parametrize("isa", prefkern.capabilities()["cpu_isas"])
 def test_every_instruction_set_gives_the_same(run_python, tmp_path, best_results, isa):
-    """Equal within rounding; and every test of the formulas and kernels passes with it."""
+    """Equal within rounding; and the tests of the formulas and kernels pass with the narrower ones."""
     compiled = prefkern.capabilities()["cpu_isas"]
     if compiled.index(isa) > compiled.index(best_results["isa"]):
         pytest.skip(f"this CPU has no {isa}")
     path = tmp_path / "results.pt"
-    tests = [TESTS / name for name in ("test_softmax_math.py", "test_raw_kernels.py")]
-    if isa == prefkern.capabilities()["cpu_isa"]:
-        tests = []  # they run in this process
+    # This process runs those tests with its own set; avx512_bf16 differs from avx512 in a conversion.
+    elsewhere = {"base", "avx2"} - {prefkern.capabilities()["cpu_isa"]}
+    tests = [TESTS / "test_softmax_math.py", TESTS / "test_raw_kernels.py"] if isa in elsewhere else []
     run_python(RESULTS, path, *tests, PREFKERN_CPU_ISA=isa, OMP_NUM_THREADS="1")
     results = torch.load(path)
     assert results.pop("isa") == isa
@@ -217,12 +225,3 @@ def test_every_instruction_set_gives_the_same(run_python, tmp_path, best_results
         assert torch.equal(top, expected_top)
         error = (gradient.double() - expected_gradient.double()).norm() / expected_gradient.double().norm()
         assert error < {"float64": 1e-12, "float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-4}[case.split()[0][6:]], case
-
-
-def test_an_instruction_set_is_a_ceiling(run_python):
-    """base is always there; a CPU never runs more than it is allowed, nor more than it has."""
-    script = "import prefkern; print(prefkern.capabilities()['cpu_isa'])"
-    compiled = prefkern.capabilities()["cpu_isas"]
-    best = run_python(script, PREFKERN_CPU_ISA=None)
-    assert run_python(script, PREFKERN_CPU_ISA=compiled[-1]) == best
-    assert run_python(script, PREFKERN_CPU_ISA="base") == "base"

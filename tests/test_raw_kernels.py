@@ -154,9 +154,7 @@ def test_row_temperature_and_bias(name):
     logits, targets = inputs(name)
     temperature, bias = torch.rand(ROWS).to(logits.dtype) + 0.5, torch.randn(VOCAB).to(logits.dtype)
     out = fold(name, logits, targets, row_temperature=address(temperature), bias=address(bias))
-    exact = reference.logits_logprobs(
-        logits.double() + bias.double(), targets, temperature=temperature.double(), outputs=ALL
-    )
+    exact = reference.logits_logprobs(logits.double() + bias.double(), targets, temperature=temperature.double(), outputs=ALL)
     for field, expected in zip(FIELDS, exact, strict=True):
         torch.testing.assert_close(out[field].to(expected.dtype), expected, rtol=0, atol=tolerance(name))
 

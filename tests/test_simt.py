@@ -609,8 +609,13 @@ METRICS = (
 )  # fmt: skip
 
 
-def policy_loss(simt, logp, old_logp, advantages, mask=None, *, slices=None, with_grad=True, upstream=1.0, **options):
-    """Loss, metrics and the gradient by name. The options are those of prefkern.policy_loss."""
+def policy_loss(
+    simt, logp, old_logp, advantages, mask=None, *, slices=None, with_grad=True, upstream=1.0, into=None, **options
+):
+    """Loss, metrics and the gradient by name; `into` is for the forward's part of it, per token.
+
+    The options are those of prefkern.policy_loss.
+    """
     args = simt.PolicyArgs()
     lengths, ref_logp = options.pop("cu_seqlens", None), options.pop("ref_logp", None)
     args.layout.tokens = logp.numel()
@@ -625,7 +630,8 @@ def policy_loss(simt, logp, old_logp, advantages, mask=None, *, slices=None, wit
     args.advantages, args.token_advantages = pointer(advantages), advantages.shape == logp.shape
     args.slices = slices or simt.policy_slices(args.layout)
 
-    unnormalised, grad_logp = tensor_like(logp, fill=NAN), tensor_like(logp, fill=NAN)
+    unnormalised = tensor_like(logp) if into is None else into
+    grad_logp = tensor_like(logp)
     scalars = {name: torch.full((), NAN) for name in ("loss", "inverse_norm")}
     metrics = torch.full((simt.POLICY_METRICS,), NAN)
     partials = torch.full((args.layout.sequences * args.slices, simt.POLICY_SUMS), NAN)
@@ -663,22 +669,37 @@ def check_policy_loss(simt, logp, old_logp, advantages, mask=None, **options):
 
 
 def sample_policy(shape: tuple[int, ...], *, offset: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp, old_logp, ref_logp and a mask, `offset` elements into their memory. Outside the mask nothing is a number."""
+    """logp, old_logp, ref_logp and a mask, `offset` elements into their memory, with garbage outside the mask."""
     size = torch.Size(shape).numel()
-
-    def at_offset(values: Tensor) -> Tensor:
-        return torch.cat([values[:offset], values])[offset:].view(shape)
-
     old_logp, mask = -2 * torch.rand(size), torch.rand(size) < 0.7
     mask[: min(3 * shape[-1], size) : 2] = False
     logp, ref_logp = (old_logp + 0.4 * torch.randn(size) for _ in range(2))
     for tensor, garbage in ((logp, NAN), (old_logp, INF), (ref_logp, -INF)):
         tensor[~mask] = garbage
-    return tuple(map(at_offset, (logp, old_logp, ref_logp, mask)))
+    return tuple(at_offset(tensor.view(shape), offset) for tensor in (logp, old_logp, ref_logp, mask))
+
+
+def at_offset(values: Tensor, offset: int) -> Tensor:
+    """A copy that begins `offset` elements into its memory."""
+    return torch.cat([values.flatten()[:offset], values.flatten()])[offset:].view(values.shape)
 
 
 def all_kept(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.nan_to_num(tensor, nan=-0.5, posinf=-0.4, neginf=-0.3) for tensor in tensors)
+
+
+@pytest.mark.parametrize("moved", ["logp", "old_logp", "advantages", "mask", "ref_logp", "into"])
+def test_policy_loss_of_one_tensor_at_an_odd_address(simt, moved):
+    logp, old_logp, ref_logp, mask = sample_policy((3, 400))
+    tensors = {
+        "logp": logp, "old_logp": old_logp, "advantages": torch.randn(3, 400), "mask": mask, "ref_logp": ref_logp,
+        "into": torch.empty(3, 400),
+    }  # fmt: skip
+    options = {"agg": "seq-mean-token-mean", "beta": 0.1}
+    expected = policy_loss(simt, **tensors, **options)
+    out = policy_loss(simt, **{**tensors, moved: at_offset(tensors[moved], 1)}, **options)
+    for name, values in expected.items():
+        close(out[name], values, atol=1e-7)
 
 
 LENGTHS = (0, 1, 0, 300, 3, 4, 5, 64, 1027, 0)
@@ -768,9 +789,7 @@ def test_policy_loss_of_a_wrong_layout_is_nan(simt, lengths, agg):
     logp, old_logp, mask = torch.randn(40), torch.randn(40), torch.rand(40) < 0.5
     advantages = torch.ones(len(lengths) - 1)
     for m in (None, mask):
-        out = policy_loss(
-            simt, logp, old_logp, advantages, m, cu_seqlens=torch.tensor(lengths, dtype=torch.int32), agg=agg
-        )
+        out = policy_loss(simt, logp, old_logp, advantages, m, cu_seqlens=torch.tensor(lengths, dtype=torch.int32), agg=agg)
         assert all(tensor.isnan().all() for tensor in out.values())
 
 
@@ -816,15 +835,13 @@ def test_no_rows_launch_nothing(simt):
 # -------------------------------------------------------------------------------------------------- the emulator itself
 
 
-def misuse(simt, name: str, threads: int = 64, *, words: int = 4096) -> list[float]:
-    out = (ctypes.c_float * words)()
-    simt.run_misuse(name, threads, ctypes.addressof(out))
+def misuse(simt, name: str, threads: int = 64, *, blocks: int = 1) -> list[float]:
+    out = (ctypes.c_float * 4096)()
+    simt.run_misuse(name, blocks, threads, ctypes.addressof(out))
     return list(out)
 
 
-@pytest.mark.parametrize(
-    ("right", "wrong"), [("neighbour", "missing_barrier"), ("neighbour_in_warp", "missing_warp_barrier")]
-)
+@pytest.mark.parametrize(("right", "wrong"), [("neighbour", "missing_barrier"), ("neighbour_in_warp", "missing_warp_barrier")])
 def test_a_missing_barrier_shows_in_some_order(simt, right, wrong):
     results = {right: [], wrong: []}
     for order in ORDERS:
@@ -835,6 +852,17 @@ def test_a_missing_barrier_shows_in_some_order(simt, right, wrong):
     assert all(found == expected for found in results[right])
     assert all(found != expected for found in results[wrong])  # shared memory starts out as NaN
     assert any(str(found) != str(results[wrong][0]) for found in results[wrong])
+
+
+def test_counting_a_block_before_it_has_written_shows_in_some_order(simt):
+    found = {"sum_by_the_last_block": [], "missing_barrier_before_the_count": []}
+    for seed in range(10):
+        set_order(simt, "random", seed)
+        for name, sums in found.items():
+            sums.append(misuse(simt, name, blocks=10)[0])
+    right, wrong = found.values()
+    assert set(right) == {640}
+    assert min(wrong) < 640
 
 
 @pytest.mark.parametrize(
@@ -940,7 +968,7 @@ def sanitized(cache):
 @pytest.mark.parametrize("name", ["overrun", "underrun"])
 def test_the_sanitizer_sees_the_kernels(sanitized, name):
     script = "import os, sys; from simt import build; build.load(os.environ['PREFKERN_SIMT_MODULE'])"
-    done = sanitized("-c", f"{script}.run_misuse('{name}', 64, 0)")
+    done = sanitized("-c", f"{script}.run_misuse('{name}', 1, 64, 0)")
     assert done.returncode != 0
     assert "AddressSanitizer: use-after-poison" in done.stderr
     assert "write_at" in done.stderr

@@ -133,42 +133,59 @@ PK_HD void finish(const AdvantageRule& rule, Batch& b, int64_t groups) {
   }
 }
 
+// From the boundaries of k runs to their results. N: the length of all of them, known when compiling; 0: any lengths.
+template <int N, class S> bool solve(const GroupArgs<S>& a, Batch& b, int64_t k) {
+  const auto run = [&](int64_t j) { return a.rewards + b.first[j]; };
+  const auto size = [&](int64_t j) { return N > 0 ? int64_t(N) : b.first[j + 1] - b.first[j]; };
+  for (int64_t j = 0; j < k; j++) {
+    b.n[j] = double(size(j));
+    b.mean[j] = run_sum(run(j), size(j));
+  }
+  for (int64_t j = 0; j < k; j++) b.mean[j] = group_mean(b.mean[j], b.n[j]);
+  if (sizeof(S) == 8) {
+    for (int64_t j = 0; j < k; j++) b.squares[j] = run_deviations(run(j), size(j), b.mean[j]);
+    for (int64_t j = 0; j < k; j++) b.mean[j] = refine_mean(b.mean[j], b.squares[j], b.n[j]);
+  }
+  for (int64_t j = 0; j < k; j++) b.squares[j] = run_squares(run(j), size(j), b.mean[j]);
+  finish(a.rule, b, k);
+  double check = 0;
+  for (int64_t j = 0; j < k; j++) {
+    check += 0.0 * b.mean[j];
+    write_run(a, b.first[j], size(j), {b.mean[j], b.std[j], b.center[j], b.scale[j]});
+  }
+  return check == 0;
+}
+
 template <class S> bool runs(const GroupArgs<S>& a, int64_t begin, int64_t end) {
   const int64_t* ids = a.group;
   int64_t i = begin, n = 1;
   while (i > 0 && i < end && ids[i] == ids[i - 1]) i++;  // the task before has this run
-  double check = 0;
+  bool finite = true;
   while (i < end) {
     Batch b;
     const int64_t rows_end = i + kBatchRows < end ? i + kBatchRows : end;
     int64_t k = 0;
-    for (; k < kBatch && i < rows_end; k++) {
-      // In ascending order, equal ends mean that all between are equal.
-      int64_t next = i + n;
-      if (next > a.count || ids[next - 1] != ids[i]) next = i + 1;
+    bool uniform = true;
+    while (k < kBatch && i < rows_end) {
+      // Runs as long as the last one. In ascending order, equal ends mean that all between are equal.
+      const int64_t bound = rows_end < a.count - n ? rows_end : a.count - n;
+      while (k < kBatch && i < bound && ids[i + n - 1] == ids[i] && ids[i + n] != ids[i]) {
+        b.first[k++] = i;
+        i += n;
+      }
+      if (k == kBatch || i >= rows_end) break;
+      int64_t next = i + 1;
       while (next < a.count && ids[next] == ids[i]) next++;
+      uniform &= k == 0 || next - i == n;
       n = next - i;
-      b.first[k] = i;
-      b.n[k] = double(n);
-      b.mean[k] = run_sum(a.rewards + i, n);
+      b.first[k++] = i;
       i = next;
     }
     b.first[k] = i;
-    const auto run = [&](int64_t j) { return a.rewards + b.first[j]; };
-    const auto size = [&](int64_t j) { return b.first[j + 1] - b.first[j]; };
-    for (int64_t j = 0; j < k; j++) b.mean[j] = group_mean(b.mean[j], b.n[j]);
-    if (sizeof(S) == 8) {
-      for (int64_t j = 0; j < k; j++) b.squares[j] = run_deviations(run(j), size(j), b.mean[j]);
-      for (int64_t j = 0; j < k; j++) b.mean[j] = refine_mean(b.mean[j], b.squares[j], b.n[j]);
-    }
-    for (int64_t j = 0; j < k; j++) b.squares[j] = run_squares(run(j), size(j), b.mean[j]);
-    finish(a.rule, b, k);
-    for (int64_t j = 0; j < k; j++) {
-      check += 0.0 * b.mean[j];
-      write_run(a, b.first[j], size(j), {b.mean[j], b.std[j], b.center[j], b.scale[j]});
-    }
+    const auto body = !uniform ? &solve<0, S> : n == 4 ? &solve<4, S> : n == 8 ? &solve<8, S> : n == 16 ? &solve<16, S> : &solve<0, S>;
+    finite &= body(a, b, k);
   }
-  return check == 0;
+  return finite;
 }
 
 bool ascending(const int64_t* ids, int64_t count) {

@@ -86,6 +86,18 @@ __global__ void misaligned_load(float* out) {
   out[0] = static_cast<float>(__ldcs(reinterpret_cast<const uint4*>(reinterpret_cast<char*>(out) + 4)).x);
 }
 
+// The block that finishes last adds up what all of them wrote: out = [sum, number finished, one per thread ...].
+template <bool BARRIER> __global__ void sum_by_the_last_block(float* out) {
+  PK_SMEM(bool, is_last, 1);
+  float* const written = out + 2;
+  written[blockIdx.x * blockDim.x + threadIdx.x] = 1;
+  if (BARRIER) __syncthreads();
+  if (threadIdx.x == 0) is_last[0] = atomicAdd(reinterpret_cast<unsigned*>(out + 1), 1u) == gridDim.x - 1;
+  __syncthreads();
+  if (!is_last[0] || threadIdx.x != 0) return;
+  for (unsigned i = 0; i < gridDim.x * blockDim.x; i++) out[0] += written[i];
+}
+
 // Half a warp works alone, then with the other half, which is still at its first operation.
 __global__ void halves(float* out) {
   float v = static_cast<float>(threadIdx.x);
@@ -120,12 +132,14 @@ __global__ void warp_operations(float* out) {
 
 }  // namespace
 
-void run_misuse(const std::string& name, unsigned threads, float* out) {
+void run_misuse(const std::string& name, unsigned blocks, unsigned threads, float* out) {
   static const std::map<std::string, void (*)(float*)> kernels = {
       {"neighbour", neighbour<true>},
       {"missing_barrier", neighbour<false>},
       {"neighbour_in_warp", neighbour_in_warp<true>},
       {"missing_warp_barrier", neighbour_in_warp<false>},
+      {"sum_by_the_last_block", sum_by_the_last_block<true>},
+      {"missing_barrier_before_the_count", sum_by_the_last_block<false>},
       {"two_barriers", two_barriers},
       {"barrier_against_shuffle", barrier_against_shuffle},
       {"barrier_after_exit", barrier_after_exit},
@@ -144,5 +158,5 @@ void run_misuse(const std::string& name, unsigned threads, float* out) {
       {"halves", halves},
       {"warp_operations", warp_operations},
   };
-  PK_LAUNCH(kernels.at(name), dim3(1), dim3(threads), nullptr, out);
+  PK_LAUNCH(kernels.at(name), dim3(blocks), dim3(threads), nullptr, out);
 }

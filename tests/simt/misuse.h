@@ -2,5 +2,5 @@
 #pragma once
 #include <string>
 
-// Runs the kernel of that name with one block of `threads` threads. Those that compute something write out[thread].
-void run_misuse(const std::string& name, unsigned threads, float* out);
+// Runs the kernel of that name. Those that compute something write to `out`, by default out[thread].
+void run_misuse(const std::string& name, unsigned blocks, unsigned threads, float* out);

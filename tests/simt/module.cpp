@@ -13,8 +13,8 @@ PYBIND11_MODULE(simt_kernels, m) {
   m.def("set_order", &simt::set_order, py::arg("order"), py::arg("seed") = 0);
   m.def(
       "run_misuse",
-      [](const std::string& name, unsigned threads, uintptr_t out) {
-        run_misuse(name, threads, reinterpret_cast<float*>(out));
+      [](const std::string& name, unsigned blocks, unsigned threads, uintptr_t out) {
+        run_misuse(name, blocks, threads, reinterpret_cast<float*>(out));
       },
-      py::arg("name"), py::arg("threads"), py::arg("out"));
+      py::arg("name"), py::arg("blocks"), py::arg("threads"), py::arg("out"));
 }

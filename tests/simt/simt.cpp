@@ -68,6 +68,7 @@ namespace {
 
 constexpr size_t kMaxThreads = 1024;
 constexpr size_t kSharedBytes = 48 << 10;  // all that static __shared__ arrays may take
+constexpr size_t kMostAside = 3;           // blocks that wait in the middle of their work, in random order
 
 // ---- stacks and switching between them ------------------------------------------------------------------------------
 #if defined(SIMT_ASAN)
@@ -124,7 +125,7 @@ struct Context {
 void switch_context(Context& from, Context& to) { simt_switch(&from.stack_pointer, to.stack_pointer); }
 #endif
 
-// ---- state of the block that runs -----------------------------------------------------------------------------------
+// ---- state ----------------------------------------------------------------------------------------------------------
 enum class State : uint8_t { ready, at_barrier, in_warp_operation, finished };
 
 struct Fiber {
@@ -164,20 +165,31 @@ struct SharedArray {
   size_t bytes;
 };
 
-struct Machine {
-  Order order = Order::forward;
-  uint64_t seed = 0;
-  std::mutex in_use;
-
-  std::vector<std::unique_ptr<Fiber>> fibers;
+struct Block {
+  dim3 index;
+  std::vector<std::unique_ptr<Fiber>> fibers;  // at least one per thread
   std::vector<Warp> warps;
   Barrier barrier;
+  size_t alive = 0;
+
   std::vector<SharedArray> shared;
   std::vector<char> shared_memory;
   size_t shared_used = 0;
+};
+
+struct Machine {
+  Order order = Order::forward;
+  uint64_t seed = 0;
+  std::mt19937_64 random;
+  std::mutex in_use;
 
   const std::function<void()>* thread = nullptr;
-  size_t threads = 0, alive = 0, current = 0;
+  size_t threads = 0;  // of a block
+  std::vector<Block> blocks = std::vector<Block>(1 + kMostAside);
+  // What runs now:
+  Block* block = nullptr;
+  size_t current = 0;  // thread
+  bool may_set_aside = false, set_aside = false;
   std::exception_ptr error;
 
   Context main;
@@ -187,7 +199,7 @@ struct Machine {
 };
 Machine machine;
 
-Fiber& current_fiber() { return *machine.fibers[machine.current]; }
+Fiber& current_fiber() { return *machine.block->fibers[machine.current]; }
 
 // ---- entering and leaving a fiber -----------------------------------------------------------------------------------
 void leave_fiber() {
@@ -232,8 +244,7 @@ void fiber_main() {
   std::terminate();  // a finished fiber is never entered again
 }
 
-void start_fiber(size_t i) {
-  Fiber& f = *machine.fibers[i];
+void start_fiber(Fiber& f, size_t i) {
 #if defined(SIMT_ASAN)
   __asan_unpoison_memory_region(f.stack.bottom(), kStackBytes);
   f.fake_stack = nullptr;
@@ -245,20 +256,22 @@ void start_fiber(size_t i) {
 
 // ---- barriers -------------------------------------------------------------------------------------------------------
 void release_barrier() {
-  machine.barrier = {};
-  for (size_t i = 0; i < machine.threads; i++)
-    if (machine.fibers[i]->state == State::at_barrier) machine.fibers[i]->state = State::ready;
+  machine.block->barrier = {};
+  for (size_t i = 0; i < machine.threads; i++) {
+    State& state = machine.block->fibers[i]->state;
+    if (state == State::at_barrier) state = State::ready;
+  }
 }
 
 void finish_thread() {
   current_fiber().state = State::finished;
-  machine.alive--;
-  Warp& w = machine.warps[machine.current / warpSize];
+  machine.block->alive--;
+  Warp& w = machine.block->warps[machine.current / warpSize];
   const uint32_t me = 1u << machine.current % warpSize;
   w.exited |= me;
   for (const Pending& p : w.pending)
     if (p.mask & me) throw Error("warp operation: a lane in its mask has exited while others wait for it");
-  if (machine.alive > 0 && machine.barrier.arrived == machine.alive) release_barrier();
+  if (machine.block->alive > 0 && machine.block->barrier.arrived == machine.block->alive) release_barrier();
 }
 
 // ---- warp operations ------------------------------------------------------------------------------------------------
@@ -271,86 +284,103 @@ void complete(const Pending& p, size_t first_thread) {
   uint32_t votes = 0;
   for (unsigned l = 0; l < warpSize; l++) {
     if (!(p.mask >> l & 1)) continue;
-    Fiber& f = *machine.fibers[first_thread + l];
+    Fiber& f = *machine.block->fibers[first_thread + l];
     f.state = State::ready;
     if (p.op == WarpOp::ballot) votes |= static_cast<uint32_t>(f.value[0] != 0) << l;
     if (p.op == WarpOp::ballot || p.op == WarpOp::sync) continue;
     if (!(p.mask >> f.source & 1))
       throw Error("warp operation: lane " + std::to_string(l) + " reads lane " + std::to_string(f.source) +
                   ", which is not in the mask");
-    memcpy(f.result, machine.fibers[first_thread + f.source]->value, p.size);
+    memcpy(f.result, machine.block->fibers[first_thread + f.source]->value, p.size);
   }
   if (p.op == WarpOp::ballot)
     for (unsigned l = 0; l < warpSize; l++)
-      if (p.mask >> l & 1) memcpy(machine.fibers[first_thread + l]->result, &votes, sizeof(votes));
+      if (p.mask >> l & 1) memcpy(machine.block->fibers[first_thread + l]->result, &votes, sizeof(votes));
 }
 
 // ---- shared memory --------------------------------------------------------------------------------------------------
 constexpr size_t kRedZone = 64;  // around every array
 constexpr char kRedByte = '\xa5';
 
-void clear_shared() {
-  std::vector<char>& memory = machine.shared_memory;
+void clear_shared(Block& block) {
+  std::vector<char>& memory = block.shared_memory;
 #if defined(SIMT_ASAN)
   __asan_unpoison_memory_region(memory.data(), memory.size());
 #endif
   memory.assign(2 * kSharedBytes, kRedByte);
-  machine.shared.clear();
-  machine.shared_used = 0;
+  block.shared.clear();
+  block.shared_used = 0;
 #if defined(SIMT_ASAN)
   __asan_poison_memory_region(memory.data(), memory.size());
 #endif
 }
 
-void check_red_zones() {
-#if !defined(SIMT_ASAN)  // which has reported a write by now
+#if defined(SIMT_ASAN)
+void check_red_zones(const Block&) {}  // the sanitizer has reported a write by now
+#else
+void check_red_zones(const Block& block) {
   const auto is_red = [](const char* p) { return std::all_of(p, p + kRedZone, [](char c) { return c == kRedByte; }); };
-  for (const SharedArray& a : machine.shared)
+  for (const SharedArray& a : block.shared)
     if (!is_red(a.data - kRedZone) || !is_red(a.data + a.bytes))
       throw Error("write outside a shared array of " + std::to_string(a.bytes) + " bytes");
-#endif
 }
+#endif
 
 // ---- blocks ---------------------------------------------------------------------------------------------------------
+void start_block(Block& block, dim3 index) {
+  const size_t n = machine.threads;
+  block.index = index;
+  while (block.fibers.size() < n) block.fibers.push_back(std::make_unique<Fiber>());
+  for (size_t i = 0; i < n; i++) start_fiber(*block.fibers[i], i);
+  block.warps.assign((n + warpSize - 1) / warpSize, Warp{});
+  for (size_t i = 0; i < block.warps.size(); i++) block.warps[i].present = lanes_of_warp(i);
+  block.barrier = {};
+  block.alive = n;
+  clear_shared(block);
+}
+
+[[noreturn]] void report_deadlock(const Block& block) {
+  for (const Warp& w : block.warps)
+    if (w.pending.size() > 1)
+      throw Error("warp operation: lanes wait for one another with other masks or operations");
+  const auto count = [&](State state) {
+    const auto in_state = [&](const auto& fiber) { return fiber->state == state; };
+    const auto begin = block.fibers.begin(), end = begin + static_cast<ptrdiff_t>(machine.threads);
+    return std::to_string(std::count_if(begin, end, in_state));
+  };
+  throw Error("deadlock: " + count(State::at_barrier) + " threads in __syncthreads(), " +
+              count(State::in_warp_operation) + " in a warp operation, " + count(State::finished) + " have exited");
+}
+
+// The numbers 0 to n - 1 in the chosen order.
 std::vector<size_t> ordered(size_t n) {
   std::vector<size_t> order(n);
   std::iota(order.begin(), order.end(), size_t{0});
   if (machine.order == Order::reverse) std::reverse(order.begin(), order.end());
+  if (machine.order == Order::random) std::shuffle(order.begin(), order.end(), machine.random);
   return order;
 }
 
-void run_block(std::mt19937_64& random) {
-  const size_t n = machine.threads;
-  machine.alive = n;
-  machine.error = nullptr;
-  machine.barrier = {};
-  machine.warps.assign((n + warpSize - 1) / warpSize, Warp{});
-  for (size_t i = 0; i < machine.warps.size(); i++) machine.warps[i].present = lanes_of_warp(i);
-  clear_shared();
-  for (size_t i = 0; i < n; i++) start_fiber(i);
-
-  std::vector<size_t> order = ordered(n);
-  while (machine.alive > 0) {
-    if (machine.order == Order::random) std::shuffle(order.begin(), order.end(), random);
+// Runs until the block is done, or is set aside: then it returns false.
+bool run_block(Block& block) {
+  machine.block = &block;
+  machine.set_aside = false;
+  blockIdx = block.index;
+  std::vector<size_t> order = ordered(machine.threads);
+  while (block.alive > 0) {
     bool progress = false;
     for (const size_t i : order) {
-      if (machine.fibers[i]->state != State::ready) continue;
+      if (block.fibers[i]->state != State::ready) continue;
       progress = true;
       enter_fiber(i);
       if (machine.error) std::rethrow_exception(machine.error);
+      if (machine.set_aside) return false;
     }
-    if (progress) continue;
-    for (const Warp& w : machine.warps)
-      if (w.pending.size() > 1)
-        throw Error("warp operation: lanes wait for one another with other masks or operations");
-    const auto count = [&](State state) {
-      return std::to_string(std::count_if(machine.fibers.begin(), machine.fibers.begin() + static_cast<ptrdiff_t>(n),
-                                          [&](const auto& f) { return f->state == state; }));
-    };
-    throw Error("deadlock: " + count(State::at_barrier) + " threads in __syncthreads(), " +
-                count(State::in_warp_operation) + " in a warp operation, " + count(State::finished) + " have exited");
+    if (!progress) report_deadlock(block);
+    if (machine.order == Order::random) std::shuffle(order.begin(), order.end(), machine.random);
   }
-  check_red_zones();
+  check_red_zones(block);
+  return true;
 }
 
 void check_launch(dim3 grid, dim3 block) {
@@ -375,43 +405,56 @@ void run(dim3 grid, dim3 block, const std::function<void()>& thread) {
   blockDim = block;
   machine.thread = &thread;
   machine.threads = size_t{block.x} * block.y * block.z;
-  while (machine.fibers.size() < machine.threads) machine.fibers.push_back(std::make_unique<Fiber>());
+  machine.error = nullptr;
+  machine.random.seed(machine.seed);
 
-  std::mt19937_64 random(machine.seed);
-  std::vector<size_t> blocks = ordered(size_t{grid.x} * grid.y * grid.z);
-  if (machine.order == Order::random) std::shuffle(blocks.begin(), blocks.end(), random);
-  for (const size_t i : blocks) {
-    blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
-    run_block(random);
+  std::vector<Block*> idle, aside;
+  for (Block& b : machine.blocks) idle.push_back(&b);
+  for (const size_t i : ordered(size_t{grid.x} * grid.y * grid.z)) {
+    Block* const b = idle.back();
+    start_block(*b, dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y));
+    machine.may_set_aside = machine.order == Order::random && idle.size() > 1;
+    if (run_block(*b)) continue;
+    aside.push_back(b);
+    idle.pop_back();
   }
+  machine.may_set_aside = false;
+  for (Block* b : aside) run_block(*b);
+}
+
+void after_atomic() {
+  if (!machine.may_set_aside || machine.random() % 2 == 0) return;
+  machine.set_aside = true;
+  leave_fiber();
 }
 
 void* shared_array(const void* tag, size_t bytes, size_t alignment) {
-  for (const SharedArray& a : machine.shared)
+  Block& block = *machine.block;
+  for (const SharedArray& a : block.shared)
     if (a.tag == tag) return a.data;
-  machine.shared_used = (machine.shared_used + alignment - 1) / alignment * alignment + bytes;
-  if (machine.shared_used > kSharedBytes)
-    throw Error("shared arrays of " + std::to_string(machine.shared_used) + " bytes, more than a block may have");
-  char* const base = machine.shared_memory.data();
-  char* const end = machine.shared.empty() ? base : machine.shared.back().data + machine.shared.back().bytes;
+  block.shared_used = (block.shared_used + alignment - 1) / alignment * alignment + bytes;
+  if (block.shared_used > kSharedBytes)
+    throw Error("shared arrays of " + std::to_string(block.shared_used) + " bytes, more than a block may have");
+  char* const base = block.shared_memory.data();
+  char* const end = block.shared.empty() ? base : block.shared.back().data + block.shared.back().bytes;
   const uintptr_t step = std::max<size_t>(alignment, 16), first = reinterpret_cast<uintptr_t>(end) + kRedZone;
   char* const data = end + ((first + step - 1) / step * step - reinterpret_cast<uintptr_t>(end));
-  if (data + bytes + kRedZone > base + machine.shared_memory.size()) throw Error("too many shared arrays");
+  if (data + bytes + kRedZone > base + block.shared_memory.size()) throw Error("too many shared arrays");
 #if defined(SIMT_ASAN)
   __asan_unpoison_memory_region(data, bytes);
 #endif
   memset(data, 0xff, bytes);  // NaN
-  machine.shared.push_back({tag, data, bytes});
+  block.shared.push_back({tag, data, bytes});
   return data;
 }
 
 void sync_block(const char* file, int line) {
-  Barrier& b = machine.barrier;
+  Barrier& b = machine.block->barrier;
   if (b.arrived > 0 && (b.line != line || strcmp(b.file, file) != 0))
     throw Error("__syncthreads() at " + std::string(file) + ":" + std::to_string(line) +
                 " while other threads wait at " + b.file + ":" + std::to_string(b.line));
   b = {b.arrived + 1, file, line};
-  if (b.arrived == machine.alive) return release_barrier();
+  if (b.arrived == machine.block->alive) return release_barrier();
   current_fiber().state = State::at_barrier;
   leave_fiber();
 }
@@ -419,7 +462,7 @@ void sync_block(const char* file, int line) {
 void warp_operation(WarpOp op, uint32_t mask, void* value, size_t size, unsigned source) {
   const size_t warp = machine.current / warpSize;
   const uint32_t me = 1u << machine.current % warpSize;
-  Warp& w = machine.warps[warp];
+  Warp& w = machine.block->warps[warp];
   if (!(mask & me)) throw Error("warp operation: the calling lane is not in its own mask");
   if (mask & (w.exited | ~w.present))
     throw Error("warp operation: the mask has a lane that has exited or does not exist");

@@ -1,6 +1,8 @@
 // Runs CUDA kernels on the CPU, for tests: include this instead of cuda_runtime.h. Every CUDA thread is a fiber
 // (simt.cpp), which runs until it reaches a barrier, a warp operation or its end; the blocks of a grid run one after
-// another. The order of threads and blocks can be chosen: a kernel whose result depends on it has a race.
+// another. The order of threads and blocks can be chosen: a kernel whose result depends on it has a race. In random
+// order a block may also be held up after an atomic operation until the others are done: what it has not written by
+// then must not matter to them.
 //
 // What leaves a GPU with undefined behaviour, and can be seen from here, is an Error: a barrier reached from different
 // lines; a warp operation whose lanes do not match its mask; threads that wait for others forever; a write outside a
@@ -58,6 +60,7 @@ void set_order(Order order, uint64_t seed);  // of the threads of a block, and o
 void run(dim3 grid, dim3 block, const std::function<void()>& thread);
 void* shared_array(const void* tag, size_t bytes, size_t alignment);
 void sync_block(const char* file, int line);
+void after_atomic();
 
 // One operation of all the lanes in `mask`. A shuffle replaces `value` by that of lane `source`; a ballot takes a
 // uint32_t, 0 or 1, and gives one.
@@ -143,6 +146,7 @@ template <class T> void __stcs(T* p, const simt::Same<T>& value) { simt::aligned
 template <class T> T atomicExch(T* p, simt::Same<T> value) {
   const T old = *p;
   *p = value;
+  simt::after_atomic();
   return old;
 }
 template <class T> T atomicAdd(T* p, simt::Same<T> value) { return atomicExch(p, static_cast<T>(*p + value)); }

@@ -33,8 +33,11 @@ def bench(
 ) -> None:
     """Measure ops side by side with other implementations, in one process.
 
-    Times are medians. Ratios are medians over rounds in which all run in turn: to plain PyTorch and to the floor,
-    the least work anybody has to do. Without an OP, --shapes is about linear_logprobs.
+    Times are medians; ratios are medians over rounds in which all run in turn.
+
+    The floor is the least work that any implementation has to do.
+
+    Without an OP, --shapes is about linear_logprobs.
     """
     import torch
 

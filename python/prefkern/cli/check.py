@@ -98,12 +98,9 @@ _ORDER = ("linear_logprobs", "logits_logprobs", "group_advantages", "policy_loss
 
 
 def _problems(dtype: torch.dtype, device: str) -> Iterator[Problem]:
-    import torch
-
     yield from _head_problems(dtype, device)
-    if dtype in (torch.float32, torch.float64):
-        yield from _advantage_problems(dtype, device)
-        yield from _policy_problems(dtype, device)
+    yield from _advantage_problems(dtype, device)
+    yield from _policy_problems(dtype, device)
 
 
 def _head_problems(dtype: torch.dtype, device: str) -> Iterator[Problem]:

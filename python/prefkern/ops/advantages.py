@@ -1,6 +1,6 @@
 """Group-relative advantages. Kernels: ``csrc/advantages``; formulas: ``csrc/math/advantages.h``."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -70,8 +70,6 @@ def _validate(rewards: Tensor) -> None:
 def _fake(rewards: Tensor, group: Tensor, estimator: int, eps: float, singleton: int) -> tuple[Tensor, ...]:
     _same_device("rewards", rewards, group=group)
     torch._check(rewards.dim() == 1 and group.dim() == 1, lambda: "rewards and group must be [B]")
-    torch._check(rewards.shape[0] == group.shape[0], lambda: f"group has shape {list(group.shape)}; rewards has {list(rewards.shape)}")
-    like: Any = rewards.new_empty
-    acc = _accumulator(rewards)
-    shape = rewards.shape
-    return like(shape, dtype=acc), like(shape, dtype=acc), like(shape, dtype=acc), like(shape, dtype=torch.int64)
+    torch._check(rewards.shape[0] == group.shape[0], lambda: f"group has {group.shape[0]} rows; rewards has {rewards.shape[0]}")
+    dtypes = (*(_accumulator(rewards),) * 3, torch.int64)
+    return tuple(rewards.new_empty(rewards.shape, dtype=dtype) for dtype in dtypes)

@@ -82,7 +82,9 @@ def linear_logprobs(
     if hidden.ndim == 0:
         raise ValueError("hidden has shape []; [..., H] is expected")
     if hidden.shape[:-1] != shape:
-        raise ValueError(f"targets has shape {list(shape)}; hidden has shape {list(hidden.shape)}, so {list(hidden.shape[:-1])} is expected")
+        raise ValueError(
+            f"targets has shape {list(shape)}; hidden has shape {list(hidden.shape)}, so {list(hidden.shape[:-1])} is expected"
+        )
     if hidden.is_cuda:
         _validate(targets, temperature, weight.shape[0], ignore_index)
     tau, row_temperature = _split_temperature(temperature, shape)
@@ -93,7 +95,17 @@ def linear_logprobs(
     args = (tau, _softcap(softcap), _number("logit_scale", logit_scale), _integer("ignore_index", ignore_index))
     chunk = 0 if chunk_bytes is None else _positive_int("chunk_bytes", chunk_bytes)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-        out = call(_differentiable(_linear, _LinearLogprobs), hidden, weight, targets, bias, row_temperature, *args, bits | _SAVE_STATS, chunk)
+        out = call(
+            _differentiable(_linear, _LinearLogprobs),
+            hidden,
+            weight,
+            targets,
+            bias,
+            row_temperature,
+            *args,
+            bits | _SAVE_STATS,
+            chunk,
+        )
     else:
         out = call(_linear_fwd, hidden, weight, targets, bias, row_temperature, *args, bits, chunk)
     return _result(out, bits, shape)
@@ -130,7 +142,9 @@ def logits_logprobs(
     if logits.ndim == 0:
         raise ValueError("logits has shape []; [..., V] is expected")
     if logits.shape[:-1] != shape:
-        raise ValueError(f"targets has shape {list(shape)}; logits has shape {list(logits.shape)}, so {list(logits.shape[:-1])} is expected")
+        raise ValueError(
+            f"targets has shape {list(shape)}; logits has shape {list(logits.shape)}, so {list(logits.shape[:-1])} is expected"
+        )
     if logits.is_cuda:
         _validate(targets, temperature, logits.shape[-1], ignore_index)
     tau, row_temperature = _split_temperature(temperature, shape)
@@ -139,7 +153,10 @@ def logits_logprobs(
         raise TypeError(f"inplace_backward is {inplace_backward!r}; True or False is expected")
     inplace = inplace_backward and not torch.compiler.is_compiling()
     if inplace and needs_grad and (logits if logits._base is None else logits._base).is_leaf:
-        raise ValueError("inplace_backward would overwrite logits, which is a leaf that requires a gradient, or a view of one; pass a result of the model, or False")
+        raise ValueError(
+            "inplace_backward would overwrite logits, which is a leaf that requires a gradient, or a view of one; "
+            "pass a result of the model, or False"
+        )
     if logits.ndim not in (2, 3):
         logits = logits.reshape(targets.numel(), logits.shape[-1])
     if targets.ndim != 1:
@@ -192,6 +209,8 @@ def _check_tensors(**tensors: Any) -> None:
 
 
 def _number(name: str, value: Any, accepted: str = "a number") -> float:
+    if isinstance(value, float):  # first: under dynamic shapes a compiler's symbolic floats know nothing but this
+        return value
     if isinstance(value, Tensor) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} is {value!r}; {accepted} is expected")
     return float(value)
@@ -225,7 +244,9 @@ def _split_temperature(temperature: float | Tensor, shape: torch.Size) -> tuple[
     try:
         return 1.0, temperature.expand(shape).reshape(-1)
     except RuntimeError:
-        raise ValueError(f"temperature has shape {list(temperature.shape)}; a number or a shape that broadcasts to {list(shape)} is expected") from None
+        raise ValueError(
+            f"temperature has shape {list(temperature.shape)}; a number or a shape that broadcasts to {list(shape)} is expected"
+        ) from None
 
 
 def _softcap(softcap: float | None) -> float:
@@ -282,7 +303,9 @@ def _same_device(reference_name: str, reference: Tensor, **tensors: Tensor | Non
     # One tensor on the meta device brings the whole call here, and results on another device would never be written.
     for name, t in tensors.items():
         if t is not None and t.device != reference.device:
-            raise ValueError(f"{name} is on {t.device} but {reference_name} is on {reference.device}; they must be on the same device")
+            raise ValueError(
+                f"{name} is on {t.device} but {reference_name} is on {reference.device}; they must be on the same device"
+            )
 
 
 def _fake_outputs(like: Tensor, rows: Any, outputs: int) -> tuple[Tensor, ...]:
@@ -308,7 +331,10 @@ def _fake_linear(
 ) -> tuple[Tensor, ...]:
     _same_device("hidden", hidden, weight=weight, targets=targets, bias=bias, temperature=row_temperature)
     torch._check(hidden.dim() == 2 and weight.dim() == 2, lambda: "hidden must be [N, H] and weight [V, H]")
-    torch._check(hidden.shape[1] == weight.shape[1], lambda: f"hidden has H = {hidden.shape[1]} and weight has H = {weight.shape[1]}")
+    torch._check(
+        hidden.shape[1] == weight.shape[1],
+        lambda: f"hidden has H = {hidden.shape[1]} and weight has H = {weight.shape[1]}",
+    )
     return _fake_outputs(hidden, hidden.shape[0], outputs)
 
 
@@ -379,11 +405,25 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def _backward_linear(ctx: Any, g_logp: Any, g_entropy: Any, g_lse: Any, *_: Any) -> tuple[Tensor | None, ...]:
     hidden, weight, targets, bias, row_temperature, entropy, stats = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[0] * _GRAD_HIDDEN + ctx.needs_input_grad[1] * _GRAD_WEIGHT + ctx.needs_input_grad[3] * _GRAD_BIAS
+    wanted = (
+        ctx.needs_input_grad[0] * _GRAD_HIDDEN + ctx.needs_input_grad[1] * _GRAD_WEIGHT + ctx.needs_input_grad[3] * _GRAD_BIAS
+    )
     if (g_logp is None and g_entropy is None and g_lse is None) or not wanted:
         return (None,) * 11
     d_hidden, d_weight, d_bias = _OPS.linear_logprobs_backward(
-        g_logp, g_entropy, g_lse, hidden, weight, targets, bias, row_temperature, entropy, stats, *ctx.options, wanted, ctx.chunk_bytes
+        g_logp,
+        g_entropy,
+        g_lse,
+        hidden,
+        weight,
+        targets,
+        bias,
+        row_temperature,
+        entropy,
+        stats,
+        *ctx.options,
+        wanted,
+        ctx.chunk_bytes,
     )
     return (
         d_hidden if wanted & _GRAD_HIDDEN else None,

@@ -9,7 +9,8 @@ For a group of G completions of one prompt with rewards r_i (section 4.1.2):
 
 and, with :math:`\rho_{it} = \exp(\log\pi(o_{it}) - \log\pi_\mathrm{old}(o_{it}))` (equation 3),
 
-.. math:: L = \frac1B \sum_i \frac1{|o_i|} \sum_t \max\bigl(-A_i \rho_{it}, -A_i\,\mathrm{clip}(\rho_{it}, 1-\epsilon_l, 1+\epsilon_h)\bigr)
+.. math:: L = \frac1B \sum_i \frac1{|o_i|} \sum_t
+          \max\bigl(-A_i \rho_{it}, -A_i\,\mathrm{clip}(\rho_{it}, 1-\epsilon_l, 1+\epsilon_h)\bigr)
           + \beta\, k_3(\pi \| \pi_\mathrm{ref})
 
 Advantages, old and reference log-probs are constants. std has ddof 1; a group of equal rewards gets exactly 0.
