@@ -54,9 +54,7 @@ def test_the_command_lists_its_parts():
 def test_importing_the_command_is_light():
     heavy = ["matplotlib", "transformers", "prefkern.bench.suites", "prefkern.bench.peers", "prefkern.reference"]
     code = f"import sys, prefkern.cli; print([m for m in {heavy} if m in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 # ----------------------------------------------------------------------------------------------------------------- info
@@ -245,6 +243,8 @@ def test_bench_of_the_other_ops(tmp_path, op, shape, mode, outputs):
         assert row["status"] == "ok"
         assert row["max_error"] < 1e-5
         assert row["bit_stable"] is True
+        assert row["cpu_ratio_floor"] > 0
+        assert (row["cpu_ratio_eager"] == 1.0) or row["peer"] != "eager"
         assert (row["grad_error"] is None) == (mode == "fwd")
 
 
@@ -469,9 +469,16 @@ def test_markdown_table():
 
 
 def test_provenance():
-    assert (
-        report.provenance(some_results()) == "`prefkern bench` on abacus, 1 thread; prefkern 0.1, torch 2; 2026-01-02."
-    )
+    assert report.provenance(some_results()) == "`prefkern bench` on abacus, 1 thread; prefkern 0.1, torch 2; 2026-01-02."
+
+
+def test_a_busy_machine_is_mentioned():
+    data = some_results()
+    assert report.busy(data) is None
+    data["environment"] |= {"load_average": [3.0, 1.0, 1.0], "cpus": 2}
+    assert "load average 3.0 on 2 CPUs" in report.busy(data)
+    data["environment"] |= {"cpus": 8}
+    assert report.busy(data) is None
 
 
 def test_plot_of_saved_results(tmp_path):

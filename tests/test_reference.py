@@ -375,9 +375,7 @@ def test_policy_gradcheck():
     a, mask = torch.randn(4, dtype=torch.float64), torch.rand(4, 6) < 0.8
 
     def loss(x):
-        return reference.policy_loss(
-            x, old, a, mask, dual_clip=1.5, ref_logp=ref, beta=0.1, agg="seq-mean-token-mean"
-        ).loss
+        return reference.policy_loss(x, old, a, mask, dual_clip=1.5, ref_logp=ref, beta=0.1, agg="seq-mean-token-mean").loss
 
     assert torch.autograd.gradcheck(loss, logp.requires_grad_())
 

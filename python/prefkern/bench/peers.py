@@ -78,9 +78,7 @@ class Prefkern(Peer):
     def policy_loss(self, logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> LossAndMetrics:
         import prefkern
 
-        return prefkern.policy_loss(
-            logp, old_logp, advantages, mask, eps_low=EPS_LOW, eps_high=EPS_HIGH, dual_clip=DUAL_CLIP
-        )
+        return prefkern.policy_loss(logp, old_logp, advantages, mask, eps_low=EPS_LOW, eps_high=EPS_HIGH, dual_clip=DUAL_CLIP)
 
 
 class PrefkernFp32(Prefkern):

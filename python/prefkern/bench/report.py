@@ -29,7 +29,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "cpu": cpu_model(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "load_average": load_average(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -38,6 +38,11 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "build": prefkern.build_info(),
         "capabilities": prefkern.capabilities(),
     }
+
+
+def load_average() -> list[float] | None:
+    """How many processes wanted a core, over the last 1, 5 and 15 minutes."""
+    return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
 
 
 def cpu_model() -> str:
@@ -67,9 +72,9 @@ def git_commit() -> str | None:
     return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no") else commit
 
 
-def results(rows: Sequence[Mapping[str, object]], device: str, command: str) -> dict[str, Any]:
-    """The rows of a run together with its surroundings."""
-    return {"schema": SCHEMA, "command": command, "environment": environment(device), "rows": list(rows)}
+def results(rows: Sequence[Mapping[str, object]], surroundings: Mapping[str, Any], command: str) -> dict[str, Any]:
+    """The rows of a run together with its `environment`, as it was before."""
+    return {"schema": SCHEMA, "command": command, "environment": dict(surroundings), "rows": list(rows)}
 
 
 def save(data: Results, path: Path) -> None:
@@ -153,6 +158,15 @@ def provenance(data: Results) -> str:
     threads = f"{env['threads']} thread{'s' if env['threads'] != 1 else ''}"
     versions = f"prefkern {env['prefkern']}{commit}, torch {env['torch']}"
     return f"`{data['command']}` on {env['device_name']}, {threads}; {versions}; {env['time'][:10]}."
+
+
+def busy(data: Results) -> str | None:
+    """A warning if others wanted the cores when the run began."""
+    env = data["environment"]
+    load, cpus = (env.get("load_average") or [0.0])[0], env.get("cpus") or 1
+    if load <= cpus / 2:
+        return None
+    return f"The machine was busy: load average {load:.1f} on {cpus} CPUs before the run. CPU times suffer less than times."
 
 
 def plot(data: Results, path: Path) -> None:

@@ -53,6 +53,8 @@ class Row:
     cpu_ms: float | None = None
     ratio_floor: float | None = None
     ratio_eager: float | None = None
+    cpu_ratio_floor: float | None = None
+    cpu_ratio_eager: float | None = None
     peak_mib: float | None = None
     max_error: float | None = None
     """Largest absolute error of the results against float64."""
@@ -305,8 +307,7 @@ class OverheadWorkload(Workload):
         super().__init__(case, device)
         shapes = ((4, 64, 256), (4, 256), (16, 4), (2, 8))
         self.tiny = {
-            op: WORKLOADS[op](Case(op, shape, "fp32", "fwd"), device)
-            for op, shape in zip(self.variants, shapes, strict=True)
+            op: WORKLOADS[op](Case(op, shape, "fp32", "fwd"), device) for op, shape in zip(self.variants, shapes, strict=True)
         }
 
     def call(self, peer: Peer, variant: str) -> OutputsCall:
@@ -329,9 +330,7 @@ WORKLOADS: dict[str, type[Workload]] = {
 }
 
 
-def run_case(
-    case: Case, against: Sequence[str], *, device: str = "cpu", rounds: int = 5, budget_s: float = 4.0
-) -> list[Row]:
+def run_case(case: Case, against: Sequence[str], *, device: str = "cpu", rounds: int = 5, budget_s: float = 4.0) -> list[Row]:
     """Measures one case: the floor first, then for each variant this library and everybody it is compared with."""
     if case.op != "overhead":
         return _run_case(case, against, device, rounds, budget_s)
@@ -451,13 +450,11 @@ def _probe(workload: Workload, peer: Peer | str, variant: str) -> _Probe:
     return _Probe(call, "", errors, stable)
 
 
-def _row(
-    case: Case, variant: str, name: str, timing: Timing, timings: dict[str, Timing], probe: _Probe, note: str
-) -> Row:
+def _row(case: Case, variant: str, name: str, timing: Timing, timings: dict[str, Timing], probe: _Probe, note: str) -> Row:
     common = (case.op, list(case.shape), case.dtype, case.mode, variant, name)
     if not timing.wall_s:
         return Row(*common, status=timing.error or "not measured", note=note)
-    eager = timings.get(f"eager {variant}")
+    floor, eager = timings["floor"], timings.get(f"eager {variant}", Timing())
     return Row(
         *common,
         status="ok",
@@ -465,8 +462,10 @@ def _row(
         time_ms=timing.median_ms,
         min_ms=timing.min_ms,
         cpu_ms=timing.cpu_ms,
-        ratio_floor=timing.ratio(timings["floor"]),
-        ratio_eager=timing.ratio(eager) if eager is not None and eager.wall_s else None,
+        ratio_floor=timing.ratio(floor),
+        ratio_eager=timing.ratio(eager) if eager.wall_s else None,
+        cpu_ratio_floor=timing.cpu_ratio(floor),
+        cpu_ratio_eager=timing.cpu_ratio(eager) if eager.wall_s else None,
         peak_mib=None if timing.peak_bytes is None else timing.peak_bytes / 2**20,
         max_error=probe.errors.forward if probe.errors else None,
         grad_error=probe.errors.gradient if probe.errors else None,

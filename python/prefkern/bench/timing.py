@@ -45,7 +45,11 @@ class Timing:
 
     def ratio(self, other: Timing) -> float:
         """Median of the per-round ratios of wall time, this one over the other."""
-        return statistics.median(mine / theirs for mine, theirs in zip(self.wall_s, other.wall_s, strict=True))
+        return _median_ratio(self.wall_s, other.wall_s)
+
+    def cpu_ratio(self, other: Timing) -> float:
+        """The same of CPU time, which waiting for a core does not lengthen."""
+        return _median_ratio(self.cpu_s, other.cpu_s)
 
 
 def compare(
@@ -122,6 +126,10 @@ def peak_extra_bytes(call: Call, device: str = "cpu") -> int | None:
     call()
     peak = _proc_status("VmHWM")
     return None if resident is None or peak is None else max(0, peak - resident)
+
+
+def _median_ratio(mine: list[float], theirs: list[float]) -> float:
+    return statistics.median(x / max(y, 1e-9) for x, y in zip(mine, theirs, strict=True))
 
 
 def _order(names: list[str], done: int) -> list[str]:

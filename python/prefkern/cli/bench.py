@@ -55,9 +55,12 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     # fewer rounds than three only when asked for
+    surroundings = report.environment(device)
     rows = suites.run_cases(cases, peers, device=device, rounds=rounds, budget_s=budget, each=_print_case)
-    data = report.results(rows, device, _command())
+    data = report.results(rows, surroundings, _command())
     typer.echo(report.provenance(data))
+    if warning := report.busy(data):
+        typer.echo(warning)
     if json_file is not None:
         report.save(data, json_file)
     if plot_file is not None:

@@ -156,9 +156,7 @@ def _advantage_problems(dtype: torch.dtype, device: str) -> Iterator[Problem]:
     for estimator in ("grpo", "dr_grpo", "rloo"):
         for singleton in ("zero", "reward"):
             options = {"rewards": rewards[order], "group": group[order], "estimator": estimator, "singleton": singleton}
-            yield from _on(
-                device, Problem("group_advantages", f"{estimator}, singleton {singleton}", {}, options, *functions)
-            )
+            yield from _on(device, Problem("group_advantages", f"{estimator}, singleton {singleton}", {}, options, *functions))
 
 
 def _policy_problems(dtype: torch.dtype, device: str) -> Iterator[Problem]:
