@@ -497,7 +497,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=count(0),
         metavar="N",
         help=f"most supervised steps (default {default.sft_steps}); they end early once "
-        f"{default.sft_stop_at:.0%} of a sample of training problems is solved",
+        f"{default.sft_stop_at:.0%}% of a sample of training problems is solved",
     )
     add("--quick", action="store_true", help="a smoke run: the first few GRPO steps only")
     # One thread by default: matrices are small, and where others use the cores too, threads that wait for each other

@@ -32,7 +32,18 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def pytest_generate_tests(metafunc):
+    """`device` is the CPU, and CUDA where there is one or the command line speaks of it."""
+    given = any("device" in marker.args[0] for marker in metafunc.definition.iter_markers("parametrize"))
+    if "device" not in metafunc.fixturenames or given:
+        return
+    devices = ["cpu"]
+    if HAS_CUDA or "cuda" in metafunc.config.getoption("-m"):
+        devices.append(pytest.param("cuda", marks=pytest.mark.cuda))
+    metafunc.parametrize("device", devices, indirect=True)
+
+
+@pytest.fixture
 def device(request):
     if request.param == "cuda" and not HAS_CUDA:
         pytest.skip("needs an NVIDIA GPU and a build with CUDA")

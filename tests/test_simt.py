@@ -41,8 +41,8 @@ def cache(request, tmp_path_factory):
 def module(cache):
     if path := os.environ.get("PREFKERN_SIMT_MODULE"):
         return build.load(Path(path))
-    if not build.compiler():
-        pytest.skip("no C++ compiler")
+    if missing := build.missing():
+        pytest.skip(f"needs {missing}")
     return build.load(build.build(cache))
 
 
@@ -948,8 +948,8 @@ SANITIZED = "(test_fold or test_grad or loss or advantages) and not 20001 and no
 @pytest.fixture(scope="session")
 def sanitized(cache):
     """Runs Python with the sanitized module, whose path is in PREFKERN_SIMT_MODULE."""
-    if not build.compiler():
-        pytest.skip("no C++ compiler")
+    if missing := build.missing():
+        pytest.skip(f"needs {missing}")
     environment = build.sanitizer_environment()
     if environment is None:
         pytest.skip("the compiler has no sanitizers")

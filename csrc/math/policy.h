@@ -78,8 +78,8 @@ template <class V, class S> PK_HD void clip_objective(const PolicyRule<S>& rule,
   const V none = splat<V>(0);
   const V lower = a < S(0) ? splat<V>(rule.low) : none, upper = a < S(0) ? splat<V>(rule.dual) : splat<V>(rule.high);
   const LanesIf<V> below = ratio < lower, above = ratio > upper;
-  t.loss = -a * vmin(upper, vmax(lower, ratio));  // NaN passes both
-  t.grad = below | above ? none : -a * ratio;
+  t.loss = -a * vmin(upper, vmax(lower, ratio));  // a ratio that is NaN passes both
+  t.grad = below | above ? a - a : -a * ratio;    // 0, but NaN for an advantage that is not finite
   t.low = below;
   t.high = above & (a > S(0));
   t.dual = above & (a < S(0));
@@ -93,7 +93,7 @@ PK_HD PolicyTerm<V> policy_term(const PolicyRule<S>& rule, V d, V a, V to_ref) {
   const V exp_d = exp_tail(d, tail);
   t.ratio = vmin(splat<V>(rule.ratio_ceiling), vmax(splat<V>(rule.ratio_floor), exp_d));
   if (KIND == PolicyKind::clip) clip_objective(rule, a, t.ratio, t);
-  t.grad = (d > rule.clamp) | (d < -rule.clamp) ? splat<V>(0) : t.grad;
+  t.grad = (d > rule.clamp) | (d < -rule.clamp) ? a - a : t.grad;
   t.approx_kl = exp_minus_1_minus(d, exp_d, tail);
   t.kl = splat<V>(0);
   if (KL == KlKind::k3) {

@@ -44,6 +44,13 @@ def compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "")
 
 
+def missing() -> str | None:
+    """What this machine lacks to build the module."""
+    if not compiler():
+        return "a C++ compiler"
+    return None if Path(sysconfig.get_paths()["include"], "Python.h").exists() else "Python.h"
+
+
 def build(directory: Path, variant: str = "plain") -> Path:
     """The path of the compiled module."""
     directory.mkdir(parents=True, exist_ok=True)

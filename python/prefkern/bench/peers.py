@@ -88,6 +88,22 @@ class PrefkernFp32(Prefkern):
     about = "this library, given the same numbers in float32"
 
 
+class PrefkernInplace(Prefkern):
+    """This library overwriting the logits with their gradient, by the ops themselves: autograd would want a producer."""
+
+    name = "prefkern-inplace"
+    about = "this library, the gradient written over the logits"
+
+    def logits_forward_backward(
+        self, logits: Tensor, targets: Tensor, g_logp: Tensor, g_entropy: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        ops, options = torch.ops.prefkern, (1.0, 0.0, 1.0, -100)
+        outputs = 33 if g_entropy is not None else 32  # logprobs/ops.h: kSaveStats and kEntropy
+        logp, entropy, _, _, _, _, stats = ops.logits_logprobs_fwd(logits, targets, None, *options, outputs, True)
+        ops.logits_logprobs_backward_(g_logp, g_entropy, None, logits, targets, None, entropy, stats, *options)
+        return logp, entropy if g_entropy is not None else None
+
+
 class Eager(Peer):
     """The usual plain PyTorch."""
 
@@ -265,7 +281,7 @@ class Cce(Peer):
 
 
 PEERS: dict[str, type[Peer]] = {
-    peer.name: peer for peer in (Prefkern, PrefkernFp32, Eager, Compile, Torch, TorchChunked, Liger, Trl, Cce)
+    peer.name: peer for peer in (Prefkern, PrefkernFp32, PrefkernInplace, Eager, Compile, Torch, TorchChunked, Liger, Trl, Cce)
 }
 AGAINST = ("eager", "compile", "torch", "liger", "trl", "cce")  # whom a run compares with if nobody is named
 NAMEABLE = (*AGAINST, "torch-chunked")

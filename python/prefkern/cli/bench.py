@@ -112,10 +112,10 @@ def _command() -> str:
 
 
 def _print_case(case: Case, rows: list[Row]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from prefkern.bench import report
+    from prefkern.cli.console import make_console
 
     with_gradient = any(row.grad_error is not None for row in rows)
     table = Table(title=case.title, title_justify="left")
@@ -141,7 +141,7 @@ def _print_case(case: Case, rows: list[Row]) -> None:
             report.yes_no(row.bit_stable),
         ]
         table.add_row(*cells, style="bold" if row.peer.startswith("prefkern") else None)
-    console = Console()
+    console = make_console()
     console.print(table)
     console.print(f"floor: {next(row.note for row in rows if row.peer == 'floor')}", style="dim")
     if reasons := _not_measured(rows):

@@ -267,8 +267,9 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def _print(lines: list[Line]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from prefkern.cli.console import make_console
 
     def number(value: float | None) -> str:
         return "" if value is None else f"{value:.1e}"
@@ -289,7 +290,7 @@ def _print(lines: list[Line]) -> None:
             number(line.gradient_bound),
             "yes" if line.ok else "[bold red]NO[/]",
         )
-    console = Console()
+    console = make_console()
     console.print(table)
     for line in lines:
         if line.error:

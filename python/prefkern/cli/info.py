@@ -78,8 +78,9 @@ def collect_plans(rows: int, hidden: int, vocab: int) -> list[dict[str, Any]]:
 
 
 def print_facts(facts: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from prefkern.cli.console import make_console
 
     build, capabilities = facts["build"], facts["capabilities"]
     cuda = f"{build['cuda_archs']}, runtime {build['cuda_runtime']}" if build["cuda_archs"] else "built without CUDA"
@@ -100,12 +101,13 @@ def print_facts(facts: dict[str, Any]) -> None:
         ("validation", "on" if facts["validation"] else "off (inputs on CUDA are not checked for values)"),
     ):
         table.add_row(name, value)
-    Console().print(table)
+    make_console().print(table)
 
 
 def print_plans(shape: tuple[int, int, int], plans: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from prefkern.cli.console import make_console
 
     table = Table(title=f"linear_logprobs, N={shape[0]} H={shape[1]} V={shape[2]}", title_justify="left")
     for name in ("device", "dtype", "pass"):
@@ -122,4 +124,4 @@ def print_plans(shape: tuple[int, int, int], plans: list[dict[str, Any]]) -> Non
             str(plan["vocab_block"]),
             *(f"{size:.1f}" for size in sizes),
         )
-    Console().print(table)
+    make_console().print(table)

@@ -275,10 +275,11 @@ def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def _validate(targets: Tensor, temperature: float | Tensor, vocab: int, ignore_index: int) -> None:
     if not validation() or torch.compiler.is_compiling():
         return
-    bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
-    if bool(bad.any()):
-        raise ValueError(f"targets has {int(targets[bad][0])}; accepted: 0 to {vocab - 1}, or ignore_index = {ignore_index}")
-    if isinstance(temperature, Tensor):
+    if targets.is_cuda:  # another device is the op's to refuse
+        bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
+        if bool(bad.any()):
+            raise ValueError(f"targets has {int(targets[bad][0])}; accepted: 0 to {vocab - 1}, or ignore_index = {ignore_index}")
+    if isinstance(temperature, Tensor) and temperature.is_cuda:
         bad = ~((temperature > 0) & temperature.isfinite())
         if bool(bad.any()):
             raise ValueError(f"temperature has {float(temperature[bad][0])}; it must be positive and finite")

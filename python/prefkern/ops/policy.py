@@ -180,7 +180,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _logp_grad(ctx: Any, g_loss: Tensor | None) -> Tensor | None:
-    return None if g_loss is None else _loss_backward(g_loss, *ctx.saved_tensors)
+    if g_loss is None:
+        return None
+    if torch.is_grad_enabled() and not g_loss.requires_grad:  # create_graph: a second differentiation must not find a constant
+        g_loss = g_loss.detach().requires_grad_()
+    return _loss_backward(g_loss, *ctx.saved_tensors)
 
 
 def _backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,3 @@
+from prefkern.cli import main
+
+main()
