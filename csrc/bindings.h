@@ -16,7 +16,7 @@ namespace prefkern {
 namespace py = pybind11;
 
 // A pointer member as an integer property; 0 is null.
-template <class C, class P> void bind_pointer(py::class_<C>& c, const char* name, P* C::*member) {
+template <class C, class P> void bind_pointer(py::class_<C>& c, const char* name, P* C::* member) {
   c.def_property(
       name, [member](const C& a) { return reinterpret_cast<uintptr_t>(a.*member); },
       [member](C& a, uintptr_t p) { a.*member = reinterpret_cast<P*>(p); });
@@ -25,23 +25,35 @@ template <class C, class P> void bind_pointer(py::class_<C>& c, const char* name
 template <class S> void bind_logit_structs(py::module_& m, const std::string& suffix) {
   using Transform = LogitTransform<S>;
   py::class_<Transform> t(m, ("LogitTransform" + suffix).c_str());
-  t.def(py::init<>()).def_readwrite("scale", &Transform::scale).def_readwrite("softcap", &Transform::softcap)
+  t.def(py::init<>())
+      .def_readwrite("scale", &Transform::scale)
+      .def_readwrite("softcap", &Transform::softcap)
       .def_readwrite("temperature", &Transform::temperature);
   bind_pointer(t, "bias", &Transform::bias);
   bind_pointer(t, "row_temperature", &Transform::row_temperature);
 
   using Block = LogitBlock<S>;
   py::class_<Block> b(m, ("LogitBlock" + suffix).c_str());
-  b.def(py::init<>()).def_readwrite("dtype", &Block::dtype).def_readwrite("rows", &Block::rows).def_readwrite("cols", &Block::cols)
-      .def_readwrite("first_col", &Block::first_col).def_readwrite("vocab", &Block::vocab)
-      .def_readwrite("ignore_index", &Block::ignore_index).def_readwrite("transform", &Block::transform);
+  b.def(py::init<>())
+      .def_readwrite("dtype", &Block::dtype)
+      .def_readwrite("rows", &Block::rows)
+      .def_readwrite("cols", &Block::cols)
+      .def_readwrite("first_col", &Block::first_col)
+      .def_readwrite("vocab", &Block::vocab)
+      .def_readwrite("ignore_index", &Block::ignore_index)
+      .def_readwrite("transform", &Block::transform);
   bind_pointer(b, "targets", &Block::targets);
 
   using Fold = FoldArgs<S>;
   py::class_<Fold> f(m, ("FoldArgs" + suffix).c_str());
-  f.def(py::init<>()).def_readwrite("block", &Fold::block).def_readwrite("logits_map", &Fold::logits_map)
-      .def_readwrite("entropy", &Fold::entropy).def_readwrite("extra", &Fold::extra).def_readwrite("first", &Fold::first)
-      .def_readwrite("last", &Fold::last).def_readwrite("state_stride", &Fold::state_stride);
+  f.def(py::init<>())
+      .def_readwrite("block", &Fold::block)
+      .def_readwrite("logits_map", &Fold::logits_map)
+      .def_readwrite("entropy", &Fold::entropy)
+      .def_readwrite("extra", &Fold::extra)
+      .def_readwrite("first", &Fold::first)
+      .def_readwrite("last", &Fold::last)
+      .def_readwrite("state_stride", &Fold::state_stride);
   bind_pointer(f, "logits", &Fold::logits);
   bind_pointer(f, "state", &Fold::state);
   bind_pointer(f, "logp", &Fold::logp);
@@ -55,8 +67,11 @@ template <class S> void bind_logit_structs(py::module_& m, const std::string& su
 
   using Grad = GradArgs<S>;
   py::class_<Grad> g(m, ("GradArgs" + suffix).c_str());
-  g.def(py::init<>()).def_readwrite("block", &Grad::block).def_readwrite("logits_map", &Grad::logits_map)
-      .def_readwrite("grad_dtype", &Grad::grad_dtype).def_readwrite("grad_map", &Grad::grad_map);
+  g.def(py::init<>())
+      .def_readwrite("block", &Grad::block)
+      .def_readwrite("logits_map", &Grad::logits_map)
+      .def_readwrite("grad_dtype", &Grad::grad_dtype)
+      .def_readwrite("grad_map", &Grad::grad_map);
   bind_pointer(g, "logits", &Grad::logits);
   bind_pointer(g, "grad", &Grad::grad);
   bind_pointer(g, "row_max", &Grad::row_max);
@@ -83,8 +98,11 @@ template <class S> void bind_group_structs(py::module_& m, const std::string& su
 template <class S> void bind_policy_structs(py::module_& m, const std::string& suffix) {
   using Loss = PolicyArgs<S>;
   py::class_<Loss> l(m, ("PolicyArgs" + suffix).c_str());
-  l.def(py::init<>()).def_readwrite("options", &Loss::options).def_readwrite("layout", &Loss::layout)
-      .def_readwrite("token_advantages", &Loss::token_advantages).def_readwrite("slices", &Loss::slices);
+  l.def(py::init<>())
+      .def_readwrite("options", &Loss::options)
+      .def_readwrite("layout", &Loss::layout)
+      .def_readwrite("token_advantages", &Loss::token_advantages)
+      .def_readwrite("slices", &Loss::slices);
   bind_pointer(l, "logp", &Loss::logp);
   bind_pointer(l, "old_logp", &Loss::old_logp);
   bind_pointer(l, "ref_logp", &Loss::ref_logp);
@@ -107,34 +125,53 @@ template <class S> void bind_policy_structs(py::module_& m, const std::string& s
 }
 
 inline void bind_argument_structs(py::module_& m) {
-  py::enum_<DType>(m, "DType").value("float32", DType::f32).value("bfloat16", DType::bf16).value("float16", DType::f16)
+  py::enum_<DType>(m, "DType")
+      .value("float32", DType::f32)
+      .value("bfloat16", DType::bf16)
+      .value("float16", DType::f16)
       .value("float64", DType::f64);
-  py::class_<RowMap>(m, "RowMap", "Row r starts (r // inner) * outer_stride + (r % inner) * inner_stride elements after the base.")
-      .def(py::init<>()).def_readwrite("inner", &RowMap::inner).def_readwrite("outer_stride", &RowMap::outer_stride)
+  py::class_<RowMap>(m, "RowMap",
+                     "Row r starts (r // inner) * outer_stride + (r % inner) * inner_stride elements after the base.")
+      .def(py::init<>())
+      .def_readwrite("inner", &RowMap::inner)
+      .def_readwrite("outer_stride", &RowMap::outer_stride)
       .def_readwrite("inner_stride", &RowMap::inner_stride);
   bind_logit_structs<float>(m, "");
   bind_logit_structs<double>(m, "64");
 
-  py::enum_<AdvantageEstimator>(m, "AdvantageEstimator").value("grpo", AdvantageEstimator::grpo)
-      .value("dr_grpo", AdvantageEstimator::dr_grpo).value("rloo", AdvantageEstimator::rloo);
+  py::enum_<AdvantageEstimator>(m, "AdvantageEstimator")
+      .value("grpo", AdvantageEstimator::grpo)
+      .value("dr_grpo", AdvantageEstimator::dr_grpo)
+      .value("rloo", AdvantageEstimator::rloo);
   py::enum_<SingletonRule>(m, "SingletonRule").value("zero", SingletonRule::zero).value("reward", SingletonRule::reward);
-  py::class_<AdvantageRule>(m, "AdvantageRule").def(py::init<>()).def_readwrite("estimator", &AdvantageRule::estimator)
-      .def_readwrite("singleton", &AdvantageRule::singleton).def_readwrite("eps", &AdvantageRule::eps);
+  py::class_<AdvantageRule>(m, "AdvantageRule")
+      .def(py::init<>())
+      .def_readwrite("estimator", &AdvantageRule::estimator)
+      .def_readwrite("singleton", &AdvantageRule::singleton)
+      .def_readwrite("eps", &AdvantageRule::eps);
   bind_group_structs<float>(m, "");
   bind_group_structs<double>(m, "64");
 
   py::enum_<PolicyKind>(m, "PolicyKind").value("clip", PolicyKind::clip);
   py::enum_<KlKind>(m, "KlKind").value("none", KlKind::none).value("k3", KlKind::k3);
-  py::enum_<Aggregation>(m, "Aggregation").value("token_mean", Aggregation::token_mean)
+  py::enum_<Aggregation>(m, "Aggregation")
+      .value("token_mean", Aggregation::token_mean)
       .value("seq_mean_token_mean", Aggregation::seq_mean_token_mean);
-  py::class_<PolicyOptions>(m, "PolicyOptions").def(py::init<>()).def_readwrite("kind", &PolicyOptions::kind)
-      .def_readwrite("kl", &PolicyOptions::kl).def_readwrite("agg", &PolicyOptions::agg)
-      .def_readwrite("eps_low", &PolicyOptions::eps_low).def_readwrite("eps_high", &PolicyOptions::eps_high)
-      .def_readwrite("dual_clip", &PolicyOptions::dual_clip).def_readwrite("beta", &PolicyOptions::beta)
+  py::class_<PolicyOptions>(m, "PolicyOptions")
+      .def(py::init<>())
+      .def_readwrite("kind", &PolicyOptions::kind)
+      .def_readwrite("kl", &PolicyOptions::kl)
+      .def_readwrite("agg", &PolicyOptions::agg)
+      .def_readwrite("eps_low", &PolicyOptions::eps_low)
+      .def_readwrite("eps_high", &PolicyOptions::eps_high)
+      .def_readwrite("dual_clip", &PolicyOptions::dual_clip)
+      .def_readwrite("beta", &PolicyOptions::beta)
       .def_readwrite("ratio_clamp", &PolicyOptions::ratio_clamp);
   py::class_<SequenceLayout> layout(m, "SequenceLayout");
-  layout.def(py::init<>()).def_readwrite("sequences", &SequenceLayout::sequences)
-      .def_readwrite("padded_length", &SequenceLayout::padded_length).def_readwrite("tokens", &SequenceLayout::tokens);
+  layout.def(py::init<>())
+      .def_readwrite("sequences", &SequenceLayout::sequences)
+      .def_readwrite("padded_length", &SequenceLayout::padded_length)
+      .def_readwrite("tokens", &SequenceLayout::tokens);
   bind_pointer(layout, "cu_seqlens", &SequenceLayout::cu_seqlens);
   m.def("policy_slices", &policy_slices, py::arg("layout"), "How many blocks share a sequence on CUDA.");
   m.attr("POLICY_SUMS") = int(kPolicySums);

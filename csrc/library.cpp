@@ -41,7 +41,8 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
 
   // ---- advantages: estimator and singleton are the enumerations of math/advantages.h; results are (advantages, mean,
   // std, count), each [B]. Rewards are constants: no gradient.
-  m.def("group_advantages(Tensor rewards, Tensor group, int estimator, float eps, int singleton) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "group_advantages(Tensor rewards, Tensor group, int estimator, float eps, int singleton) -> (Tensor, Tensor, Tensor, Tensor)");
 
   // ---- policy: kind, agg and kl are the enumerations of math/policy.h (kl counted from its first penalty); results are
   // (loss, metrics, unnormalised, inverse_norm). Only logp has a gradient. The _fwd form has no autograd formula.

@@ -66,7 +66,7 @@ class Settings:
     sft_stop_at: float = 0.25  # end the supervised start at this greedy accuracy on a sample of training problems
     sft_batch: int = 64
     sft_lr: float = 1e-3
-    grpo_steps: int = 100
+    grpo_steps: int = 80
     prompts_per_step: int = 48
     group_size: int = 8
     minibatches: int = 4  # optimiser steps per rollout

@@ -34,7 +34,8 @@ def one_thread():
 
 def pytest_generate_tests(metafunc):
     """`device` is the CPU, and CUDA where there is one or the command line speaks of it."""
-    given = any("device" in marker.args[0] for marker in metafunc.definition.iter_markers("parametrize"))
+    marks = metafunc.definition.iter_markers("parametrize")
+    given = any("device" in (m.args[0].split(",") if isinstance(m.args[0], str) else m.args[0]) for m in marks)
     if "device" not in metafunc.fixturenames or given:
         return
     devices = ["cpu"]

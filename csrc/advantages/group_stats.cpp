@@ -17,7 +17,8 @@ namespace {
 constexpr int64_t kRowsPerTask = 1 << 15;
 
 template <class S>
-int64_t run(const GroupArgs<S>& args, bool (*runs)(const GroupArgs<S>&, int64_t, int64_t), bool (*scattered)(const GroupArgs<S>&)) {
+int64_t run(const GroupArgs<S>& args, bool (*runs)(const GroupArgs<S>&, int64_t, int64_t),
+            bool (*scattered)(const GroupArgs<S>&)) {
   bool finite = true;
   if (group_stats_cpu().ascending(args.group, args.count)) {
     std::atomic<bool> all{true};

@@ -30,12 +30,16 @@ PK_HD VecD load_wide(const double* p, int64_t n) { return reinterpret_cast<VecD>
 PK_HD VecD load_wide(const float* p, int64_t n) {
   return reinterpret_cast<VecD>(_mm512_cvtps_pd(_mm256_maskz_loadu_ps(first_lanes(n), p)));
 }
-PK_HD VecD keep_lanes(VecD v, int64_t n) { return reinterpret_cast<VecD>(_mm512_maskz_mov_pd(first_lanes(n), reinterpret_cast<__m512d>(v))); }
+PK_HD VecD keep_lanes(VecD v, int64_t n) {
+  return reinterpret_cast<VecD>(_mm512_maskz_mov_pd(first_lanes(n), reinterpret_cast<__m512d>(v)));
+}
 PK_HD void store_wide(double* p, VecD v, int64_t n) { _mm512_mask_storeu_pd(p, first_lanes(n), reinterpret_cast<__m512d>(v)); }
 PK_HD void store_wide(float* p, VecD v, int64_t n) {
   _mm256_mask_storeu_ps(p, first_lanes(n), _mm512_cvtpd_ps(reinterpret_cast<__m512d>(v)));
 }
-PK_HD void store_sizes(int64_t* p, int64_t size, int64_t n) { _mm512_mask_storeu_epi64(p, first_lanes(n), _mm512_set1_epi64(size)); }
+PK_HD void store_sizes(int64_t* p, int64_t size, int64_t n) {
+  _mm512_mask_storeu_epi64(p, first_lanes(n), _mm512_set1_epi64(size));
+}
 PK_HD double sum_lanes(VecD v) { return _mm512_reduce_add_pd(reinterpret_cast<__m512d>(v)); }
 #elif defined(__AVX2__)
 // n is a constant for whole vectors. Masked loads are cheap, masked stores are not.
@@ -66,7 +70,9 @@ PK_HD double sum_lanes(VecD v) {
   return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
 }
 #else
-template <class S> PK_HD VecD load_wide(const S* p, int64_t n) { return n == 1 ? VecD{double(p[0]), 0} : VecD{double(p[0]), double(p[1])}; }
+template <class S> PK_HD VecD load_wide(const S* p, int64_t n) {
+  return n == 1 ? VecD{double(p[0]), 0} : VecD{double(p[0]), double(p[1])};
+}
 PK_HD VecD keep_lanes(VecD v, int64_t n) { return n == 1 ? VecD{v[0], 0} : v; }
 template <class S> PK_HD void store_wide(S* p, VecD v, int64_t n) {
   p[0] = S(v[0]);
@@ -182,7 +188,11 @@ template <class S> bool runs(const GroupArgs<S>& a, int64_t begin, int64_t end) 
       i = next;
     }
     b.first[k] = i;
-    const auto body = !uniform ? &solve<0, S> : n == 4 ? &solve<4, S> : n == 8 ? &solve<8, S> : n == 16 ? &solve<16, S> : &solve<0, S>;
+    const auto body = !uniform  ? &solve<0, S>
+                      : n == 4  ? &solve<4, S>
+                      : n == 8  ? &solve<8, S>
+                      : n == 16 ? &solve<16, S>
+                                : &solve<0, S>;
     finite &= body(a, b, k);
   }
   return finite;
@@ -263,7 +273,7 @@ template <class S> bool scattered(const GroupArgs<S>& a) {
   const uint64_t range = uint64_t(high) - uint64_t(low);
   int64_t* slot = a.sizes;  // its values come last
   const int64_t groups = range <= uint64_t(4 * count + 1024) ? number_by_index(a.group, count, low, int64_t(range) + 1, slot)
-                                                            : number_by_hash(a.group, count, slot);
+                                                             : number_by_hash(a.group, count, slot);
   Buffer<Group<S>> group(groups, true);
   for (int64_t i = 0; i < count; i++) {
     Group<S>& g = group[slot[i]];

@@ -47,7 +47,8 @@ struct GroupResult {
   int64_t size;
 };
 
-template <class Members> __device__ __forceinline__ GroupResult reduce_group(const GroupArgs<float>& a, const Members& members, int lane) {
+template <class Members> __device__ __forceinline__ GroupResult reduce_group(const GroupArgs<float>& a, const Members& members,
+                                                                             int lane) {
   double sum = 0, n = 0, squares = 0;
   members.for_members(lane, [&](int64_t row) {
     sum += double(a.rewards[row]);

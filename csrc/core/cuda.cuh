@@ -21,7 +21,10 @@ using bf16_t = __nv_bfloat16;
 using f16_t = __half;
 
 template <class V> struct Lanes;
-template <> struct Lanes<float> { using Scalar = float; static constexpr int count = 1; };
+template <> struct Lanes<float> {
+  using Scalar = float;
+  static constexpr int count = 1;
+};
 template <class V> PK_HD V splat(float x) { return x; }
 
 __device__ __forceinline__ float to_float(float x) { return x; }
@@ -40,7 +43,9 @@ __device__ __forceinline__ float vlog2(float x) { return log2f(x); }
 PK_HD double vsqrt(double x) { return sqrt(x); }
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
-template <class T, int N> struct alignas(sizeof(T) * N) Pack { T v[N]; };
+template <class T, int N> struct alignas(sizeof(T) * N) Pack {
+  T v[N];
+};
 
 // 16 bytes at once, read past the caches: every logit is used once.
 template <class T> constexpr int kPackSize = 16 / sizeof(T);
@@ -71,9 +76,15 @@ template <int THREADS, class T, class Merge> __device__ __forceinline__ T block_
   for (int offset = 16; offset > 0; offset >>= 1) value = merge(value, __shfl_xor_sync(0xffffffffu, value, offset));
   return value;
 }
-struct Add { template <class T> __device__ __forceinline__ T operator()(T a, T b) const { return a + b; } };
-struct Max { __device__ __forceinline__ float operator()(float a, float b) const { return vmax(a, b); } };
-struct Min { __device__ __forceinline__ float operator()(float a, float b) const { return vmin(a, b); } };
+struct Add {
+  template <class T> __device__ __forceinline__ T operator()(T a, T b) const { return a + b; }
+};
+struct Max {
+  __device__ __forceinline__ float operator()(float a, float b) const { return vmax(a, b); }
+};
+struct Min {
+  __device__ __forceinline__ float operator()(float a, float b) const { return vmin(a, b); }
+};
 
 }  // namespace PK_ISA
 }  // namespace prefkern

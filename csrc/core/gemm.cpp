@@ -26,7 +26,16 @@ void cpu_gemm(DType type, int64_t m, int64_t n, int64_t k, const Matrix& a, cons
 }
 
 // Values of cuBLAS' public enums; they are part of its ABI.
-enum : int { kOpN = 0, kOpT = 1, kR32F = 0, kR16F = 2, kR16BF = 14, kCompute32F = 68, kCompute32FPedantic = 69, kGemmDefault = -1 };
+enum : int {
+  kOpN = 0,
+  kOpT = 1,
+  kR32F = 0,
+  kR16F = 2,
+  kR16BF = 14,
+  kCompute32F = 68,
+  kCompute32FPedantic = 69,
+  kGemmDefault = -1
+};
 
 void cuda_gemm(DType type, int64_t m, int64_t n, int64_t k, const Matrix& a, const Matrix& b, void* c, int64_t c_stride,
                bool accumulate) {
@@ -43,16 +52,16 @@ void cuda_gemm(DType type, int64_t m, int64_t n, int64_t k, const Matrix& a, con
   const int compute = type == DType::f32 ? kCompute32FPedantic : kCompute32F;
   const float alpha = 1.0f, beta = accumulate ? 1.0f : 0.0f;
   // cuBLAS is column-major: C^T = op(B)^T op(A)^T.
-  const int status = gemm_ex(handle, b.transposed ? kOpT : kOpN, a.transposed ? kOpT : kOpN, int(n), int(m), int(k), &alpha,
-                             b.data, ab, int(b.stride), a.data, ab, int(a.stride), &beta, c, kR32F, int(c_stride), compute,
-                             kGemmDefault);
+  const int status =
+      gemm_ex(handle, b.transposed ? kOpT : kOpN, a.transposed ? kOpT : kOpN, int(n), int(m), int(k), &alpha, b.data, ab,
+              int(b.stride), a.data, ab, int(a.stride), &beta, c, kR32F, int(c_stride), compute, kGemmDefault);
   if (status != 0) fail("RuntimeError", "cublasGemmEx failed with status ", status);
 }
 
 }  // namespace
 
-void gemm(const Tensor& on_device_of, DType ab_type, int64_t m, int64_t n, int64_t k, const Matrix& a, const Matrix& b,
-          void* c, int64_t c_stride, bool accumulate) {
+void gemm(const Tensor& on_device_of, DType ab_type, int64_t m, int64_t n, int64_t k, const Matrix& a, const Matrix& b, void* c,
+          int64_t c_stride, bool accumulate) {
   if (m == 0 || n == 0) return;
   (on_device_of.is_cuda() ? cuda_gemm : cpu_gemm)(ab_type, m, n, k, a, b, c, c_stride, accumulate);
 }

@@ -13,7 +13,7 @@ struct Matrix {
 };
 
 // A is [m, k] and B [k, n] after transposition; C is [m, n].
-void gemm(const Tensor& on_device_of, DType ab_type, int64_t m, int64_t n, int64_t k, const Matrix& a, const Matrix& b,
-          void* c, int64_t c_stride, bool accumulate);
+void gemm(const Tensor& on_device_of, DType ab_type, int64_t m, int64_t n, int64_t k, const Matrix& a, const Matrix& b, void* c,
+          int64_t c_stride, bool accumulate);
 
 }  // namespace prefkern

@@ -69,8 +69,14 @@ const char* detected_features() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
 #define PK_FEATURE(name) if (__builtin_cpu_supports(name)) s += (s.empty() ? "" : ",") + std::string(name);
-    PK_FEATURE("avx") PK_FEATURE("avx2") PK_FEATURE("fma") PK_FEATURE("f16c") PK_FEATURE("avx512f") PK_FEATURE("avx512bw")
-    PK_FEATURE("avx512vl") PK_FEATURE("avx512bf16")
+    PK_FEATURE("avx")
+    PK_FEATURE("avx2")
+    PK_FEATURE("fma")
+    PK_FEATURE("f16c")
+    PK_FEATURE("avx512f")
+    PK_FEATURE("avx512bw")
+    PK_FEATURE("avx512vl")
+    PK_FEATURE("avx512bf16")
 #undef PK_FEATURE
 #elif defined(__aarch64__)
     s = "neon";

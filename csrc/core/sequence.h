@@ -22,8 +22,7 @@ PK_HD int64_t sequence_end(const SequenceLayout& l, int64_t b) { return sequence
 // first sequence begins at 0 and the last one ends at N, some tokens belong to none.
 PK_HD bool sequence_valid(const SequenceLayout& l, int64_t b) {
   const int64_t begin = sequence_begin(l, b), end = sequence_end(l, b);
-  return begin >= 0 && begin <= end && end <= l.tokens && (b > 0 || begin == 0) &&
-         (b + 1 < l.sequences || end == l.tokens);
+  return begin >= 0 && begin <= end && end <= l.tokens && (b > 0 || begin == 0) && (b + 1 < l.sequences || end == l.tokens);
 }
 
 }  // namespace PK_ISA

@@ -24,28 +24,51 @@ typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t HalfBits __attribute__((vector_size(kLanes * 2)));
 
-struct bf16_t { uint16_t bits; };
-struct f16_t { uint16_t bits; };
+struct bf16_t {
+  uint16_t bits;
+};
+struct f16_t {
+  uint16_t bits;
+};
 
 // How a kernel sees one "register": its element type and how many elements it holds. double stays scalar: it exists
 // for gradient checks.
 template <class V> struct Lanes;
-template <> struct Lanes<VecF> { using Scalar = float; static constexpr int count = kLanes; };
-template <> struct Lanes<double> { using Scalar = double; static constexpr int count = 1; };
-template <> struct Lanes<float> { using Scalar = float; static constexpr int count = 1; };
+template <> struct Lanes<VecF> {
+  using Scalar = float;
+  static constexpr int count = kLanes;
+};
+template <> struct Lanes<double> {
+  using Scalar = double;
+  static constexpr int count = 1;
+};
+template <> struct Lanes<float> {
+  using Scalar = float;
+  static constexpr int count = 1;
+};
 
 // x - 0 is x for every x, and so costs nothing; x + 0 is not, for -0.
 template <class V> PK_HD V splat(typename Lanes<V>::Scalar x) { return x - V{}; }
 
 // ---- conversions ----------------------------------------------------------------------------------------------------
-PK_HD float bits_to_float(uint32_t u) { float f; __builtin_memcpy(&f, &u, 4); return f; }
-PK_HD uint32_t float_to_bits(float f) { uint32_t u; __builtin_memcpy(&u, &f, 4); return u; }
+PK_HD float bits_to_float(uint32_t u) {
+  float f;
+  __builtin_memcpy(&f, &u, 4);
+  return f;
+}
+PK_HD uint32_t float_to_bits(float f) {
+  uint32_t u;
+  __builtin_memcpy(&u, &f, 4);
+  return u;
+}
 
 PK_HD float to_float(float x) { return x; }
 PK_HD float to_float(bf16_t x) { return bits_to_float(uint32_t(x.bits) << 16); }
 PK_HD float to_float(f16_t x) {
 #if defined(__aarch64__)
-  __fp16 h; __builtin_memcpy(&h, &x.bits, 2); return static_cast<float>(h);
+  __fp16 h;
+  __builtin_memcpy(&h, &x.bits, 2);
+  return static_cast<float>(h);
 #else
   // Shift exponent and mantissa into place and scale by 2^112: exact, subnormals included. Inf and NaN are put back.
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, rest = uint32_t(x.bits & 0x7fffu) << 13;
@@ -63,7 +86,7 @@ PK_HD f16_t to_f16(float f) {
   const uint32_t u = float_to_bits(f), sign = u >> 16 & 0x8000u, a = u & 0x7fffffffu;
   if (a > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
   if (a >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};                       // rounds to infinity
-  if (a < 0x38800000u) {                                                                      // subnormal: let the adder round
+  if (a < 0x38800000u) {  // subnormal: let the adder round
     const float r = bits_to_float(a) + 0.5f;
     return {static_cast<uint16_t>(sign | (float_to_bits(r) - 0x3f000000u))};
   }
@@ -86,11 +109,18 @@ template <> struct Mem<float> {
 };
 
 template <> struct Mem<VecF> {
-  static PK_HD VecF load(const float* p) { VecF v; __builtin_memcpy(&v, p, sizeof v); return v; }
+  static PK_HD VecF load(const float* p) {
+    VecF v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
   static PK_HD VecF load(const bf16_t* p) {
-    HalfBits h; __builtin_memcpy(&h, p, sizeof h);
+    HalfBits h;
+    __builtin_memcpy(&h, p, sizeof h);
     const VecU u = __builtin_convertvector(h, VecU) << 16;
-    VecF v; __builtin_memcpy(&v, &u, sizeof v); return v;
+    VecF v;
+    __builtin_memcpy(&v, &u, sizeof v);
+    return v;
   }
   static PK_HD VecF load(const f16_t* p) {
 #if defined(__AVX512F__)
@@ -107,12 +137,16 @@ template <> struct Mem<VecF> {
   static PK_HD void store(bf16_t* p, VecF v) {
 #if defined(__AVX512BF16__)
     // Not cvtneps2bf16 alone: it flushes subnormals, and the result must not depend on the CPU.
-    const __mmask16 tiny = _mm512_cmp_ps_mask(_mm512_abs_ps(reinterpret_cast<__m512>(v)), _mm512_set1_ps(0x1p-126f), _CMP_LT_OQ);
+    const __mmask16 tiny =
+        _mm512_cmp_ps_mask(_mm512_abs_ps(reinterpret_cast<__m512>(v)), _mm512_set1_ps(0x1p-126f), _CMP_LT_OQ);
     const __m256bh h = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(h));
-    if (__builtin_expect(tiny, 0)) for (int i = 0; i < kLanes; i++) if (tiny >> i & 1) p[i] = to_bf16(v[i]);
+    if (__builtin_expect(tiny, 0))
+      for (int i = 0; i < kLanes; i++)
+        if (tiny >> i & 1) p[i] = to_bf16(v[i]);
 #else
-    VecU u; __builtin_memcpy(&u, &v, sizeof u);
+    VecU u;
+    __builtin_memcpy(&u, &v, sizeof u);
     const VecU nan = reinterpret_cast<VecU>(v != v);
     const VecU rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
     const HalfBits h = __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), HalfBits);
@@ -121,9 +155,11 @@ template <> struct Mem<VecF> {
   }
   static PK_HD void store(f16_t* p, VecF v) {
 #if defined(__AVX512F__)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__AVX2__) && defined(__F16C__)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
     for (int i = 0; i < kLanes; i++) p[i] = to_f16(v[i]);
 #endif
@@ -137,11 +173,19 @@ PK_HD double vmax(double a, double b) { return a > b ? a : b; }
 PK_HD float vmin(float a, float b) { return a < b ? a : b; }
 PK_HD double vmin(double a, double b) { return a < b ? a : b; }
 #if defined(__AVX512F__)
-PK_HD VecF vmax(VecF a, VecF b) { return reinterpret_cast<VecF>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b))); }
-PK_HD VecF vmin(VecF a, VecF b) { return reinterpret_cast<VecF>(_mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b))); }
+PK_HD VecF vmax(VecF a, VecF b) {
+  return reinterpret_cast<VecF>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+}
+PK_HD VecF vmin(VecF a, VecF b) {
+  return reinterpret_cast<VecF>(_mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+}
 #elif defined(__AVX2__)
-PK_HD VecF vmax(VecF a, VecF b) { return reinterpret_cast<VecF>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b))); }
-PK_HD VecF vmin(VecF a, VecF b) { return reinterpret_cast<VecF>(_mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b))); }
+PK_HD VecF vmax(VecF a, VecF b) {
+  return reinterpret_cast<VecF>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+}
+PK_HD VecF vmin(VecF a, VecF b) {
+  return reinterpret_cast<VecF>(_mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+}
 #else
 PK_HD VecF vmax(VecF a, VecF b) { return a > b ? a : b; }
 PK_HD VecF vmin(VecF a, VecF b) { return a < b ? a : b; }
@@ -168,9 +212,11 @@ PK_HD VecF exp2_flush(VecF t) {
   const VecF shifted = clamped + 0x1.8p23f;  // adding 1.5 * 2^23 rounds to the nearest integer, left in the low bits
   const VecF f = clamped - (shifted - 0x1.8p23f);
   const VecF p = ((((f * c5 + c4) * f + c3) * f + c2) * f + c1) * f + 1.0f;
-  VecI n; __builtin_memcpy(&n, &shifted, sizeof n);
+  VecI n;
+  __builtin_memcpy(&n, &shifted, sizeof n);
   const VecI scale_bits = (n + 127) << 23;
-  VecF scale; __builtin_memcpy(&scale, &scale_bits, sizeof scale);
+  VecF scale;
+  __builtin_memcpy(&scale, &scale_bits, sizeof scale);
   return t < -126.0f ? VecF{} : p * scale;
 #endif
 }
@@ -188,8 +234,8 @@ PK_HD VecF exp_tail(VecF x, VecF& tail) {
   // Outside [-104, 89] the result is 0 or infinity. Both bounds let NaN pass.
   const VecF bounded = vmin(splat<VecF>(89.0f), vmax(splat<VecF>(-104.0f), x));
 #if defined(__AVX512F__)
-  const VecF n = reinterpret_cast<VecF>(_mm512_roundscale_ps(reinterpret_cast<__m512>(bounded * log2_e),
-                                                             _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  const VecF n = reinterpret_cast<VecF>(
+      _mm512_roundscale_ps(reinterpret_cast<__m512>(bounded * log2_e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
   const VecF shifted = bounded * log2_e + 0x1.8p23f;
   const VecF n = shifted - 0x1.8p23f;
@@ -201,14 +247,20 @@ PK_HD VecF exp_tail(VecF x, VecF& tail) {
   return reinterpret_cast<VecF>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
 #else
   // 2^n as a product of two, since n reaches from -150 to 128.
-  VecI bits; __builtin_memcpy(&bits, &shifted, sizeof bits);
+  VecI bits;
+  __builtin_memcpy(&bits, &shifted, sizeof bits);
   const VecI whole = bits - 0x4b400000, half = whole >> 1;
   const VecI first_bits = (half + 127) << 23, second_bits = (whole - half + 127) << 23;
-  VecF first, second; __builtin_memcpy(&first, &first_bits, sizeof first); __builtin_memcpy(&second, &second_bits, sizeof second);
+  VecF first, second;
+  __builtin_memcpy(&first, &first_bits, sizeof first);
+  __builtin_memcpy(&second, &second_bits, sizeof second);
   return p * first * second;
 #endif
 }
-PK_HD VecF vexp(VecF x) { VecF tail; return exp_tail(x, tail); }
+PK_HD VecF vexp(VecF x) {
+  VecF tail;
+  return exp_tail(x, tail);
+}
 PK_HD float vexp(float x) { return __builtin_expf(x); }
 PK_HD double vexp(double x) { return __builtin_exp(x); }
 

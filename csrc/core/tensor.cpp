@@ -48,7 +48,8 @@ void check_same_device(const Tensor& t, const char* name, const Tensor& referenc
 std::string with_reason(const std::string& message) {
   if (message.find("API call failed at") == std::string::npos) return message;
   const char* why = &torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
-  return std::string("prefkern: a PyTorch operation failed: ") + (why && *why ? why : "the reason is on stderr (" + message + ")");
+  return std::string("prefkern: a PyTorch operation failed: ") +
+         (why && *why ? why : "the reason is on stderr (" + message + ")");
 }
 
 Tensor empty(std::initializer_list<int64_t> shape, ScalarType type, const Tensor& like) {

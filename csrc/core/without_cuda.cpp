@@ -8,7 +8,9 @@
 namespace prefkern {
 const char* cuda_architectures() { return ""; }
 int cuda_runtime_version() { return 0; }
-const char* cuda_error_string(int) { return "prefkern was built without CUDA; install nvcc and rebuild, or move the tensors to the CPU"; }
+const char* cuda_error_string(int) {
+  return "prefkern was built without CUDA; install nvcc and rebuild, or move the tensors to the CPU";
+}
 int cuda_fold_logits(const FoldArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_grad_logits(const GradArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_group_advantages(const GroupArgs<float>&, void*) { return kBuiltWithoutCuda; }

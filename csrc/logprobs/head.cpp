@@ -7,7 +7,8 @@ namespace prefkern {
 void check_head_options(const HeadOptions& o) {
   check_value(o.temperature > 0 && std::isfinite(o.temperature), "temperature is ", o.temperature,
               "; it must be positive and finite");
-  check_value(o.softcap >= 0 && std::isfinite(o.softcap), "softcap is ", o.softcap, "; it must be positive and finite, or None");
+  check_value(o.softcap >= 0 && std::isfinite(o.softcap), "softcap is ", o.softcap,
+              "; it must be positive and finite, or None");
   check_value(o.logit_scale > 0 && std::isfinite(o.logit_scale), "logit_scale is ", o.logit_scale,
               "; it must be positive and finite");
 }
@@ -25,8 +26,9 @@ std::pair<Tensor, int64_t> checked_targets(const Tensor& targets, const Tensor& 
     const int64_t* p = data<int64_t>(t);
     for (int64_t i = 0; i < rows; i++) {
       if (p[i] == ignore_index) ignored++;
-      else check_value(p[i] >= 0 && p[i] < vocab, "targets[", i, "] is ", p[i], "; accepted: 0 to ", vocab - 1,
-                       ", or ignore_index = ", ignore_index);
+      else
+        check_value(p[i] >= 0 && p[i] < vocab, "targets[", i, "] is ", p[i], "; accepted: 0 to ", vocab - 1,
+                    ", or ignore_index = ", ignore_index);
     }
   }
   return {t, ignored};
@@ -57,8 +59,13 @@ HeadOutputs make_outputs(int64_t outputs, int64_t rows, DType acc, const Tensor&
   Tensor none = empty({0}, st, like);
   const auto some = [&](int64_t bit) { return outputs & bit ? make(true, st) : empty({0}, st, like); };
   Tensor stats = outputs & kSaveStats ? (zero ? zeros({2, rows}, st, like) : empty({2, rows}, st, like)) : none;
-  return {make(true, st), some(kEntropy), some(kLse), some(kSumSqProbs), some(kMeanLogit),
-          make((outputs & kIsTop1) != 0, ScalarType::Bool), stats};
+  return {make(true, st),
+          some(kEntropy),
+          some(kLse),
+          some(kSumSqProbs),
+          some(kMeanLogit),
+          make((outputs & kIsTop1) != 0, ScalarType::Bool),
+          stats};
 }
 
 HeadOutputs scatter_outputs(const HeadOutputs& compact, int64_t outputs, int64_t rows, const Tensor& active, DType acc) {

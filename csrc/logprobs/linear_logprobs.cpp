@@ -57,8 +57,20 @@ int64_t row_stride(const Tensor& t) { return std::max(t.stride(0), t.size(1)); }
 Head make_head(const Tensor& hidden, const Tensor& weight, const Tensor& targets, const OptTensor& bias,
                const OptTensor& row_temperature, const HeadOptions& options, int64_t chunk_bytes, bool backward) {
   const DType dtype = float_dtype(hidden, "hidden"), acc = accumulator(dtype);
-  Head h{gemm_layout(hidden), gemm_layout(weight), targets, bias, row_temperature, options, dtype, acc,
-         hidden.size(0), hidden.size(1), weight.size(0), hidden.is_cuda(), current_stream(hidden), {}};
+  Head h{gemm_layout(hidden),
+         gemm_layout(weight),
+         targets,
+         bias,
+         row_temperature,
+         options,
+         dtype,
+         acc,
+         hidden.size(0),
+         hidden.size(1),
+         weight.size(0),
+         hidden.is_cuda(),
+         current_stream(hidden),
+         {}};
   if (bias) h.bias = to_contiguous(cast(*bias, scalar_type(acc)));
   h.plan = plan_chunks({h.rows, h.width, h.vocab, dtype, h.cuda, backward, chunk_bytes});
   return h;
@@ -123,7 +135,8 @@ template <class S> void forward_walk(const Head& h, int64_t outputs, const HeadO
   Operand hidden(h.hidden, h, h.plan.row_chunk), weight(h.weight, h, cols);
   S* z = mutable_data<S>(logits);
   for_blocks(h, [&](int64_t v, int64_t n_cols, int64_t r, int64_t n_rows) {
-    gemm(h.hidden, hidden.type(), n_rows, n_cols, h.width, hidden.rows(r, n_rows), weight.rows(v, n_cols, true), z, n_cols, false);
+    gemm(h.hidden, hidden.type(), n_rows, n_cols, h.width, hidden.rows(r, n_rows), weight.rows(v, n_cols, true), z, n_cols,
+         false);
     FoldArgs<S> a = f;
     a.block = block_of<S>(h, v, n_cols, r, n_rows);
     a.logits = z;
@@ -185,7 +198,8 @@ template <class S> HeadGrads backward_walk(const Head& h, const GradArgs<S>& ups
       }
     }
     if (needs & kGradBias)
-      gemm(h.hidden, grad_type, 1, n_cols, n_rows, {ones.const_data_ptr(), n_rows, false}, dz, mutable_data<S>(d_bias) + v, n_cols, r > 0);
+      gemm(h.hidden, grad_type, 1, n_cols, n_rows, {ones.const_data_ptr(), n_rows, false}, dz, mutable_data<S>(d_bias) + v,
+           n_cols, r > 0);
   });
   return {needs & kGradHidden ? cast(d_hidden, scalar_type(h.dtype)) : d_hidden, d_weight, d_bias};
 }
@@ -220,18 +234,20 @@ HeadOutputs linear_logprobs(const Tensor& hidden, const Tensor& weight, const Te
 
   const bool compact = ignored > 0;
   const Tensor active = compact ? active_rows(t, ignored, ignore_index) : t;
-  const Head h = compact ? make_head(index_rows(hidden, active), weight, index_rows(t, active), bias, index_optional(tau, active),
-                                     options, chunk_bytes, false)
+  const Head h = compact ? make_head(index_rows(hidden, active), weight, index_rows(t, active), bias,
+                                     index_optional(tau, active), options, chunk_bytes, false)
                          : make_head(hidden, weight, t, bias, tau, options, chunk_bytes, false);
   const HeadOutputs out = make_outputs(outputs, h.rows, acc, hidden, false);
   acc == DType::f64 ? forward_walk<double>(h, outputs, out) : forward_walk<float>(h, outputs, out);
   return compact ? scatter_outputs(out, outputs, rows, active, acc) : out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward(
-    OptTensor g_logp, OptTensor g_entropy, OptTensor g_lse, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
-    OptTensor bias, OptTensor row_temperature, const Tensor& entropy, const Tensor& stats, double temperature, double softcap,
-    double logit_scale, int64_t ignore_index, int64_t needs, int64_t chunk_bytes) {
+std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward(OptTensor g_logp, OptTensor g_entropy, OptTensor g_lse,
+                                                            const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+                                                            OptTensor bias, OptTensor row_temperature, const Tensor& entropy,
+                                                            const Tensor& stats, double temperature, double softcap,
+                                                            double logit_scale, int64_t ignore_index, int64_t needs,
+                                                            int64_t chunk_bytes) {
   const HeadOptions options{temperature, softcap, logit_scale, ignore_index};
   check_head(hidden, weight, bias, chunk_bytes);
   check_head_options(options);

@@ -68,8 +68,7 @@ PK_HD const S* transformed_tile(const LogitTransform<S>& t, const T* p, int64_t 
   constexpr int64_t L = Lanes<V>::count;
   const S* bias = t.bias ? t.bias + first : nullptr;
   int64_t i = 0;
-  for (; i + L <= n; i += L)
-    Mem<V>::store(out + i, pre_logit(t, Mem<V>::load(p + i), bias ? Mem<V>::load(bias + i) : V{}));
+  for (; i + L <= n; i += L) Mem<V>::store(out + i, pre_logit(t, Mem<V>::load(p + i), bias ? Mem<V>::load(bias + i) : V{}));
   for (; i < n; i++) out[i] = pre_logit(t, S(Mem<S>::load(p + i)), bias ? bias[i] : S(0));
   return out;
 }
@@ -83,7 +82,13 @@ template <class S> SoftmaxRow<S> load_state(const FoldArgs<S>& a, int64_t row) {
 template <class S> void store_state(const FoldArgs<S>& a, int64_t row, const SoftmaxRow<S>& r) {
   S* s = a.state + row;
   const int64_t d = a.state_stride;
-  s[0] = r.max; s[d] = r.s; s[2 * d] = r.u; s[3 * d] = r.q; s[4 * d] = r.x; s[5 * d] = r.target_pre; s[6 * d] = r.best_before;
+  s[0] = r.max;
+  s[d] = r.s;
+  s[2 * d] = r.u;
+  s[3 * d] = r.q;
+  s[4 * d] = r.x;
+  s[5 * d] = r.target_pre;
+  s[6 * d] = r.best_before;
 }
 
 template <class S> void write_outputs(const FoldArgs<S>& a, int64_t row, const SoftmaxOutputs<S>& o, S max) {
@@ -93,7 +98,10 @@ template <class S> void write_outputs(const FoldArgs<S>& a, int64_t row, const S
   if (a.sum_sq_probs) a.sum_sq_probs[row] = o.sum_sq_probs;
   if (a.mean_logit) a.mean_logit[row] = o.mean_logit;
   if (a.is_top1) a.is_top1[row] = o.is_top1;
-  if (a.row_max) { a.row_max[row] = max; a.row_log2_sum[row] = o.log2_sum; }
+  if (a.row_max) {
+    a.row_max[row] = max;
+    a.row_log2_sum[row] = o.log2_sum;
+  }
 }
 
 template <bool ENTROPY, bool EXTRA, class V, class T>
@@ -133,11 +141,22 @@ void fold_row(const FoldArgs<typename Lanes<V>::Scalar>& args, int64_t row) {
 
   SoftmaxSums<S> sums = acc.tail;
   SoftmaxSums<V> all;
-  for (const auto& lane : acc.lanes) { all.s += lane.s; all.u += lane.u; all.q += lane.q; all.x += lane.x; }
-  sums.s += reduce_add(all.s); sums.u += reduce_add(all.u); sums.q += reduce_add(all.q); sums.x += reduce_add(all.x);
+  for (const auto& lane : acc.lanes) {
+    all.s += lane.s;
+    all.u += lane.u;
+    all.q += lane.q;
+    all.x += lane.x;
+  }
+  sums.s += reduce_add(all.s);
+  sums.u += reduce_add(all.u);
+  sums.q += reduce_add(all.q);
+  sums.x += reduce_add(all.x);
   SoftmaxSums<S> before{state.s, state.u, state.q, state.x};
   softmax_merge(state.max, before, acc.max, sums, k);
-  state.s = before.s; state.u = before.u; state.q = before.q; state.x = before.x;
+  state.s = before.s;
+  state.u = before.u;
+  state.q = before.q;
+  state.x = before.x;
 
   if (!args.last) return store_state(args, row, state);
   write_outputs(args, row, softmax_finish(state, factor, b.vocab), state.max);

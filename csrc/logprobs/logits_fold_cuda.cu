@@ -129,8 +129,13 @@ __global__ void __launch_bounds__(THREADS) fold_kernel(const FoldArgs<float> a) 
   softmax_merge(s.max, sums, p.max, p.sums, k);
   s = {s.max, sums.s, sums.u, sums.q, sums.x, s.target_pre, vmax(s.best_before, p.best_before)};
   if (!a.last) {
-    state[0] = s.max; state[d] = s.s; state[2 * d] = s.u; state[3 * d] = s.q;
-    state[4 * d] = s.x; state[5 * d] = s.target_pre; state[6 * d] = s.best_before;
+    state[0] = s.max;
+    state[d] = s.s;
+    state[2 * d] = s.u;
+    state[3 * d] = s.q;
+    state[4 * d] = s.x;
+    state[5 * d] = s.target_pre;
+    state[6 * d] = s.best_before;
     return;
   }
   SoftmaxOutputs<float> o{};
@@ -161,9 +166,9 @@ template <class T, class O, int THREADS> __global__ void __launch_bounds__(THREA
   O* out = static_cast<O*>(a.grad) + row_offset(a.grad_map, row);
   const int64_t target = b.targets[row] - b.first_col;
   const bool ignored = b.targets[row] == b.ignore_index;
-  const SoftmaxGrad<float> g = softmax_grad(a.row_max[row], a.row_log2_sum[row], logit_factor(b.transform, row),
-                                            a.g_entropy ? a.entropy[row] : 0.0f, a.g_logp ? a.g_logp[row] : 0.0f,
-                                            a.g_entropy ? a.g_entropy[row] : 0.0f, a.g_lse ? a.g_lse[row] : 0.0f);
+  const SoftmaxGrad<float> g =
+      softmax_grad(a.row_max[row], a.row_log2_sum[row], logit_factor(b.transform, row), a.g_entropy ? a.entropy[row] : 0.0f,
+                   a.g_logp ? a.g_logp[row] : 0.0f, a.g_entropy ? a.g_entropy[row] : 0.0f, a.g_lse ? a.g_lse[row] : 0.0f);
   const auto value = [&](float raw, int64_t col) {
     const float pre = pre_logit(b.transform, raw, bias_at(b.transform, col));
     const float d = softmax_grad_value(g, pre) + (col == target ? g.target : 0.0f);

@@ -32,8 +32,14 @@ bool adjacent_columns(const Logits& l) { return l.vocab == 1 || l.tensor.stride(
 bool rows_overlap(const Logits& l) {
   const Tensor& t = l.tensor;
   int64_t n = t.size(0), step = t.stride(0), inner_n = 1, inner_step = 0;
-  if (t.dim() == 3) { inner_n = t.size(1); inner_step = t.stride(1); }
-  if (n <= 1 || (inner_n > 1 && step < inner_step)) { std::swap(n, inner_n); std::swap(step, inner_step); }
+  if (t.dim() == 3) {
+    inner_n = t.size(1);
+    inner_step = t.stride(1);
+  }
+  if (n <= 1 || (inner_n > 1 && step < inner_step)) {
+    std::swap(n, inner_n);
+    std::swap(step, inner_step);
+  }
   int64_t extent = l.vocab;  // of one row, then of all rows of the shorter stride
   if (inner_n > 1) {
     if (inner_step < extent) return true;
@@ -45,7 +51,8 @@ bool rows_overlap(const Logits& l) {
 void check_inplace(const Logits& l) {
   check_value(adjacent_columns(l), "logits has a stride of ", l.tensor.stride(l.tensor.dim() - 1),
               " in its last dimension; inplace_backward needs 1");
-  check_value(!rows_overlap(l), "logits has rows that share memory, as expand() makes them; inplace_backward would write them twice");
+  check_value(!rows_overlap(l),
+              "logits has rows that share memory, as expand() makes them; inplace_backward would write them twice");
 }
 
 template <class S>
@@ -102,8 +109,7 @@ void run_backward(const Backward& b, Tensor& into, const RowMap& into_map) {
 }  // namespace
 
 HeadOutputs logits_logprobs(const Tensor& logits, const Tensor& targets, OptTensor row_temperature, double temperature,
-                            double softcap, double logit_scale, int64_t ignore_index, int64_t outputs,
-                            bool inplace_backward) {
+                            double softcap, double logit_scale, int64_t ignore_index, int64_t outputs, bool inplace_backward) {
   const HeadOptions options{temperature, softcap, logit_scale, ignore_index};
   check_head_options(options);
   Logits l = check_logits(logits);

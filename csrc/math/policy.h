@@ -26,13 +26,31 @@ struct PolicyOptions {
 
 // What is gathered over tokens: sums, and at the end of the list a minimum and a maximum.
 enum PolicySum : int {
-  kSumLoss, kSumLow, kSumHigh, kSumDual, kSumRatio, kSumApproxKl, kSumKl, kSumTokens, kSumSequences,
-  kMinRatio, kMaxRatio, kPolicySums,
+  kSumLoss,
+  kSumLow,
+  kSumHigh,
+  kSumDual,
+  kSumRatio,
+  kSumApproxKl,
+  kSumKl,
+  kSumTokens,
+  kSumSequences,
+  kMinRatio,
+  kMaxRatio,
+  kPolicySums
 };
 // Metrics, in the order in which they are returned.
 enum PolicyMetric : int {
-  kClipFractionLow, kClipFractionHigh, kClipFractionDual, kRatioMean, kRatioMin, kRatioMax, kApproxKl, kKl, kTokens,
-  kPolicyMetrics,
+  kClipFractionLow,
+  kClipFractionHigh,
+  kClipFractionDual,
+  kRatioMean,
+  kRatioMin,
+  kRatioMax,
+  kApproxKl,
+  kKl,
+  kTokens,
+  kPolicyMetrics
 };
 
 inline namespace PK_ISA {
@@ -58,9 +76,9 @@ template <class V> struct PolicyTerm {
 // e^x, and where |x| < kExpTail also tail = e^x - 1 - x = x^2 (1/2! + x/3! + ...). Vectors on the CPU have their own.
 template <class V> PK_HD V exp_tail(V x, V& tail) {
   constexpr int terms = sizeof(V) == 8 ? 13 : 6;
-  constexpr double inverse_factorial[] = {
-      1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800,
-      1.0 / 479001600, 1.0 / 6227020800, 1.0 / 87178291200};
+  constexpr double inverse_factorial[] = {1.0 / 2,         1.0 / 6,          1.0 / 24,         1.0 / 120,     1.0 / 720,
+                                          1.0 / 5040,      1.0 / 40320,      1.0 / 362880,     1.0 / 3628800, 1.0 / 39916800,
+                                          1.0 / 479001600, 1.0 / 6227020800, 1.0 / 87178291200};
   V series = V(inverse_factorial[terms - 1]);
   for (int k = terms - 2; k >= 0; k--) series = series * x + V(inverse_factorial[k]);
   tail = x * x * series;
@@ -77,7 +95,8 @@ template <class V> PK_HD V exp_minus_1_minus(V x, V exp_x, V tail) {
 template <class V, class S> PK_HD void clip_objective(const PolicyRule<S>& rule, V a, V ratio, PolicyTerm<V>& t) {
   const V none = splat<V>(0);
   const V lower = a < S(0) ? splat<V>(rule.low) : none, upper = a < S(0) ? splat<V>(rule.dual) : splat<V>(rule.high);
-  const LanesIf<V> below = ratio < lower, above = ratio > upper;
+  const LanesIf<V> below = ratio < lower;
+  const LanesIf<V> above = ratio > upper;
   t.loss = -a * vmin(upper, vmax(lower, ratio));  // a ratio that is NaN passes both
   t.grad = below | above ? a - a : -a * ratio;    // 0, but NaN for an advantage that is not finite
   t.low = below;

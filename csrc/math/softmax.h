@@ -33,9 +33,7 @@ template <class S> constexpr S kMinusInf = -__builtin_inff();
 
 // Below this exponent 2^t is exactly 0; clamping there keeps t * 2^t at 0 for logits of -inf. NaN passes.
 template <class S> PK_HD constexpr S exponent_floor() { return sizeof(S) == 8 ? S(-1100) : S(kFlushExponent); }
-template <class V> PK_HD V clamp_exponent(V t) {
-  return vmax(splat<V>(exponent_floor<typename Lanes<V>::Scalar>()), t);
-}
+template <class V> PK_HD V clamp_exponent(V t) { return vmax(splat<V>(exponent_floor<typename Lanes<V>::Scalar>()), t); }
 
 // Adds one element; max must be finite and at least as large as every element added.
 template <bool ENTROPY, bool EXTRA, class V, class S>
@@ -44,7 +42,10 @@ PK_HD void softmax_add(SoftmaxSums<V>& a, V pre, S max, S base2_factor) {
   const V e = exp2_flush(t);
   a.s += e;
   if (ENTROPY) a.u += e * t;
-  if (EXTRA) { a.q += e * e; a.x += pre; }
+  if (EXTRA) {
+    a.q += e * e;
+    a.x += pre;
+  }
 }
 
 // Moves sums taken against old_max to new_max >= old_max; new_max must be finite.
@@ -64,7 +65,10 @@ template <class S> PK_HD void softmax_merge(S& max, SoftmaxSums<S>& a, S other_m
     softmax_rescale(b, other_max, joint, base2_factor);
   }
   max = joint;
-  a.s += b.s; a.u += b.u; a.q += b.q; a.x += b.x;
+  a.s += b.s;
+  a.u += b.u;
+  a.q += b.q;
+  a.x += b.x;
 }
 
 // log p_y = ln2 ((pre_y - max) f - log2 s);  H = ln2 (log2 s - u / s);  lse = max * factor + ln2 log2 s;
@@ -87,8 +91,12 @@ template <class S> PK_HD SoftmaxOutputs<S> softmax_finish(const SoftmaxRow<S>& r
 // d(g_logp log p_y + g_ent H + g_lse lse)/dz_v = g_logp (1[v=y] - p_v) - g_ent p_v (log p_v + H) + g_lse p_v.
 template <class S>
 PK_HD SoftmaxGrad<S> softmax_grad(S max, S log2_sum, S factor, S entropy, S g_logp, S g_entropy, S g_lse) {
-  return {max, factor * S(kLog2E), log2_sum, factor * (g_lse - g_logp - g_entropy * entropy),
-          -factor * g_entropy * S(kLn2), factor * g_logp};
+  return {max,
+          factor * S(kLog2E),
+          log2_sum,
+          factor * (g_lse - g_logp - g_entropy * entropy),
+          -factor * g_entropy * S(kLn2),
+          factor * g_logp};
 }
 
 template <class V, class S> PK_HD V softmax_grad_value(const SoftmaxGrad<S>& g, V pre) {

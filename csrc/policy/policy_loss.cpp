@@ -11,7 +11,8 @@ namespace {
 
 DType loss_dtype(const Tensor& logp) {
   const DType type = float_dtype(logp, "logp");
-  check_type(type == accumulator(type), "logp has dtype ", dtype_name(logp.scalar_type()), "; accepted: float32, and float64 on the CPU");
+  check_type(type == accumulator(type), "logp has dtype ", dtype_name(logp.scalar_type()),
+             "; accepted: float32, and float64 on the CPU");
   return type;
 }
 
@@ -26,8 +27,8 @@ PolicyOptions checked_options(int64_t kind, int64_t agg, int64_t kl, double eps_
   check_value(beta >= 0 && std::isfinite(beta), "beta is ", beta, "; it must be finite and not negative");
   check_value(beta == 0 || has_ref, "beta is ", beta, " but ref_logp is None; a penalty needs a reference");
   check_value(ratio_clamp > 0, "ratio_clamp is ", ratio_clamp, "; it must be positive, or None");
-  return {static_cast<PolicyKind>(kind), has_ref ? KlKind::k3 : KlKind::none, static_cast<Aggregation>(agg), eps_low, eps_high,
-          dual_clip, beta, ratio_clamp};
+  const KlKind penalty = has_ref ? KlKind::k3 : KlKind::none;
+  return {PolicyKind(kind), penalty, Aggregation(agg), eps_low, eps_high, dual_clip, beta, ratio_clamp};
 }
 
 // On the CPU every boundary is looked at; on CUDA the kernel finds a wrong one and makes everything NaN.
@@ -105,7 +106,8 @@ PolicyOutputs policy_loss(const Tensor& logp, const Tensor& old_logp, const Tens
                           OptTensor cu_seqlens, OptTensor ref_logp, int64_t kind, int64_t agg, int64_t kl, double eps_low,
                           double eps_high, double dual_clip, double beta, double ratio_clamp, bool with_grad) {
   const DType dtype = loss_dtype(logp);
-  const PolicyOptions options = checked_options(kind, agg, kl, eps_low, eps_high, dual_clip, beta, ratio_clamp, ref_logp.has_value());
+  const PolicyOptions options =
+      checked_options(kind, agg, kl, eps_low, eps_high, dual_clip, beta, ratio_clamp, ref_logp.has_value());
   const OnDevice guard(logp);
   if (cu_seqlens) cu_seqlens = to_contiguous(*cu_seqlens);
   const SequenceLayout layout = checked_layout(logp, cu_seqlens);
@@ -129,9 +131,13 @@ PolicyOutputs policy_loss(const Tensor& logp, const Tensor& old_logp, const Tens
 
   const ScalarType st = logp.scalar_type();
   const bool nothing = logp.is_cuda() && layout.sequences == 0;  // no block would write the results
-  const auto make = [&](std::initializer_list<int64_t> shape) { return nothing ? zeros(shape, st, logp) : empty(shape, st, logp); };
+  const auto make = [&](std::initializer_list<int64_t> shape) {
+    return nothing ? zeros(shape, st, logp) : empty(shape, st, logp);
+  };
   const PolicyOutputs out{make({}), make({kPolicyMetrics}),
-                          !with_grad ? empty({0}, st, logp) : logp.dim() == 2 ? make({logp.size(0), logp.size(1)}) : make({logp.size(0)}),
+                          !with_grad        ? empty({0}, st, logp)
+                          : logp.dim() == 2 ? make({logp.size(0), logp.size(1)})
+                                            : make({logp.size(0)}),
                           make({})};
   if (nothing) return out;
   dtype == DType::f64 ? run<double>(options, layout, lp, old, ref_logp, adv, per_token, mask, with_grad, out)
@@ -142,11 +148,11 @@ PolicyOutputs policy_loss(const Tensor& logp, const Tensor& old_logp, const Tens
 Tensor policy_loss_backward(const Tensor& g_loss, const Tensor& unnormalised, const Tensor& inverse_norm) {
   const DType dtype = float_dtype(unnormalised, "unnormalised");
   const ScalarType st = unnormalised.scalar_type();
-  check_type(dtype == accumulator(dtype) && g_loss.scalar_type() == st && inverse_norm.scalar_type() == st, "g_loss, unnormalised and "
-             "inverse_norm have dtypes ", dtype_name(g_loss.scalar_type()), ", ", dtype_name(st), " and ",
-             dtype_name(inverse_norm.scalar_type()), "; one of float32 and float64 is expected for all");
-  check_value(g_loss.numel() == 1 && inverse_norm.numel() == 1, "g_loss and inverse_norm have shapes ", shape_text(g_loss), " and ",
-              shape_text(inverse_norm), "; expected one element each");
+  check_type(dtype == accumulator(dtype) && g_loss.scalar_type() == st && inverse_norm.scalar_type() == st,
+             "g_loss, unnormalised and inverse_norm have dtypes ", dtype_name(g_loss.scalar_type()), ", ", dtype_name(st),
+             " and ", dtype_name(inverse_norm.scalar_type()), "; one of float32 and float64 is expected for all");
+  check_value(g_loss.numel() == 1 && inverse_norm.numel() == 1, "g_loss and inverse_norm have shapes ", shape_text(g_loss),
+              " and ", shape_text(inverse_norm), "; expected one element each");
   check_same_device(g_loss, "g_loss", unnormalised, "unnormalised");
   check_same_device(inverse_norm, "inverse_norm", unnormalised, "unnormalised");
   const OnDevice guard(unnormalised);

@@ -42,7 +42,10 @@ template <int N> PK_HD Cover cover(const uint8_t* p) {
   uint32_t w[words];
   __builtin_memcpy(w, p, 4 * words);
   uint32_t any = 0, all = 0x01010101u;
-  for (uint32_t x : w) { any |= x; all &= x; }
+  for (uint32_t x : w) {
+    any |= x;
+    all &= x;
+  }
   return any == 0 ? Cover::none : all == 0x01010101u ? Cover::all : Cover::some;
 }
 
@@ -77,7 +80,9 @@ template <class V> struct TileSums {
     high = t.high ? high + one : high;
     dual = t.dual ? dual + one : dual;
     loss += t.loss;
-    ratio += ratio_if_kept; approx_kl += t.approx_kl; kl += t.kl;
+    ratio += ratio_if_kept;
+    approx_kl += t.approx_kl;
+    kl += t.kl;
     min = vmin(ratio_or_inf, min);
     max = vmax(ratio_if_kept, max);
   }
@@ -184,8 +189,9 @@ void sequence(const PolicyArgs<typename Lanes<V>::Scalar>& a, double* sums, int6
   sums[kSumTokens] = double(tokens);
   sums[kSumSequences] = 1;
   const S weight = sequence_weight<S>(a.options.agg, double(tokens));
-  const Tokens<S> at{a.logp + begin, a.old_logp + begin, from(a.ref_logp, begin), TOKEN_ADVANTAGES ? a.advantages + begin : nullptr,
-                     tokens == n ? nullptr : mask, grad};
+  const S* advantages = TOKEN_ADVANTAGES ? a.advantages + begin : nullptr;
+  const uint8_t* mask_if_needed = tokens == n ? nullptr : mask;
+  const Tokens<S> at{a.logp + begin, a.old_logp + begin, from(a.ref_logp, begin), advantages, mask_if_needed, grad};
   Walk<KIND, KL, TOKEN_ADVANTAGES, V> walk{policy_rule<S>(a.options), TOKEN_ADVANTAGES ? S(0) : a.advantages[b], weight, {}};
   walk.run(at, n, sums);
   sums[kSumLoss] *= double(weight);

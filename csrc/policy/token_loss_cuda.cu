@@ -16,7 +16,9 @@ constexpr int kThreads = 256, kWarps = kThreads / 32, kPack = 4;
 // total of value k. By warps first, then by the number of the warp.
 template <class T> __device__ __forceinline__ T reduce_sums(T (&v)[kPolicySums]) {
   PK_SMEM(T, partial, kWarps * kPolicySums);
-  const auto merge = [](int k, T a, T b) { return k == kMinRatio ? (b < a ? b : a) : k == kMaxRatio ? (b > a ? b : a) : a + b; };
+  const auto merge = [](int k, T a, T b) {
+    return k == kMinRatio ? (b < a ? b : a) : k == kMaxRatio ? (b > a ? b : a) : a + b;
+  };
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int k = 0; k < kPolicySums; k++) {
@@ -42,7 +44,9 @@ template <class T> __device__ __forceinline__ void clear_sums(T (&v)[kPolicySums
 __device__ __forceinline__ bool aligned(const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 // Four elements from p on, in one load where `packed`.
-template <class T> __device__ __forceinline__ Pack<T, kPack> load4(const T* p) { return *reinterpret_cast<const Pack<T, kPack>*>(p); }
+template <class T> __device__ __forceinline__ Pack<T, kPack> load4(const T* p) {
+  return *reinterpret_cast<const Pack<T, kPack>*>(p);
+}
 
 __device__ __forceinline__ int64_t count_tokens(const uint8_t* mask, int64_t begin, int64_t end) {
   int count = 0;

@@ -8,7 +8,9 @@ namespace py = pybind11;
 PYBIND11_MODULE(simt_kernels, m) {
   prefkern::bind_argument_structs(m);
   prefkern::bind_cuda_launchers(m);
-  py::enum_<simt::Order>(m, "Order").value("forward", simt::Order::forward).value("reverse", simt::Order::reverse)
+  py::enum_<simt::Order>(m, "Order")
+      .value("forward", simt::Order::forward)
+      .value("reverse", simt::Order::reverse)
       .value("random", simt::Order::random);
   m.def("set_order", &simt::set_order, py::arg("order"), py::arg("seed") = 0);
   m.def(

@@ -341,15 +341,14 @@ void start_block(Block& block, dim3 index) {
 
 [[noreturn]] void report_deadlock(const Block& block) {
   for (const Warp& w : block.warps)
-    if (w.pending.size() > 1)
-      throw Error("warp operation: lanes wait for one another with other masks or operations");
+    if (w.pending.size() > 1) throw Error("warp operation: lanes wait for one another with other masks or operations");
   const auto count = [&](State state) {
     const auto in_state = [&](const auto& fiber) { return fiber->state == state; };
     const auto begin = block.fibers.begin(), end = begin + static_cast<ptrdiff_t>(machine.threads);
     return std::to_string(std::count_if(begin, end, in_state));
   };
-  throw Error("deadlock: " + count(State::at_barrier) + " threads in __syncthreads(), " +
-              count(State::in_warp_operation) + " in a warp operation, " + count(State::finished) + " have exited");
+  throw Error("deadlock: " + count(State::at_barrier) + " threads in __syncthreads(), " + count(State::in_warp_operation) +
+              " in a warp operation, " + count(State::finished) + " have exited");
 }
 
 // The numbers 0 to n - 1 in the chosen order.
@@ -451,8 +450,8 @@ void* shared_array(const void* tag, size_t bytes, size_t alignment) {
 void sync_block(const char* file, int line) {
   Barrier& b = machine.block->barrier;
   if (b.arrived > 0 && (b.line != line || strcmp(b.file, file) != 0))
-    throw Error("__syncthreads() at " + std::string(file) + ":" + std::to_string(line) +
-                " while other threads wait at " + b.file + ":" + std::to_string(b.line));
+    throw Error("__syncthreads() at " + std::string(file) + ":" + std::to_string(line) + " while other threads wait at " +
+                b.file + ":" + std::to_string(b.line));
   b = {b.arrived + 1, file, line};
   if (b.arrived == machine.block->alive) return release_barrier();
   current_fiber().state = State::at_barrier;
@@ -464,8 +463,7 @@ void warp_operation(WarpOp op, uint32_t mask, void* value, size_t size, unsigned
   const uint32_t me = 1u << machine.current % warpSize;
   Warp& w = machine.block->warps[warp];
   if (!(mask & me)) throw Error("warp operation: the calling lane is not in its own mask");
-  if (mask & (w.exited | ~w.present))
-    throw Error("warp operation: the mask has a lane that has exited or does not exist");
+  if (mask & (w.exited | ~w.present)) throw Error("warp operation: the mask has a lane that has exited or does not exist");
   auto p = std::find_if(w.pending.begin(), w.pending.end(),
                         [&](const Pending& q) { return q.op == op && q.mask == mask && q.size == size; });
   if (p == w.pending.end()) p = w.pending.insert(p, {op, mask, size});

@@ -62,7 +62,7 @@ def policy_loss(
         logp: ``[B, T]``, or packed ``[N]`` with ``cu_seqlens``. float32, bfloat16 or float16 (float64 on the CPU); computed
             in float32 (float64). The only argument with a gradient: all others are constants, even if they require one.
         old_logp: shaped like ``logp``; any floating dtype, as are ``advantages`` and ``ref_logp``.
-        advantages: ``[B]``, or shaped like ``logp``.
+        advantages: ``[B]``, or shaped like ``logp`` (which wins where a packed batch has as many tokens as sequences).
         mask: bool, shaped like ``logp``; True counts. None: every token counts. What lies outside is never looked at: NaN
             there changes nothing, and its gradient is exactly 0.
         cu_seqlens: int32 ``[B + 1]``, where packed sequences begin and end.
