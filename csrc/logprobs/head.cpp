@@ -1,5 +1,6 @@
 #include "logprobs/head.h"
 
+#include <array>
 #include <cmath>
 
 namespace prefkern {
@@ -48,6 +49,17 @@ OptTensor checked_row_temperature(const OptTensor& t, const Tensor& scores, cons
     }
   }
   return c;
+}
+
+Tensor without_ignored_rows(const Tensor& hidden, const Tensor& targets, int64_t ignore_index) {
+  namespace sd = torch::stable::detail;
+  const Tensor ignored = torch::stable::full({}, double(ignore_index), ScalarType::Long, std::nullopt, targets.device());
+  std::array<StableIValue, 2> ne{sd::from(targets), sd::from(ignored)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::ne", "Tensor", ne.data(), TORCH_ABI_VERSION));
+  const Tensor counts = torch::stable::unsqueeze(sd::to<Tensor>(ne[0]), 1);
+  std::array<StableIValue, 3> where{sd::from(counts), sd::from(hidden), sd::from(zeros({1}, hidden.scalar_type(), hidden))};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::where", "self", where.data(), TORCH_ABI_VERSION));
+  return sd::to<Tensor>(where[0]);
 }
 
 HeadOutputs make_outputs(int64_t outputs, int64_t rows, DType acc, const Tensor& like, bool zero) {

@@ -20,6 +20,10 @@ std::pair<Tensor, int64_t> checked_targets(const Tensor& targets, const Tensor& 
 // In the accumulator type, contiguous; on the CPU every value is checked to be positive and finite.
 OptTensor checked_row_temperature(const OptTensor& t, const Tensor& scores, const char* scores_name, int64_t rows, DType acc);
 
+// hidden [N, H] with 0 in the rows whose target is ignored, without asking the device how many there are: their gradient
+// is 0, but 0 times NaN would still reach the weight's gradient.
+Tensor without_ignored_rows(const Tensor& hidden, const Tensor& targets, int64_t ignore_index);
+
 // Allocates what `outputs` asks for; zeroed where some rows will not be written.
 HeadOutputs make_outputs(int64_t outputs, int64_t rows, DType acc, const Tensor& like, bool zero);
 HeadOutputs scatter_outputs(const HeadOutputs& compact, int64_t outputs, int64_t rows, const Tensor& active, DType acc);

@@ -274,7 +274,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward(OptTensor g_logp, Op
   };
   HeadGrads grads;
   if (ignored == 0) {
-    grads = run(make_head(hidden, weight, t, bias, tau, options, chunk_bytes, true), up, entropy, stats);
+    // CUDA keeps ignored rows in place. The bias's gradient does not read hidden.
+    const Tensor x = hidden.is_cuda() && needs & kGradWeight ? without_ignored_rows(hidden, t, ignore_index) : hidden;
+    grads = run(make_head(x, weight, t, bias, tau, options, chunk_bytes, true), up, entropy, stats);
   } else {
     const Tensor active = active_rows(t, ignored, ignore_index);
     const Upstream u{index_optional(up.logp, active), index_optional(up.entropy, active), index_optional(up.lse, active)};

@@ -1,10 +1,16 @@
 """Fused CUDA and CPU kernels for preference optimisation and RL post-training, as PyTorch ops with autograd."""
 
+import os as _os
+
 import torch as _torch  # noqa: F401  (its libraries must be loaded before _C)
 
 from ._C import build_info, capabilities
 from .ops import *  # noqa: F403
 from .ops import __all__ as _ops
+
+_wanted = _os.environ.get("PREFKERN_CPU_ISA")
+if _wanted and _wanted not in capabilities()["cpu_isas"]:
+    raise ValueError(f"PREFKERN_CPU_ISA is {_wanted!r}; accepted: {', '.join(capabilities()['cpu_isas'])}")
 
 __version__ = build_info()["version"]
 __all__ = [*_ops, "build_info", "capabilities"]  # noqa: PLE0604

@@ -5,8 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ._arguments import accumulator, check_tensors, number, same_device
 from ._call import call, choice, validation
-from .logprobs import _accumulator, _check_tensors, _number, _same_device
 from .types import GroupAdvantages
 
 _group_advantages = torch.ops.prefkern.group_advantages.default
@@ -48,13 +48,13 @@ def group_advantages(
         ValueError, TypeError: naming the argument, what came and what is accepted. A reward that is not finite is always
             found on the CPU; on CUDA the rows of its group come out NaN, or it raises under ``prefkern.set_validation(True)``.
     """
-    _check_tensors(rewards=rewards, group=group)
+    check_tensors(rewards=rewards, group=group)
     estimator_id, singleton_id = choice("estimator", estimator, ESTIMATORS), choice("singleton", singleton, SINGLETONS)
     if rewards.requires_grad:
         rewards = rewards.detach()
     if rewards.is_cuda:
         _validate(rewards)
-    return GroupAdvantages(*call(_group_advantages, rewards, group, estimator_id, _number("eps", eps), singleton_id))
+    return GroupAdvantages(*call(_group_advantages, rewards, group, estimator_id, number("eps", eps), singleton_id))
 
 
 def _validate(rewards: Tensor) -> None:
@@ -68,8 +68,8 @@ def _validate(rewards: Tensor) -> None:
 
 @torch.library.register_fake("prefkern::group_advantages")
 def _fake(rewards: Tensor, group: Tensor, estimator: int, eps: float, singleton: int) -> tuple[Tensor, ...]:
-    _same_device("rewards", rewards, group=group)
+    same_device("rewards", rewards, group=group)
     torch._check(rewards.dim() == 1 and group.dim() == 1, lambda: "rewards and group must be [B]")
     torch._check(rewards.shape[0] == group.shape[0], lambda: f"group has {group.shape[0]} rows; rewards has {rewards.shape[0]}")
-    dtypes = (*(_accumulator(rewards),) * 3, torch.int64)
+    dtypes = (*(accumulator(rewards),) * 3, torch.int64)
     return tuple(rewards.new_empty(rewards.shape, dtype=dtype) for dtype in dtypes)

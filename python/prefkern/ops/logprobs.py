@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ._arguments import accumulator, check_tensors, integer, number, positive_int, same_device
 from ._call import call, no_double_backward, validation
 from .types import LinearLogprobs
 
@@ -74,9 +75,9 @@ def linear_logprobs(
 
     Memory: one block of logits plus converted operands, O(chunk_bytes), and O((N + V) H) for gradients.
     """
-    _check_tensors(hidden=hidden, weight=weight, targets=targets)
+    check_tensors(hidden=hidden, weight=weight, targets=targets)
     if bias is not None:
-        _check_tensors(bias=bias)
+        check_tensors(bias=bias)
     bits = _output_bits(outputs)
     shape = targets.shape
     if hidden.ndim == 0:
@@ -92,8 +93,8 @@ def linear_logprobs(
         hidden, weight = _autocast(hidden, weight)
     if targets.ndim != 1:
         hidden, targets = hidden.reshape(targets.numel(), hidden.shape[-1]), targets.reshape(-1)
-    args = (tau, _softcap(softcap), _number("logit_scale", logit_scale), _integer("ignore_index", ignore_index))
-    chunk = 0 if chunk_bytes is None else _positive_int("chunk_bytes", chunk_bytes)
+    args = (tau, _softcap(softcap), number("logit_scale", logit_scale), integer("ignore_index", ignore_index))
+    chunk = 0 if chunk_bytes is None else positive_int("chunk_bytes", chunk_bytes)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         out = call(
             _differentiable(_linear, _LinearLogprobs),
@@ -136,7 +137,7 @@ def logits_logprobs(
     Returns:
         As :func:`linear_logprobs`. Gradients flow from logp, entropy and lse to logits, in the logits' dtype.
     """
-    _check_tensors(logits=logits, targets=targets)
+    check_tensors(logits=logits, targets=targets)
     bits = _output_bits(outputs)
     shape = targets.shape
     if logits.ndim == 0:
@@ -161,7 +162,7 @@ def logits_logprobs(
         logits = logits.reshape(targets.numel(), logits.shape[-1])
     if targets.ndim != 1:
         targets = targets.reshape(-1)
-    args = (tau, _softcap(softcap), _number("logit_scale", logit_scale), _integer("ignore_index", ignore_index))
+    args = (tau, _softcap(softcap), number("logit_scale", logit_scale), integer("ignore_index", ignore_index))
     op, extra = (_differentiable(_logits, _LogitsLogprobs), _SAVE_STATS) if needs_grad else (_logits_fwd, 0)
     return _result(call(op, logits, targets, row_temperature, *args, bits | extra, inplace), bits, shape)
 
@@ -179,11 +180,11 @@ def plan_chunks(
     """How :func:`linear_logprobs` will cut a call with ``rows`` tokens: ``row_chunk``, ``vocab_block``,
     ``workspace_bytes``. The plan depends on nothing but these arguments."""
     for name, value in (("rows", rows), ("hidden", hidden), ("vocab", vocab)):
-        if _integer(name, value) < 0:
+        if integer(name, value) < 0:
             raise ValueError(f"{name} is {value}; it must not be negative")
     if dtype not in _DTYPES:
         raise TypeError(f"dtype is {dtype}; accepted: {', '.join(map(str, _DTYPES))}")
-    budget = 0 if chunk_bytes is None else _positive_int("chunk_bytes", chunk_bytes)
+    budget = 0 if chunk_bytes is None else positive_int("chunk_bytes", chunk_bytes)
     try:
         kind = torch.device(device).type
     except (RuntimeError, TypeError):
@@ -202,26 +203,6 @@ def _differentiable(op: Any, function: type[torch.autograd.Function]) -> Any:
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _check_tensors(**tensors: Any) -> None:
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} is a {type(value).__name__}; a torch.Tensor is expected")
-
-
-def _number(name: str, value: Any, accepted: str = "a number") -> float:
-    if isinstance(value, float):  # first: under dynamic shapes a compiler's symbolic floats know nothing but this
-        return value
-    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} is {value!r}; {accepted} is expected")
-    return float(value)
-
-
-def _integer(name: str, value: Any) -> int:
-    if isinstance(value, Tensor) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} is {value!r}; an integer is expected")
-    return int(value)
-
-
 def _output_bits(outputs: Iterable[str]) -> int:
     if isinstance(outputs, str):
         raise ValueError(f"outputs is the string {outputs!r}; a tuple of names is expected, e.g. ({outputs!r},)")
@@ -238,7 +219,7 @@ def _output_bits(outputs: Iterable[str]) -> int:
 
 def _split_temperature(temperature: float | Tensor, shape: torch.Size) -> tuple[float, Tensor | None]:
     if not isinstance(temperature, Tensor):
-        return _number("temperature", temperature, "a number or a tensor"), None
+        return number("temperature", temperature, "a number or a tensor"), None
     if temperature.requires_grad:
         raise ValueError("temperature requires a gradient, but no gradient flows to it; pass temperature.detach()")
     try:
@@ -252,17 +233,10 @@ def _split_temperature(temperature: float | Tensor, shape: torch.Size) -> tuple[
 def _softcap(softcap: float | None) -> float:
     if softcap is None:
         return 0.0
-    value = _number("softcap", softcap, "a number or None")
+    value = number("softcap", softcap, "a number or None")
     if not value > 0:
         raise ValueError(f"softcap is {value}; it must be positive and finite, or None")
     return value
-
-
-def _positive_int(name: str, value: int) -> int:
-    number = _integer(name, value)
-    if not 0 < number < 1 << 63:
-        raise ValueError(f"{name} is {number}; it must be positive and below 2^63, or None for the default")
-    return number
 
 
 def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -278,7 +252,9 @@ def _validate(targets: Tensor, temperature: float | Tensor, vocab: int, ignore_i
     if targets.is_cuda:  # another device is the op's to refuse
         bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
         if bool(bad.any()):
-            raise ValueError(f"targets has {int(targets[bad][0])}; accepted: 0 to {vocab - 1}, or ignore_index = {ignore_index}")
+            raise ValueError(
+                f"targets has {int(targets[bad][0])}; accepted: 0 to {vocab - 1}, or ignore_index = {ignore_index}"
+            )
     if isinstance(temperature, Tensor) and temperature.is_cuda:
         bad = ~((temperature > 0) & temperature.isfinite())
         if bool(bad.any()):
@@ -296,21 +272,8 @@ def _result(out: tuple[Tensor, ...], bits: int, shape: torch.Size) -> LinearLogp
 # ---- fake implementations and autograd -------------------------------------------------------------------------------
 
 
-def _accumulator(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
-
-
-def _same_device(reference_name: str, reference: Tensor, **tensors: Tensor | None) -> None:
-    # One tensor on the meta device brings the whole call here, and results on another device would never be written.
-    for name, t in tensors.items():
-        if t is not None and t.device != reference.device:
-            raise ValueError(
-                f"{name} is on {t.device} but {reference_name} is on {reference.device}; they must be on the same device"
-            )
-
-
 def _fake_outputs(like: Tensor, rows: Any, outputs: int) -> tuple[Tensor, ...]:
-    acc = _accumulator(like)
+    acc = accumulator(like)
     dtypes = [acc] * 4 + [torch.bool]
     optional = [like.new_empty((rows if outputs >> i & 1 else 0,), dtype=d) for i, d in enumerate(dtypes)]
     stats = like.new_empty((2, rows) if outputs & _SAVE_STATS else (0,), dtype=acc)
@@ -330,7 +293,7 @@ def _fake_linear(
     outputs: int,
     chunk_bytes: int,
 ) -> tuple[Tensor, ...]:
-    _same_device("hidden", hidden, weight=weight, targets=targets, bias=bias, temperature=row_temperature)
+    same_device("hidden", hidden, weight=weight, targets=targets, bias=bias, temperature=row_temperature)
     torch._check(hidden.dim() == 2 and weight.dim() == 2, lambda: "hidden must be [N, H] and weight [V, H]")
     torch._check(
         hidden.shape[1] == weight.shape[1],
@@ -350,7 +313,7 @@ def _fake_logits(
     outputs: int,
     inplace_backward: bool,
 ) -> tuple[Tensor, ...]:
-    _same_device("logits", logits, targets=targets, temperature=row_temperature)
+    same_device("logits", logits, targets=targets, temperature=row_temperature)
     rows = logits.shape[0] if logits.dim() == 2 else logits.shape[0] * logits.shape[1]
     return _fake_outputs(logits, rows, outputs)
 
@@ -367,7 +330,7 @@ def _fake_linear_backward(
     bias: Tensor | None, row_temperature: Tensor | None, entropy: Tensor, stats: Tensor, temperature: float, softcap: float,
     logit_scale: float, ignore_index: int, needs: int, chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    none = hidden.new_empty((0,), dtype=_accumulator(hidden))
+    none = hidden.new_empty((0,), dtype=accumulator(hidden))
     return (
         hidden.new_empty(hidden.shape) if needs & _GRAD_HIDDEN else none,
         weight.new_empty(weight.shape) if needs & _GRAD_WEIGHT else none.clone(),

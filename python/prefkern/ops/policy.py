@@ -6,8 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ._arguments import check_tensors, number, same_device
 from ._call import call, choice, no_double_backward, validation
-from .logprobs import _check_tensors, _number, _same_device
 from .types import LossOutput
 
 _OPS = torch.ops.prefkern
@@ -88,25 +88,25 @@ def policy_loss(
         ValueError, TypeError: naming the argument, what came and what is accepted. Wrong ``cu_seqlens`` are always found on
             the CPU; on CUDA loss, metrics and gradient come out NaN, or it raises under ``prefkern.set_validation(True)``.
     """
-    _check_tensors(logp=logp, old_logp=old_logp, advantages=advantages)
+    check_tensors(logp=logp, old_logp=old_logp, advantages=advantages)
     if mask is not None:
-        _check_tensors(mask=mask)
+        check_tensors(mask=mask)
     if cu_seqlens is not None:
-        _check_tensors(cu_seqlens=cu_seqlens)
+        check_tensors(cu_seqlens=cu_seqlens)
         if cu_seqlens.is_cuda:
             _validate(cu_seqlens, logp)
     if ref_logp is not None:
-        _check_tensors(ref_logp=ref_logp)
+        check_tensors(ref_logp=ref_logp)
         ref_logp = ref_logp.detach() if ref_logp.requires_grad else ref_logp
     options = (
         choice("kind", kind, KINDS),
         choice("agg", agg, AGGREGATIONS),
         choice("kl", kl, KL_KINDS),
-        _number("eps_low", eps_low),
-        _number("eps_high", eps_high),
-        math.inf if dual_clip is None else _number("dual_clip", dual_clip, "a number or None"),
-        _number("beta", beta),
-        math.inf if ratio_clamp is None else _number("ratio_clamp", ratio_clamp, "a number or None"),
+        number("eps_low", eps_low),
+        number("eps_high", eps_high),
+        math.inf if dual_clip is None else number("dual_clip", dual_clip, "a number or None"),
+        number("beta", beta),
+        math.inf if ratio_clamp is None else number("ratio_clamp", ratio_clamp, "a number or None"),
     )
     if old_logp.requires_grad:
         old_logp = old_logp.detach()
@@ -152,7 +152,7 @@ def _fake_loss(
     ratio_clamp: float,
     with_grad: bool,
 ) -> tuple[Tensor, ...]:
-    _same_device("logp", logp, old_logp=old_logp, advantages=advantages, mask=mask, cu_seqlens=cu_seqlens, ref_logp=ref_logp)
+    same_device("logp", logp, old_logp=old_logp, advantages=advantages, mask=mask, cu_seqlens=cu_seqlens, ref_logp=ref_logp)
     expected = 2 if cu_seqlens is None else 1
     torch._check(logp.dim() == expected, lambda: f"logp has shape {list(logp.shape)}; expected [B, T], or [N] with cu_seqlens")
     for name, t in (("old_logp", old_logp), ("mask", mask), ("ref_logp", ref_logp)):

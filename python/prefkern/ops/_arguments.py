@@ -1,0 +1,52 @@
+"""Argument checks that several ops share."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_tensors(**tensors: Any) -> None:
+    """TypeError naming the first argument that is no tensor."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}; a torch.Tensor is expected")
+
+
+def number(name: str, value: Any, accepted: str = "a number") -> float:
+    """A number as a float, or a TypeError that names the argument."""
+    if isinstance(value, float):  # first: under dynamic shapes a compiler's symbolic floats know nothing but this
+        return value
+    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} is {value!r}; {accepted} is expected")
+    return float(value)
+
+
+def integer(name: str, value: Any) -> int:
+    """An integer, or a TypeError that names the argument."""
+    if isinstance(value, Tensor) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is {value!r}; an integer is expected")
+    return int(value)
+
+
+def positive_int(name: str, value: int) -> int:
+    """A positive integer that fits the op's schema, or an error that names the argument."""
+    number = integer(name, value)
+    if not 0 < number < 1 << 63:
+        raise ValueError(f"{name} is {number}; it must be positive and below 2^63, or None for the default")
+    return number
+
+
+def accumulator(t: Tensor) -> torch.dtype:
+    """The dtype results of this input have: float64 for float64, else float32."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def same_device(reference_name: str, reference: Tensor, **tensors: Tensor | None) -> None:
+    """For fake implementations: ValueError unless all tensors are on the device of `reference`."""
+    # One tensor on the meta device brings the whole call here, and results on another device would never be written.
+    for name, t in tensors.items():
+        if t is not None and t.device != reference.device:
+            raise ValueError(
+                f"{name} is on {t.device} but {reference_name} is on {reference.device}; they must be on the same device"
+            )
