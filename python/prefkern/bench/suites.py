@@ -322,7 +322,7 @@ class OverheadWorkload(Workload):
 
     def __init__(self, case: Case, device: str) -> None:
         super().__init__(case, device)
-        shapes = ((4, 64, 256), (4, 256), (16, 4), (2, 8))
+        shapes = ((2, 16, 32), (2, 32), (16, 4), (2, 8))
         self.tiny = {
             op: WORKLOADS[op](Case(op, shape, "fp32", "fwd"), device) for op, shape in zip(self.variants, shapes, strict=True)
         }
