@@ -127,7 +127,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def encode(
-    problems: Sequence[Problem], tokenizer: PreTrainedTokenizerFast, device: str
+    problems: Sequence[Problem],
+    tokenizer: PreTrainedTokenizerFast,
+    device: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts [B, 6], all of one length, and right answers [B, up to MAX_ANSWER_TOKENS], filled up with IGNORE."""
     prompts = tokenizer([p.prompt for p in problems], return_tensors="pt")
@@ -217,7 +219,12 @@ def prefkern_head(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = prefkern.linear_logprobs(
-        hidden, weight, targets, temperature=temperature, ignore_index=IGNORE, outputs=("entropy",)
+        hidden,
+        weight,
+        targets,
+        temperature=temperature,
+        ignore_index=IGNORE,
+        outputs=("entropy",),
     )
     return out.logp, out.entropy
 
