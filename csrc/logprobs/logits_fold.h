@@ -55,6 +55,41 @@ template <class S> struct GradArgs {
   const S *g_logp = nullptr, *g_entropy = nullptr, *g_lse = nullptr;            // upstream, null = zero
 };
 
+inline namespace PK_ISA {
+
+template <class S> PK_HD SoftmaxRow<S> load_state(const FoldArgs<S>& a, int64_t row) {
+  const S* s = a.state + row;
+  const int64_t d = a.state_stride;
+  return {s[0], s[d], s[2 * d], s[3 * d], s[4 * d], s[5 * d], s[6 * d]};
+}
+
+template <class S> PK_HD void store_state(const FoldArgs<S>& a, int64_t row, const SoftmaxRow<S>& r) {
+  S* s = a.state + row;
+  const int64_t d = a.state_stride;
+  s[0] = r.max;
+  s[d] = r.s;
+  s[2 * d] = r.u;
+  s[3 * d] = r.q;
+  s[4 * d] = r.x;
+  s[5 * d] = r.target_pre;
+  s[6 * d] = r.best_before;
+}
+
+template <class S> PK_HD void write_outputs(const FoldArgs<S>& a, int64_t row, const SoftmaxOutputs<S>& o, S max) {
+  if (a.logp) a.logp[row] = o.logp;
+  if (a.out_entropy) a.out_entropy[row] = o.entropy;
+  if (a.lse) a.lse[row] = o.lse;
+  if (a.sum_sq_probs) a.sum_sq_probs[row] = o.sum_sq_probs;
+  if (a.mean_logit) a.mean_logit[row] = o.mean_logit;
+  if (a.is_top1) a.is_top1[row] = o.is_top1;
+  if (a.row_max) {
+    a.row_max[row] = max;
+    a.row_log2_sum[row] = o.log2_sum;
+  }
+}
+
+}  // namespace PK_ISA
+
 PK_API void cpu_fold_logits(const FoldArgs<float>& args);
 PK_API void cpu_fold_logits(const FoldArgs<double>& args);
 PK_API void cpu_grad_logits(const GradArgs<float>& args);

@@ -73,37 +73,6 @@ PK_HD const S* transformed_tile(const LogitTransform<S>& t, const T* p, int64_t 
   return out;
 }
 
-template <class S> SoftmaxRow<S> load_state(const FoldArgs<S>& a, int64_t row) {
-  const S* s = a.state + row;
-  const int64_t d = a.state_stride;
-  return {s[0], s[d], s[2 * d], s[3 * d], s[4 * d], s[5 * d], s[6 * d]};
-}
-
-template <class S> void store_state(const FoldArgs<S>& a, int64_t row, const SoftmaxRow<S>& r) {
-  S* s = a.state + row;
-  const int64_t d = a.state_stride;
-  s[0] = r.max;
-  s[d] = r.s;
-  s[2 * d] = r.u;
-  s[3 * d] = r.q;
-  s[4 * d] = r.x;
-  s[5 * d] = r.target_pre;
-  s[6 * d] = r.best_before;
-}
-
-template <class S> void write_outputs(const FoldArgs<S>& a, int64_t row, const SoftmaxOutputs<S>& o, S max) {
-  if (a.logp) a.logp[row] = o.logp;
-  if (a.out_entropy) a.out_entropy[row] = o.entropy;
-  if (a.lse) a.lse[row] = o.lse;
-  if (a.sum_sq_probs) a.sum_sq_probs[row] = o.sum_sq_probs;
-  if (a.mean_logit) a.mean_logit[row] = o.mean_logit;
-  if (a.is_top1) a.is_top1[row] = o.is_top1;
-  if (a.row_max) {
-    a.row_max[row] = max;
-    a.row_log2_sum[row] = o.log2_sum;
-  }
-}
-
 template <bool ENTROPY, bool EXTRA, class V, class T>
 void fold_row(const FoldArgs<typename Lanes<V>::Scalar>& args, int64_t row) {
   using S = typename Lanes<V>::Scalar;

@@ -118,9 +118,7 @@ __global__ void __launch_bounds__(THREADS) fold_kernel(const FoldArgs<float> a) 
   if (threadIdx.x != 0) return;
 
   SoftmaxRow<float> s{kMinusInf<float>, 0, 0, 0, 0, __builtin_nanf(""), kMinusInf<float>};
-  float* state = a.state ? a.state + row : nullptr;
-  const int64_t d = a.state_stride;
-  if (!a.first) s = {state[0], state[d], state[2 * d], state[3 * d], state[4 * d], state[5 * d], state[6 * d]};
+  if (!a.first) s = load_state(a, row);
   if (!ignored && valid && target >= 0 && target < b.cols) {
     const T* x = static_cast<const T*>(a.logits) + row_offset(a.logits_map, row);
     s.target_pre = pre_logit(b.transform, to_float(x[target]), bias_at(b.transform, target));
@@ -128,32 +126,14 @@ __global__ void __launch_bounds__(THREADS) fold_kernel(const FoldArgs<float> a) 
   SoftmaxSums<float> sums{s.s, s.u, s.q, s.x};
   softmax_merge(s.max, sums, p.max, p.sums, k);
   s = {s.max, sums.s, sums.u, sums.q, sums.x, s.target_pre, vmax(s.best_before, p.best_before)};
-  if (!a.last) {
-    state[0] = s.max;
-    state[d] = s.s;
-    state[2 * d] = s.u;
-    state[3 * d] = s.q;
-    state[4 * d] = s.x;
-    state[5 * d] = s.target_pre;
-    state[6 * d] = s.best_before;
-    return;
-  }
+  if (!a.last) return store_state(a, row, s);
   SoftmaxOutputs<float> o{};
   if (!ignored) {
     if (!valid) s.s = __builtin_nanf("");  // every output of the row turns NaN
     o = softmax_finish(s, factor, b.vocab);
     if (!valid) o.mean_logit = o.sum_sq_probs = s.s;
   }
-  if (a.logp) a.logp[row] = o.logp;
-  if (a.out_entropy) a.out_entropy[row] = o.entropy;
-  if (a.lse) a.lse[row] = o.lse;
-  if (a.sum_sq_probs) a.sum_sq_probs[row] = o.sum_sq_probs;
-  if (a.mean_logit) a.mean_logit[row] = o.mean_logit;
-  if (a.is_top1) a.is_top1[row] = o.is_top1;
-  if (a.row_max) {
-    a.row_max[row] = ignored ? 0.0f : s.max;
-    a.row_log2_sum[row] = o.log2_sum;
-  }
+  write_outputs(a, row, o, ignored ? 0.0f : s.max);
 }
 
 template <class O> __device__ __forceinline__ O from_float(float x) { return static_cast<O>(x); }
