@@ -14,27 +14,6 @@ namespace {
 
 constexpr int64_t kTile = 4096;
 
-// Which lanes of a vector count.
-template <class V> struct Keep;
-template <> struct Keep<double> {
-  using Type = bool;
-  static PK_HD bool load(const uint8_t* p) { return *p != 0; }
-};
-template <> struct Keep<VecF> {
-  using Type = VecI;
-  static PK_HD VecI load(const uint8_t* p) {
-#if defined(__AVX512F__)
-    return reinterpret_cast<VecI>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))) != 0;
-#elif defined(__AVX2__)
-    return reinterpret_cast<VecI>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))) != 0;
-#else
-    VecI v;
-    for (int i = 0; i < kLanes; i++) v[i] = p[i];
-    return v != 0;
-#endif
-  }
-};
-
 enum class Cover { none, some, all };
 template <int N> PK_HD Cover cover(const uint8_t* p) {
   if (N < 4) return *p ? Cover::all : Cover::none;
