@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from itertools import accumulate
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
 import prefkern
+from simt import build, harness
 
 hypothesis.settings.register_profile("prefkern", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("prefkern")
@@ -135,3 +137,45 @@ class OpLog(torch.utils._python_dispatch.TorchDispatchMode):
 def op_log():
     with OpLog() as log:
         yield log
+
+
+# ---- CUDA kernels on the CPU ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def simt_cache(request, tmp_path_factory):
+    pytest_cache = getattr(request.config, "cache", None)
+    return pytest_cache.mkdir("prefkern_simt") if pytest_cache else tmp_path_factory.mktemp("prefkern_simt")
+
+
+@pytest.fixture(scope="session")
+def simt_module(simt_cache):
+    if path := os.environ.get("PREFKERN_SIMT_MODULE"):
+        return build.load(Path(path))
+    if missing := build.missing():
+        pytest.skip(f"needs {missing}")
+    return build.load(build.build(simt_cache))
+
+
+@pytest.fixture
+def simt(simt_module):
+    harness.set_order(simt_module, "forward", 0)
+    return simt_module
+
+
+@pytest.fixture(scope="session")
+def sanitized(simt_cache):
+    """Runs Python with the sanitized module, whose path is in PREFKERN_SIMT_MODULE."""
+    if missing := build.missing():
+        pytest.skip(f"needs {missing}")
+    environment = build.sanitizer_environment()
+    if environment is None:
+        pytest.skip("the compiler has no sanitizers")
+    path = build.build(simt_cache, "sanitize")
+    environment = {**os.environ, **environment, "PREFKERN_SIMT_MODULE": str(path), "OMP_NUM_THREADS": "1"}
+    options = {"env": environment, "cwd": build.HERE.parent, "capture_output": True, "text": True}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *arguments], check=False, **options)
+
+    return run

@@ -1,23 +1,15 @@
 // group_advantages: rewards and group ids in, advantages and the statistics of each row's group out.
-#include <array>
 #include <cmath>
 
 #include "advantages/group_stats.h"
 #include "advantages/ops.h"
+#include "core/arguments.h"
 #include "core/cuda_runtime.h"
 
 namespace prefkern {
 namespace {
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-// Ids in ascending order, and the row of each; equal ids keep the order of their rows.
-std::pair<Tensor, Tensor> sort_ids(const Tensor& ids) {
-  namespace sd = torch::stable::detail;
-  std::array<StableIValue, 4> stack{sd::from(ids), sd::from(std::optional<bool>(true)), sd::from(int64_t(0)), sd::from(false)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-  return {sd::to<Tensor>(stack[0]), sd::to<Tensor>(stack[1])};
-}
 
 template <class S>
 GroupArgs<S> group_args(const AdvantageRule& rule, const Tensor& rewards, const Tensor& group, const Outputs& out) {
@@ -43,18 +35,14 @@ template <class S> void run_cpu(const GroupArgs<S>& a) {
 Outputs group_advantages(const Tensor& rewards, const Tensor& group, int64_t estimator, double eps, int64_t singleton) {
   const DType acc = accumulator(float_dtype(rewards, "rewards"));
   check_value(rewards.dim() == 1, "rewards has shape ", shape_text(rewards), "; expected [B]");
-  check_type(group.scalar_type() == ScalarType::Long || group.scalar_type() == ScalarType::Int, "group has dtype ",
-             dtype_name(group.scalar_type()), "; accepted: int64, int32");
-  check_value(group.dim() == 1 && group.size(0) == rewards.size(0), "group has shape ", shape_text(group),
-              "; rewards has shape ", shape_text(rewards), ", so the same is expected");
-  check_same_device(group, "group", rewards, "rewards");
+  const Tensor g = checked_group(group, rewards, "rewards");
   check_value(estimator >= 0 && estimator <= 2, "estimator is ", estimator, "; accepted: 0 to 2");
   check_value(singleton >= 0 && singleton <= 1, "singleton is ", singleton, "; accepted: 0, 1");
   check_value(eps >= 0 && std::isfinite(eps), "eps is ", eps, "; it must be finite and not negative");
   const OnDevice guard(rewards);
   const ScalarType st = scalar_type(acc);
   const int64_t count = rewards.size(0);
-  const Tensor r = to_contiguous(cast(rewards, st)), g = to_contiguous(cast(group, ScalarType::Long));
+  const Tensor r = to_contiguous(cast(rewards, st));
   const Outputs out{empty({count}, st, r), empty({count}, st, r), empty({count}, st, r), empty({count}, ScalarType::Long, r)};
   if (count == 0) return out;
 

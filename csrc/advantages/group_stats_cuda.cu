@@ -5,7 +5,7 @@
 // each; a warp takes one sorted position, leaves unless a group begins there, finds the end by binary search and writes
 // the whole group. Either way 32 lanes add the members in a fixed order, in double, and equal input gives equal bits.
 #include "advantages/group_stats.h"
-#include "core/cuda.cuh"
+#include "core/groups.cuh"
 
 namespace prefkern {
 namespace {
@@ -84,14 +84,8 @@ __global__ void __launch_bounds__(kThreads) segment_kernel(const GroupArgs<float
   const int64_t begin = warp_index();
   const int lane = threadIdx.x % kWarp;
   if (begin >= a.count) return;
-  const int64_t id = a.group[begin];
-  if (begin > 0 && a.group[begin - 1] == id) return;
-  int64_t inside = begin, outside = a.count;  // the last position known to be in the group, the first known not to be
-  while (outside - inside > 1) {
-    const int64_t middle = (inside + outside) / 2;
-    if (a.group[middle] == id) inside = middle;
-    else outside = middle;
-  }
+  if (!group_begins(a.group, begin)) return;
+  const int64_t outside = group_end(a.group, a.count, begin);
   const Segment members{a.order, begin, outside};
   const GroupResult g = reduce_group(a, members, lane);
   members.for_members(lane, [&](int64_t row) { write_row(a, row, g); });

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "core/arguments.h"
 #include "core/cuda_runtime.h"
 #include "policy/ops.h"
 #include "policy/token_loss.h"
@@ -29,45 +30,6 @@ PolicyOptions checked_options(int64_t kind, int64_t agg, int64_t kl, double eps_
   check_value(ratio_clamp > 0, "ratio_clamp is ", ratio_clamp, "; it must be positive, or None");
   const KlKind penalty = has_ref ? KlKind::k3 : KlKind::none;
   return {PolicyKind(kind), penalty, Aggregation(agg), eps_low, eps_high, dual_clip, beta, ratio_clamp};
-}
-
-// On the CPU every boundary is looked at; on CUDA the kernel finds a wrong one and makes everything NaN.
-SequenceLayout checked_layout(const Tensor& logp, const OptTensor& cu_seqlens) {
-  if (!cu_seqlens) {
-    check_value(logp.dim() == 2, "logp has shape ", shape_text(logp), "; expected [B, T], or [N] with cu_seqlens");
-    return {logp.size(0), logp.size(1), logp.numel(), nullptr};
-  }
-  check_value(logp.dim() == 1, "logp has shape ", shape_text(logp), "; with cu_seqlens [N] is expected");
-  check_type(cu_seqlens->scalar_type() == ScalarType::Int, "cu_seqlens has dtype ", dtype_name(cu_seqlens->scalar_type()),
-             "; accepted: int32");
-  check_value(cu_seqlens->dim() == 1 && cu_seqlens->size(0) > 0, "cu_seqlens has shape ", shape_text(*cu_seqlens),
-              "; expected [B + 1]");
-  check_same_device(*cu_seqlens, "cu_seqlens", logp, "logp");
-  const SequenceLayout layout{cu_seqlens->size(0) - 1, 0, logp.numel(), data<int32_t>(*cu_seqlens)};
-  if (logp.is_cpu()) {
-    const int32_t* c = layout.cu_seqlens;
-    check_value(c[0] == 0, "cu_seqlens[0] is ", c[0], "; it must be 0");
-    for (int64_t b = 0; b < layout.sequences; b++)
-      check_value(c[b] <= c[b + 1], "cu_seqlens[", b + 1, "] is ", c[b + 1], " after ", c[b], "; it must not descend");
-    check_value(c[layout.sequences] == layout.tokens, "cu_seqlens ends at ", c[layout.sequences], "; logp has ", layout.tokens,
-                " tokens, so that is expected");
-  }
-  return layout;
-}
-
-bool same_shape(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t i = 0; i < a.dim(); i++)
-    if (a.size(i) != b.size(i)) return false;
-  return true;
-}
-
-Tensor checked_tokens(const Tensor& t, const char* name, const Tensor& logp) {
-  float_dtype(t, name);
-  check_same_device(t, name, logp, "logp");
-  check_value(same_shape(t, logp), name, " has shape ", shape_text(t), "; logp has shape ", shape_text(logp),
-              ", so the same is expected");
-  return to_contiguous(cast(t, logp.scalar_type()));
 }
 
 template <class S>
@@ -110,17 +72,12 @@ PolicyOutputs policy_loss(const Tensor& logp, const Tensor& old_logp, const Tens
       checked_options(kind, agg, kl, eps_low, eps_high, dual_clip, beta, ratio_clamp, ref_logp.has_value());
   const OnDevice guard(logp);
   if (cu_seqlens) cu_seqlens = to_contiguous(*cu_seqlens);
-  const SequenceLayout layout = checked_layout(logp, cu_seqlens);
+  const SequenceLayout layout = checked_layout(logp, "logp", cu_seqlens);
 
-  const Tensor lp = to_contiguous(logp), old = checked_tokens(old_logp, "old_logp", logp);
-  if (ref_logp) ref_logp = checked_tokens(*ref_logp, "ref_logp", logp);
-  if (mask) {
-    check_type(mask->scalar_type() == ScalarType::Bool, "mask has dtype ", dtype_name(mask->scalar_type()), "; accepted: bool");
-    check_same_device(*mask, "mask", logp, "logp");
-    check_value(same_shape(*mask, logp), "mask has shape ", shape_text(*mask), "; logp has shape ", shape_text(logp),
-                ", so the same is expected");
-    mask = to_contiguous(*mask);
-  }
+  const ScalarType st = logp.scalar_type();
+  const Tensor lp = to_contiguous(logp), old = checked_tokens(old_logp, "old_logp", logp, "logp", st);
+  if (ref_logp) ref_logp = checked_tokens(*ref_logp, "ref_logp", logp, "logp", st);
+  mask = checked_mask(mask, logp, "logp");
   float_dtype(advantages, "advantages");
   check_same_device(advantages, "advantages", logp, "logp");
   const bool per_token = same_shape(advantages, logp);
@@ -129,7 +86,6 @@ PolicyOutputs policy_loss(const Tensor& logp, const Tensor& old_logp, const Tens
               " (one per token)");
   const Tensor adv = to_contiguous(cast(advantages, logp.scalar_type()));
 
-  const ScalarType st = logp.scalar_type();
   const bool nothing = logp.is_cuda() && layout.sequences == 0;  // no block would write the results
   const auto make = [&](std::initializer_list<int64_t> shape) {
     return nothing ? zeros(shape, st, logp) : empty(shape, st, logp);

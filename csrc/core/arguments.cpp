@@ -1,0 +1,71 @@
+#include "core/arguments.h"
+
+#include <array>
+
+namespace prefkern {
+
+bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); i++)
+    if (a.size(i) != b.size(i)) return false;
+  return true;
+}
+
+SequenceLayout checked_layout(const Tensor& tokens, const char* name, const OptTensor& cu_seqlens) {
+  if (!cu_seqlens) {
+    check_value(tokens.dim() == 2, name, " has shape ", shape_text(tokens), "; expected [B, T], or [N] with cu_seqlens");
+    return {tokens.size(0), tokens.size(1), tokens.numel(), nullptr};
+  }
+  check_value(tokens.dim() == 1, name, " has shape ", shape_text(tokens), "; with cu_seqlens [N] is expected");
+  check_type(cu_seqlens->scalar_type() == ScalarType::Int, "cu_seqlens has dtype ", dtype_name(cu_seqlens->scalar_type()),
+             "; accepted: int32");
+  check_value(cu_seqlens->dim() == 1 && cu_seqlens->size(0) > 0, "cu_seqlens has shape ", shape_text(*cu_seqlens),
+              "; expected [B + 1]");
+  check_same_device(*cu_seqlens, "cu_seqlens", tokens, name);
+  const SequenceLayout layout{cu_seqlens->size(0) - 1, 0, tokens.numel(), data<int32_t>(*cu_seqlens)};
+  if (tokens.is_cpu()) {
+    const int32_t* c = layout.cu_seqlens;
+    check_value(c[0] == 0, "cu_seqlens[0] is ", c[0], "; it must be 0");
+    for (int64_t b = 0; b < layout.sequences; b++)
+      check_value(c[b] <= c[b + 1], "cu_seqlens[", b + 1, "] is ", c[b + 1], " after ", c[b], "; it must not descend");
+    check_value(c[layout.sequences] == layout.tokens, "cu_seqlens ends at ", c[layout.sequences], "; ", name, " has ",
+                layout.tokens, " tokens, so that is expected");
+  }
+  return layout;
+}
+
+Tensor checked_tokens(const Tensor& t, const char* name, const Tensor& tokens, const char* tokens_name, ScalarType type) {
+  float_dtype(t, name);
+  check_same_device(t, name, tokens, tokens_name);
+  check_value(same_shape(t, tokens), name, " has shape ", shape_text(t), "; ", tokens_name, " has shape ", shape_text(tokens),
+              ", so the same is expected");
+  return to_contiguous(cast(t, type));
+}
+
+OptTensor checked_mask(const OptTensor& mask, const Tensor& tokens, const char* tokens_name) {
+  if (!mask) return mask;
+  check_type(mask->scalar_type() == ScalarType::Bool, "mask has dtype ", dtype_name(mask->scalar_type()), "; accepted: bool");
+  check_same_device(*mask, "mask", tokens, tokens_name);
+  check_value(same_shape(*mask, tokens), "mask has shape ", shape_text(*mask), "; ", tokens_name, " has shape ",
+              shape_text(tokens), ", so the same is expected");
+  return to_contiguous(*mask);
+}
+
+Tensor checked_group(const Tensor& group, const Tensor& rows_of, const char* rows_name) {
+  check_type(group.scalar_type() == ScalarType::Long || group.scalar_type() == ScalarType::Int, "group has dtype ",
+             dtype_name(group.scalar_type()), "; accepted: int64, int32");
+  check_value(group.dim() == 1 && rows_of.dim() > 0 && group.size(0) == rows_of.size(0), "group has shape ", shape_text(group),
+              "; ", rows_name, " has shape ", shape_text(rows_of), ", so [", rows_of.dim() > 0 ? rows_of.size(0) : 0,
+              "] is expected");
+  check_same_device(group, "group", rows_of, rows_name);
+  return to_contiguous(cast(group, ScalarType::Long));
+}
+
+std::pair<Tensor, Tensor> sort_ids(const Tensor& ids) {
+  namespace sd = torch::stable::detail;
+  std::array<StableIValue, 4> stack{sd::from(ids), sd::from(std::optional<bool>(true)), sd::from(int64_t(0)), sd::from(false)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  return {sd::to<Tensor>(stack[0]), sd::to<Tensor>(stack[1])};
+}
+
+}  // namespace prefkern

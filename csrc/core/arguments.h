@@ -1,0 +1,26 @@
+// Checks of arguments that ops of several rooms share, and what they turn into: token arrays with their layout, group ids.
+#pragma once
+#include <utility>
+
+#include "core/sequence.h"
+#include "core/tensor.h"
+
+namespace prefkern {
+
+bool same_shape(const Tensor& a, const Tensor& b);
+
+// `tokens` ([B, T], or [N] with cu_seqlens) as sequences. On the CPU every boundary is looked at; on CUDA the kernel finds
+// a wrong one (sequence_valid). cu_seqlens must be contiguous and outlive the layout.
+SequenceLayout checked_layout(const Tensor& tokens, const char* name, const OptTensor& cu_seqlens);
+
+// `t`, shaped like `tokens` and on its device, contiguous and of type `type`.
+Tensor checked_tokens(const Tensor& t, const char* name, const Tensor& tokens, const char* tokens_name, ScalarType type);
+OptTensor checked_mask(const OptTensor& mask, const Tensor& tokens, const char* tokens_name);
+
+// Group ids [rows] as contiguous int64, on the device of `rows_of`, whose first dimension is that of the rows.
+Tensor checked_group(const Tensor& group, const Tensor& rows_of, const char* rows_name);
+
+// Ids in ascending order, and the row of each; equal ids keep the order of their rows. No synchronisation on CUDA.
+std::pair<Tensor, Tensor> sort_ids(const Tensor& ids);
+
+}  // namespace prefkern

@@ -1,0 +1,491 @@
+"""The CUDA kernels of csrc/logprobs, compiled for the CPU by tests/simt, against float64 PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from prefkern import reference
+from simt.harness import (
+    INF,
+    NAN,
+    close,
+    guards_hold,
+    misaligned,
+    pointer,
+    same_bits,
+    same_bits_in_every_order,
+    tensor_like,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+COLUMNS = (1, 7, 31, 33, 127, 1003, 4097, 20001)  # around a pack, a warp, a tile, and in every launch configuration
+FLOAT_OUTPUTS = ("logp", "entropy", "lse", "sum_sq_probs", "mean_logit")
+STATISTICS = ("row_max", "row_log2_sum")
+ALL_OUTPUTS = (*FLOAT_OUTPUTS, *STATISTICS)
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+each_width = pytest.mark.parametrize("columns", COLUMNS)
+
+
+@dataclass(frozen=True)
+class Head:
+    temperature: float | Tensor = 1.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    bias: Tensor | None = None
+
+
+PLAIN = Head()
+
+
+def row_map(simt, view: Tensor):
+    result = simt.RowMap()
+    if view.dim() == 2:
+        result.inner, result.outer_stride, result.inner_stride = 1, view.stride(0), 0
+    else:
+        result.inner, result.outer_stride, result.inner_stride = view.shape[1], view.stride(0), view.stride(1)
+    return result
+
+
+def dtype_of(simt, view: Tensor):
+    return getattr(simt.DType, str(view.dtype).removeprefix("torch."))
+
+
+def logit_block(simt, logits: Tensor, targets: Tensor, head: Head, first: int, last: int):
+    block = simt.LogitBlock()
+    block.dtype = dtype_of(simt, logits)
+    block.rows, block.vocab = targets.numel(), logits.shape[-1]
+    block.first_col, block.cols = first, last - first
+    block.targets = pointer(targets)
+    block.transform.scale = head.logit_scale
+    block.transform.softcap = head.softcap or 0.0
+    block.transform.bias = pointer(head.bias[first:]) if head.bias is not None else 0
+    if isinstance(head.temperature, Tensor):
+        block.transform.row_temperature = pointer(head.temperature)
+    else:
+        block.transform.temperature = head.temperature
+    return block
+
+
+def fold(simt, logits, targets, head=PLAIN, *, cuts=(), entropy=True, extra=True, outputs=ALL_OUTPUTS):
+    """The outputs by name; the vocabulary is folded block by block if it is cut."""
+    rows, vocab = targets.numel(), logits.shape[-1]
+    out = {name: torch.full((rows,), NAN) for name in outputs}
+    top1 = torch.full((rows,), 2, dtype=torch.uint8)
+    state = torch.full((7, rows + 3), NAN)
+    for first, last in pairwise((0, *cuts, vocab)):
+        args = simt.FoldArgs()
+        args.block = logit_block(simt, logits, targets, head, first, last)
+        args.logits, args.logits_map = pointer(logits[..., first:]), row_map(simt, logits)
+        args.entropy, args.extra = entropy, extra
+        args.first, args.last = first == 0, last == vocab
+        if cuts:
+            args.state, args.state_stride = pointer(state), state.stride(0)
+        for name, tensor in out.items():
+            setattr(args, {"entropy": "out_entropy"}.get(name, name), pointer(tensor))
+        args.is_top1 = pointer(top1) if extra else 0
+        simt.cuda_fold_logits(args)
+    if extra:
+        assert set(top1.tolist()) <= {0, 1}
+        out["is_top1"] = top1.bool()
+    return out
+
+
+def grad(simt, logits, targets, stats, upstream, head=PLAIN, *, into=None, cuts=()):
+    """d loss / d logits, written to `into`, where `stats` is what `fold` gave and `upstream` is by name."""
+    into = tensor_like(logits) if into is None else into
+    for first, last in pairwise((0, *cuts, logits.shape[-1])):
+        args = simt.GradArgs()
+        args.block = logit_block(simt, logits, targets, head, first, last)
+        args.logits, args.logits_map = pointer(logits[..., first:]), row_map(simt, logits)
+        args.grad, args.grad_map = pointer(into[..., first:]), row_map(simt, into)
+        args.grad_dtype = dtype_of(simt, into)
+        for name in (*STATISTICS, "entropy"):
+            setattr(args, name, pointer(stats[name]))
+        for name, tensor in upstream.items():
+            setattr(args, f"g_{name}", pointer(tensor))
+        simt.cuda_grad_logits(args)
+    return into
+
+
+# ------------------------------------------------------------------------------------------------------------ the truth
+
+
+def definition(logits: Tensor, targets: Tensor, head: Head = PLAIN):
+    """In float64, of one row per target; `logits` may require grad."""
+    y = logits.double().reshape(-1, logits.shape[-1])
+    y = y + head.bias.double() if head.bias is not None else y
+    return reference.logits_logprobs(
+        y,
+        targets.reshape(-1),
+        temperature=head.temperature.double() if isinstance(head.temperature, Tensor) else head.temperature,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        outputs=("entropy", "lse", "sum_sq_probs", "mean_logit", "is_top1"),
+    )
+
+
+def definition_of_grad(logits: Tensor, targets: Tensor, upstream: dict[str, Tensor], head: Head = PLAIN) -> Tensor:
+    leaf = logits.detach().double().requires_grad_()
+    out = definition(leaf, targets, head)
+    sum((getattr(out, name) * g.double()).sum() for name, g in upstream.items()).backward()
+    return leaf.grad
+
+
+def close_outputs(actual: dict[str, Tensor], expected, **tolerance) -> None:
+    for name in FLOAT_OUTPUTS:
+        close(actual[name], getattr(expected, name).detach(), **tolerance)
+    assert torch.equal(actual["is_top1"], expected.is_top1)
+
+
+def close_grad(actual: Tensor, expected: Tensor) -> None:
+    close(actual, expected, atol=1e-6, rtol=max(2e-5, torch.finfo(actual.dtype).eps))
+
+
+def sample(rows: int, columns: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Logits, and targets of which every third is the largest logit."""
+    generator = torch.Generator().manual_seed(seed + columns)
+    logits = torch.randn(rows, columns, generator=generator) * 3
+    targets = torch.randint(columns, (rows,), generator=generator)
+    targets[::3] = logits[::3].bfloat16().argmax(-1)
+    return logits, targets
+
+
+def upstream_of(rows: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    return {name: torch.randn(rows, generator=generator) for name in ("logp", "entropy", "lse")}
+
+
+def heads(rows: int, columns: int) -> dict[str, Head]:
+    generator = torch.Generator().manual_seed(columns)
+    row_temperature = torch.rand(rows, generator=generator) + 0.5
+    bias = torch.randn(columns, generator=generator)
+    return {
+        "temperature": Head(temperature=0.7),
+        "row temperature": Head(temperature=row_temperature),
+        "scale": Head(logit_scale=0.4),
+        "bias": Head(bias=bias),
+        "softcap": Head(softcap=5.0),
+        "all": Head(row_temperature, softcap=8.0, logit_scale=1.5, bias=bias),
+    }
+
+
+HEADS = tuple(heads(1, 1))
+
+# ---------------------------------------------------------------------------------------------------------- fold_logits
+
+
+@each_dtype
+@each_width
+def test_fold(simt, dtype, columns):
+    values, targets = sample(4, columns)
+    logits = misaligned(values, dtype)
+    targets[1] = -100
+    out = same_bits_in_every_order(simt, lambda: fold(simt, logits, targets))
+    close_outputs(out, definition(logits, targets))
+    counts = targets != -100
+    close(out["row_max"], logits.double().amax(-1) * counts)
+    close(out["row_max"] * counts + out["row_log2_sum"] * torch.log(torch.tensor(2.0)), out["lse"])
+
+
+@each_dtype
+@pytest.mark.parametrize("columns", [8, 127, 4096])
+def test_fold_takes_a_slice_of_a_batch(simt, dtype, columns):
+    values, targets = sample(15, columns)
+    logits = values.to(dtype).view(3, 5, columns)[:, :-1]
+    targets = targets[:12].view(3, 4)
+    close_outputs(fold(simt, logits, targets), definition(logits, targets))
+
+
+@each_dtype
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("columns", [33, 2050])
+def test_fold_transforms_the_logits(simt, dtype, name, columns):
+    values, targets = sample(5, columns)
+    head = heads(5, columns)[name]
+    logits = misaligned(values, dtype)
+    out = same_bits_in_every_order(simt, lambda: fold(simt, logits, targets, head))
+    close_outputs(out, definition(logits, targets, head))
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    ("columns", "cuts"),
+    [(7, (1,)), (127, (64,)), (1003, (1, 500, 1002)), (4097, (4096,)), (20001, (2048, 3000, 19000))],
+)
+@pytest.mark.parametrize("name", ["all", None])
+def test_fold_of_a_vocabulary_in_blocks(simt, dtype, columns, cuts, name):
+    values, targets = sample(6, columns)
+    targets[1] = -100
+    targets[2], targets[4] = cuts[0] - 1, cuts[0]  # last of a block, first of the next
+    head = heads(6, columns)[name] if name else PLAIN
+    logits = misaligned(values, dtype)
+    out = same_bits_in_every_order(simt, lambda: fold(simt, logits, targets, head, cuts=cuts))
+    close_outputs(out, definition(logits, targets, head))
+    whole = fold(simt, logits, targets, head)
+    for output in ALL_OUTPUTS:
+        close(out[output], whole[output], atol=3e-6, rtol=1e-6)
+    assert same_bits(out["row_max"], whole["row_max"])
+    assert torch.equal(out["is_top1"], whole["is_top1"])
+
+
+def test_fold_writes_only_what_is_wanted(simt):
+    values, targets = sample(4, 1003)
+    whole = fold(simt, values, targets)
+    for outputs, entropy in ((("logp",), False), (("logp", "lse"), False), (("entropy",), True), (STATISTICS, False)):
+        out = fold(simt, values, targets, entropy=entropy, extra=False, outputs=outputs)
+        for name in outputs:
+            close(out[name], whole[name], atol=1e-6)
+
+
+@each_dtype
+@pytest.mark.parametrize("cuts", [(), (60,), (64, 65)])
+def test_fold_of_tokens_that_cannot_be_drawn(simt, dtype, cuts):
+    values, targets = sample(6, 200)
+    values[:, 3::5] = -INF
+    values[0, :100] = -INF  # whole threads, and with cuts a whole block, see nothing else
+    values[1, 1:] = -INF  # one token is certain
+    targets[:] = 101
+    targets[1] = 0
+    targets[2] = 3
+    out = same_bits_in_every_order(simt, lambda: fold(simt, values.to(dtype), targets, cuts=cuts))
+    close_outputs(out, definition(values.to(dtype), targets))
+    assert (out["logp"][1], out["entropy"][1], out["sum_sq_probs"][1]) == (0, 0, 1)
+    assert out["logp"][2] == -INF
+
+
+@each_dtype
+@pytest.mark.parametrize("columns", [33, 2051])
+@pytest.mark.parametrize("poison", [NAN, -INF])
+def test_a_poisoned_row_poisons_itself_alone(simt, dtype, columns, poison):
+    values, targets = sample(5, columns)
+    clean = fold(simt, values.to(dtype), targets)
+    if poison == -INF:  # no token of the row can be drawn
+        values[2] = -INF
+    else:
+        values[2, columns // 2] = NAN
+        values[4, columns // 2] = NAN
+        targets[4] = -100
+    out = same_bits_in_every_order(simt, lambda: fold(simt, values.to(dtype), targets))
+    for name in ("logp", "entropy", "sum_sq_probs"):
+        assert out[name].isnan().tolist() == [False, False, True, False, False], name
+    if poison == -INF:
+        assert out["lse"][2] == out["mean_logit"][2] == -INF
+    else:
+        assert out["lse"].isnan().tolist() == out["mean_logit"].isnan().tolist() == [False, False, True, False, False]
+    for row in (0, 1, 3):
+        assert all(same_bits(out[name][row], clean[name][row]) for name in out)
+    if poison != -INF:  # an ignored row may hold anything
+        assert all(out[name][4] == 0 for name in out)
+
+
+def test_a_nan_among_tokens_that_cannot_be_drawn(simt):
+    values = torch.full((3, 300), -INF)
+    values[0, 200] = values[1, 0] = values[2, 299] = NAN
+    values[1, 150] = 2.0
+    values[2, 0] = 1.0
+    for cuts in ((), (140,)):
+        out = fold(simt, values, torch.tensor([0, 150, 0]), cuts=cuts)
+        assert all(out[name].isnan().all() for name in FLOAT_OUTPUTS)
+
+
+@each_dtype
+def test_fold_of_huge_and_equal_logits(simt, dtype):
+    values, targets = sample(6, 1003)
+    values[0] += 1e4
+    values[1] -= 1e4
+    values[2] = torch.where(values[2] > 0, 1e4, -1e4)
+    values[3] = 1e4
+    values[4] = -3.0
+    targets[3] = targets[4] = 0
+    logits = values.to(dtype)
+    out = same_bits_in_every_order(simt, lambda: fold(simt, logits, targets))
+    close_outputs(out, definition(logits, targets), rtol=1e-6)
+    close(out["logp"][3:5], torch.full((2,), 1003.0).log().neg())
+
+
+@each_dtype
+def test_the_first_of_equal_maxima_is_the_top_one(simt, dtype):
+    values = torch.zeros(4, 700)
+    values[:2, 40] = values[:2, 300] = 2.5
+    targets = torch.tensor([40, 300, 0, 1])
+    for cuts in ((), (40,), (41, 300), (299, 301)):
+        out = same_bits_in_every_order(simt, lambda cuts=cuts: fold(simt, values.to(dtype), targets, cuts=cuts))
+        assert out["is_top1"].tolist() == [True, False, True, False]
+
+
+def test_fold_of_a_vocabulary_of_one(simt):
+    out = fold(simt, torch.tensor([[3.0], [-INF], [-2e4]]), torch.tensor([0, 0, -100]))
+    assert out["logp"].tolist()[::2] == out["entropy"].tolist()[::2] == [0, 0]
+    assert out["lse"].tolist() == [3.0, -INF, 0.0]
+    assert out["is_top1"].tolist()[::2] == [True, False]
+
+
+@pytest.mark.parametrize("bad", [-1, 127, -(2**62), 2**62])
+def test_a_target_outside_the_vocabulary_gives_nan(simt, bad):
+    values, targets = sample(4, 127)
+    clean = fold(simt, values, targets)
+    targets[2] = bad
+    for cuts in ((), (60,)):
+        out = fold(simt, values, targets, cuts=cuts)
+        assert all(out[name][2].isnan() for name in FLOAT_OUTPUTS)
+        assert not out["is_top1"][2]
+        for row in (0, 1, 3):
+            assert cuts or all(same_bits(out[name][row], clean[name][row]) for name in out)
+    g = grad(simt, values, targets, out, upstream_of(4))
+    assert g.isnan().any(-1).tolist() == [False, False, True, False]
+    assert g[2].isnan().all()
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, NAN])
+def test_a_temperature_that_is_not_positive_gives_nan(simt, bad):
+    values, targets = sample(3, 127)
+    out = fold(simt, values, targets, Head(temperature=torch.tensor([1.0, bad, 1.0])))
+    for name in ("logp", "entropy", "lse"):
+        assert out[name].isnan().tolist() == [False, True, False], name
+
+
+def test_another_ignore_index(simt):
+    values, targets = sample(3, 50)
+    targets[1] = 0
+    args = simt.FoldArgs()
+    args.block = logit_block(simt, values, targets, PLAIN, 0, 50)
+    args.block.ignore_index = 0
+    args.logits, args.logits_map = pointer(values), row_map(simt, values)
+    logp = torch.full((3,), NAN)
+    args.logp = pointer(logp)
+    simt.cuda_fold_logits(args)
+    assert logp[1] == 0
+    close(logp[[0, 2]], definition(values, targets).logp[[0, 2]])
+
+
+# ---------------------------------------------------------------------------------------------------------- grad_logits
+
+
+@each_dtype
+@each_width
+def test_grad(simt, dtype, columns):
+    values, targets = sample(4, columns)
+    logits, upstream = misaligned(values, dtype), upstream_of(4)
+    targets[1] = -100
+    stats = fold(simt, logits, targets)
+    g = same_bits_in_every_order(simt, lambda: grad(simt, logits, targets, stats, upstream))
+    close_grad(g, definition_of_grad(logits, targets, upstream))
+    assert guards_hold(grad(simt, logits, targets, stats, upstream))
+    assert guards_hold(logits)
+
+
+@each_dtype
+@pytest.mark.parametrize("columns", [8, 512, 1003, 4096, 4100, 20008])
+def test_grad_of_a_slice_of_a_batch(simt, dtype, columns):
+    values, targets = sample(6, columns)  # aligned rows, where columns allow: whole packs
+    logits, targets, upstream = values.to(dtype).view(2, 3, columns)[:, :-1], targets[:4].view(2, 2), upstream_of(4)
+    stats = fold(simt, logits, targets)
+    g = same_bits_in_every_order(simt, lambda: grad(simt, logits, targets, stats, upstream))
+    close_grad(g, definition_of_grad(logits, targets, upstream))
+    assert guards_hold(grad(simt, logits, targets, stats, upstream))
+
+
+@each_dtype
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("columns", [40, 4097])
+def test_grad_through_the_transforms(simt, dtype, name, columns):
+    values, targets = sample(5, columns)
+    head, upstream = heads(5, columns)[name], upstream_of(5)
+    logits = values.to(dtype)
+    g = grad(simt, logits, targets, fold(simt, logits, targets, head), upstream, head)
+    close_grad(g, definition_of_grad(logits, targets, upstream, head))
+
+
+@pytest.mark.parametrize("name", ["logp", "entropy", "lse"])
+def test_grad_from_one_output(simt, name):
+    values, targets = sample(5, 300)
+    upstream = {name: upstream_of(5)[name]}
+    stats = fold(simt, values, targets)
+    if name != "entropy":
+        stats["entropy"] = None
+    close_grad(grad(simt, values, targets, stats, upstream), definition_of_grad(values, targets, upstream))
+
+
+@each_dtype
+@pytest.mark.parametrize(("columns", "cuts"), [(127, (1, 64)), (1003, (512,)), (8000, (4096,))])
+def test_grad_of_a_vocabulary_in_blocks(simt, dtype, columns, cuts):
+    values, targets = sample(4, columns)
+    targets[1], targets[2] = cuts[0] - 1, cuts[0]
+    logits, upstream, head = values.to(dtype), upstream_of(4), heads(4, columns)["all"]
+    stats = fold(simt, logits, targets, head, cuts=cuts)
+    whole = grad(simt, logits, targets, stats, upstream, head)
+    assert same_bits(grad(simt, logits, targets, stats, upstream, head, cuts=cuts), whole)
+    close_grad(whole, definition_of_grad(logits, targets, upstream, head))
+
+
+IN_PLACE = [(dtype, dtype) for dtype in DTYPES] + [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)]
+
+
+@pytest.mark.parametrize(("dtype", "grad_dtype"), IN_PLACE, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("columns", [1, 8, 33, 512, 1003, 4096, 4097, 9000])
+def test_grad_over_the_logits(simt, dtype, grad_dtype, columns):
+    """The same bits as in other memory. A gradient of a narrower type takes the first half of its row."""
+    values, targets = sample(3, columns)
+    upstream = upstream_of(3)
+    stats = fold(simt, values.to(dtype), targets)
+    apart = tensor_like(values, dtype=grad_dtype)
+    grad(simt, values.to(dtype), targets, stats, upstream, into=apart)
+
+    def in_place():
+        logits = values.to(dtype).clone()
+        into = logits.view(grad_dtype)[:, :columns]
+        return grad(simt, logits, targets, stats, upstream, into=into)
+
+    assert same_bits(same_bits_in_every_order(simt, in_place), apart)
+    close_grad(apart, definition_of_grad(values.to(dtype), targets, upstream))
+
+
+@each_dtype
+def test_grad_of_extreme_logits(simt, dtype):
+    values, targets = sample(6, 1003)
+    values[0, 3::5] = -INF
+    values[1] += 1e4
+    values[2] = torch.where(values[2] > 0, 1e4, -1e4)
+    values[3, 1:] = -INF
+    values[4] = NAN
+    targets[0], targets[3], targets[4] = 2, 0, -100
+    logits, upstream = values.to(dtype), upstream_of(6)
+    g = grad(simt, logits, targets, fold(simt, logits, targets), upstream)
+    close_grad(g, definition_of_grad(logits, targets, upstream))
+    assert not g[4].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrowing_rounds_like_pytorch(simt, dtype):
+    """The gradient of lse is exactly its upstream if there is but one token."""
+    info, generator = torch.finfo(dtype), torch.Generator().manual_seed(0)
+    exponents = torch.randint(-30, 18, (1000,), generator=generator)
+    halfway = torch.randint(2**9, 2**12, (1000,), generator=generator) * 2.0**exponents
+    edges = [0.0, -0.0, info.max, info.max * (1 + info.eps / 4), -info.max * (1 + info.eps / 2), INF, -INF]
+    values = torch.cat([torch.tensor(edges), halfway, -halfway, torch.randn(1000, generator=generator)])
+    rows = len(values)
+    logits, targets = torch.zeros(rows, 1), torch.zeros(rows, dtype=torch.int64)
+    stats = {"row_max": torch.zeros(rows), "row_log2_sum": torch.zeros(rows), "entropy": None}
+    g = grad(simt, logits, targets, stats, {"lse": values}, into=torch.empty(rows, 1, dtype=dtype))
+    expected = (values + 0.0).to(dtype).view(-1, 1)  # the kernel adds 0, which turns -0 into 0
+    assert same_bits(g, expected)
+
+
+def test_what_the_launchers_refuse(simt):
+    values, targets = sample(2, 10)
+    stats = fold(simt, values, targets)
+    with pytest.raises(RuntimeError, match="invalid argument"):
+        fold(simt, values.double(), targets)
+    with pytest.raises(RuntimeError, match="invalid argument"):
+        grad(simt, values.bfloat16(), targets, stats, upstream_of(2), into=torch.empty(2, 10))
+
+
+def test_no_rows_launch_nothing(simt):
+    simt.cuda_fold_logits(simt.FoldArgs())
+    simt.cuda_grad_logits(simt.GradArgs())
