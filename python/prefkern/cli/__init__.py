@@ -1,10 +1,10 @@
-"""The command line: `prefkern info | check | bench | demo`."""
+"""The command line: `prefkern info | papers | check | bench | demo`."""
 
 from __future__ import annotations
 
 import typer
 
-from prefkern.cli import bench, check, demo, info
+from prefkern.cli import bench, check, demo, info, papers
 
 app = typer.Typer(
     help="Kernels for preference optimisation and reinforcement learning of language models.",
@@ -13,6 +13,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command("info")(info.info)
+app.command("papers")(papers.papers)
 app.command("check")(check.check)
 app.command("bench")(bench.bench)
 app.command("demo", context_settings=demo.CONTEXT)(demo.demo)

@@ -1,0 +1,86 @@
+"""`prefkern papers`: what is implemented, how sure its formulas are, and how a trainer is set to it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+
+def papers(
+    name: Annotated[str | None, typer.Argument(help="Show one paper: its equations, its evidence, its options.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the papers: method, what it changes, evidence, link, and whether it is a recipe for a trainer."""
+    from prefkern.papers import NAMES, module
+
+    if name is not None:
+        try:
+            module(name)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="NAME") from None
+    entries = [collect(paper) for paper in (NAMES if name is None else (name,))]
+    if as_json:
+        typer.echo(json.dumps(entries if name is None else entries[0], indent=1))
+    elif name is not None:
+        print_one(entries[0])
+    else:
+        print_all(entries)
+
+
+def collect(name: str) -> dict[str, Any]:
+    """What there is to say about a paper, JSON-ready."""
+    from prefkern.papers import module
+
+    paper = module(name)
+    recipe = getattr(paper, "recipe", None)
+    return {
+        "slug": name,
+        **asdict(paper.about),
+        "link": paper.about.link,
+        "evidence_text": paper.about.evidence_text,
+        "recipe": None if recipe is None else recipe.options(),
+        "needs": [] if recipe is None else [*recipe.needs, *(["entropy"] if recipe.needs_entropy else [])],
+        "whole_groups": recipe is not None and recipe.whole_groups,
+    }
+
+
+def print_all(entries: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    from prefkern.cli.console import make_console
+    from prefkern.papers import EVIDENCE
+
+    table = Table(title=f"{len(entries)} papers and baselines", title_justify="left")
+    for column in ("name", "method", "changes", "evidence", "recipe needs", "link"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("name", "evidence"))
+    for entry in entries:
+        needs = ", ".join(entry["needs"]) or "rewards" if entry["recipe"] is not None else "no recipe"
+        table.add_row(entry["slug"], entry["name"], entry["family"], entry["evidence"], needs, entry["link"])
+    console = make_console()
+    console.print(table)
+    for word, meaning in EVIDENCE.items():
+        console.print(f"[bold]{word}[/]: {meaning}", highlight=False)
+    console.print("prefkern papers NAME shows equations and options.", highlight=False)
+
+
+def print_one(entry: dict[str, Any]) -> None:
+    from prefkern.cli.console import make_console
+    from prefkern.papers import module
+
+    console = make_console()
+    console.print(inspect.getdoc(module(entry["slug"])), markup=False, highlight=False)
+    console.print(f"\nEvidence: {entry['evidence_text']}\nLink: {entry['link']}", markup=False, highlight=False)
+    if entry["recipe"] is None:
+        console.print("No recipe: see its functions.", highlight=False)
+        return
+    console.print(f'\nRecipe "{entry["slug"]}", options and defaults:', markup=False, highlight=False)
+    for option, value in entry["recipe"].items():
+        console.print(f"  {option} = {value!r}", markup=False, highlight=False)
+    if entry["needs"]:
+        console.print(f"It needs {', '.join(entry['needs'])} besides rewards, group and mask.", highlight=False)
+    if entry["whole_groups"]:
+        console.print("Its minibatches must hold whole groups.", highlight=False)

@@ -1,0 +1,73 @@
+"""All papers by name, and recipes from a string."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from ast import literal_eval
+from dataclasses import fields, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .._names import nearest_hint
+from ._about import About
+from ._recipe import Recipe
+
+NAMES: tuple[str, ...] = tuple(
+    sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if not m.name.startswith("_"))
+)
+"""The modules of this package, one per paper."""
+
+
+def module(name: str) -> ModuleType:
+    """The module of a paper. ValueError with the nearest name if there is none."""
+    if name not in NAMES:
+        raise ValueError(f"paper is {name!r}; accepted: {', '.join(NAMES)}{nearest_hint(name, NAMES)}")
+    return importlib.import_module(f"{__package__}.{name}")
+
+
+def about() -> dict[str, About]:
+    """What is said about each paper, by the name of its module."""
+    return {name: module(name).about for name in NAMES}
+
+
+def recipes() -> dict[str, Recipe]:
+    """Every recipe with its default options, by name."""
+    found = (getattr(module(name), "recipe", None) for name in NAMES)
+    return {recipe.name: recipe for recipe in found if recipe is not None}
+
+
+def load_recipe(text: str, **options: Any) -> Recipe:
+    """The recipe that a string names, such as "ngrpo" or "ngrpo:r_max=2.0,n_virtual=2", with its options replaced.
+
+    Values in the string are Python literals; what is none is taken as text. Keyword arguments go on top of those.
+    Raises ValueError, with the nearest name there is, for a recipe or an option that does not exist.
+    """
+    name, _, tail = text.partition(":")
+    known = recipes()
+    if name not in known:
+        raise ValueError(f"recipe is {name!r}; accepted: {', '.join(known)}{nearest_hint(name, known)}")
+    recipe = known[name]
+    given = _parse_options(tail, text) | options
+    accepted = sorted(f.name for f in fields(recipe))
+    for key in given:
+        if key not in accepted:
+            listed = ", ".join(accepted) or "none"
+            raise ValueError(f"recipe {name!r} has no option {key!r}; accepted: {listed}{nearest_hint(key, accepted)}")
+    return replace(recipe, **given)
+
+
+def _parse_options(options: str, text: str) -> dict[str, Any]:
+    """'r_max=2.0,agg=token-sum' as a dict. Values are Python literals, or else text."""
+    given: dict[str, Any] = {}
+    for part in re.split(r",(?=\s*\w+\s*=)", options) if options else []:
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (key and equals and value):
+            raise ValueError(f"recipe is {text!r}: {part!r} is no option=value")
+        try:
+            given[key] = literal_eval(value)
+        except (ValueError, SyntaxError):
+            given[key] = value
+    return given
