@@ -1,13 +1,15 @@
-"""GRPO on two-digit addition: a whole reinforcement-learning run, small enough for two CPU cores.
+"""GRPO, or another recipe, on two-digit addition: a whole reinforcement-learning run, small enough for two CPU cores.
 
 A language model of about 1.2 million parameters, built from a config (nothing is downloaded), first sees some
 supervised batches of worked sums, and is stopped as soon as it gets part of them right. From there on it is only told
 whether an answer that it sampled is right:
 
     rollout     8 sampled completions per prompt, exact-match reward
-    advantages  prefkern.group_advantages: each reward against the others of its prompt
+    recipe      one of prefkern.papers, by name: advantages, masks and weights once per rollout, then the loss
     log-probs   prefkern.linear_logprobs: from last hidden states and head weight to log-prob and entropy per token
-    loss        prefkern.policy_loss: the clipped objective, several minibatches per rollout, so that ratios move
+    loss        several minibatches per rollout, so that ratios move
+
+With `--recipe gdpo` there are two rewards, for the right answer and for its form (digits, then the end).
 
 The task is "37+45=" -> "28": the sum is written with its ones digit first, because then each digit depends only on
 digits and carries that are already there. That is what lets a model of this size learn addition within seconds; the
@@ -19,6 +21,7 @@ not show the memory that linear_logprobs saves: for that a vocabulary has to be 
 
     python examples/grpo_arithmetic.py                        # one seed; the curves go to grpo_arithmetic.png
     python examples/grpo_arithmetic.py --seeds 3 --json curves.json
+    python examples/grpo_arithmetic.py --recipe ngrpo         # or gdpo, gtpo, dgpo, "ngrpo:eps_neg=0.2", ...
     python examples/grpo_arithmetic.py --head eager           # GRPO with plain PyTorch in place of linear_logprobs
     python examples/grpo_arithmetic.py --quick                # a smoke run: the first few GRPO steps only
 
@@ -45,6 +48,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import prefkern
+from prefkern.papers import Recipe, Rollout, load_recipe, take_rows
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 MAX_ANSWER_TOKENS = 4  # at most three digits (99 + 99 = 198), then EOS
@@ -57,6 +61,7 @@ class Settings:
 
     device: str = "cpu"
     head: str = "prefkern"  # of the GRPO phase
+    recipe: str = "grpo"  # what prefkern.papers.load_recipe takes
     hidden_size: int = 192
     layers: int = 2
     attention_heads: int = 4
@@ -66,19 +71,17 @@ class Settings:
     sft_stop_at: float = 0.25  # end the supervised start at this greedy accuracy on a sample of training problems
     sft_batch: int = 64
     sft_lr: float = 1e-3
-    grpo_steps: int = 80
+    rl_steps: int = 80
     prompts_per_step: int = 48
     group_size: int = 8
     minibatches: int = 4  # optimiser steps per rollout
-    grpo_lr: float = 3e-4
+    rl_lr: float = 3e-4
     warmup_steps: int = 10
     temperature: float = 1.0
-    eps_low: float = 0.2
-    eps_high: float = 0.2
     eval_every: int = 5
 
 
-QUICK = Settings(sft_steps=250, grpo_steps=10, warmup_steps=3)
+QUICK = Settings(sft_steps=250, rl_steps=10, warmup_steps=3)
 
 
 # The task
@@ -115,6 +118,19 @@ def exact_match_reward(completion: str, problem: Problem) -> float:
     return float(completion == problem.answer + EOS)
 
 
+def format_reward(completion: str, problem: Problem) -> float:
+    """1 for digits followed by EOS and nothing else, whether they are right or not."""
+    return float(completion.endswith(EOS) and completion.removesuffix(EOS).isdecimal())
+
+
+REWARDS = {"correct": exact_match_reward, "format": format_reward}
+
+
+def rewards_of(recipe: Recipe) -> tuple[str, ...]:
+    """What a recipe is given: both rewards where it keeps them apart, else the one that counts."""
+    return ("correct", "format") if recipe.name == "gdpo" else ("correct",)
+
+
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token per character."""
     vocabulary = {token: i for i, token in enumerate([PAD, EOS, UNK, *"0123456789+="])}
@@ -139,12 +155,16 @@ def encode(
 
 
 def score(
-    completions: torch.Tensor, mask: torch.Tensor, problems: Sequence[Problem], tokenizer: PreTrainedTokenizerFast
+    completions: torch.Tensor,
+    mask: torch.Tensor,
+    problems: Sequence[Problem],
+    tokenizer: PreTrainedTokenizerFast,
+    names: Sequence[str] = ("correct",),
 ) -> torch.Tensor:
-    """The reward of each completion, [B]."""
+    """The rewards of each completion, [B, K]."""
     rows = [tokens[belongs] for tokens, belongs in zip(completions.cpu(), mask.cpu(), strict=True)]
     texts = tokenizer.batch_decode(rows, skip_special_tokens=False)
-    rewards = [exact_match_reward(text, problem) for text, problem in zip(texts, problems, strict=True)]
+    rewards = [[REWARDS[name](text, problem) for name in names] for text, problem in zip(texts, problems, strict=True)]
     return torch.tensor(rewards, device=completions.device)
 
 
@@ -243,20 +263,16 @@ def eager_head(
 HEADS = {"prefkern": prefkern_head, "eager": eager_head}
 
 
-# The recipe: these two functions are all that is particular to GRPO
+# The recipe
 
 
-def advantages_from_rewards(rewards: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    return prefkern.group_advantages(rewards, group, estimator="grpo").advantages
-
-
-def policy_objective(
-    logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, settings: Settings
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    out = prefkern.policy_loss(
-        logp, old_logp, advantages, mask, kind="clip", eps_low=settings.eps_low, eps_high=settings.eps_high
-    )
-    return out.loss, out.metrics
+def recipe_from(text: str) -> Recipe:
+    """The recipe of that name, if this task has what it needs."""
+    recipe = load_recipe(text)
+    lacking = sorted(set(recipe.needs) - {"tokens", "old_logp"})
+    if lacking:
+        raise ValueError(f"recipe {recipe.name!r} needs {', '.join(lacking)}, which this task does not have")
+    return recipe
 
 
 # The training
@@ -268,6 +284,7 @@ class Trainer:
     def __init__(self, settings: Settings, seed: int) -> None:
         torch.manual_seed(seed)  # the initial weights
         self.settings = settings
+        self.recipe = recipe_from(settings.recipe)
         self.tokenizer = build_tokenizer()
         self.model = build_model(settings, self.tokenizer)
         self.training, self.held_out = split_problems(settings.held_out_pairs)
@@ -311,42 +328,54 @@ class Trainer:
         self.schedule.step()
         return loss.item()
 
-    def grpo_step(self) -> dict[str, float]:
+    def rl_step(self) -> dict[str, float]:
         s = self.settings
         problems = self.order.sample(self.training, s.prompts_per_step)
         prompts, _ = encode(problems, self.tokenizer, s.device)
         completions = generate(self.model, prompts, s.group_size, s.temperature, self.generator)
         mask = up_to_eos(completions, self.tokenizer.eos_token_id)
-        rewards = score(completions, mask, [p for p in problems for _ in range(s.group_size)], self.tokenizer)
+        names = rewards_of(self.recipe)
+        rewards = score(completions, mask, [p for p in problems for _ in range(s.group_size)], self.tokenizer, names)
         group = torch.arange(len(problems), device=s.device).repeat_interleave(s.group_size)
-        advantages = advantages_from_rewards(rewards, group)
 
         prompts = prompts.repeat_interleave(s.group_size, dim=0)
         targets = completions.where(mask, IGNORE)
         with torch.no_grad():
             old_logp, entropy = answer_token_stats(self.model, prompts, targets, s.head, s.temperature)
+        seen = rewards if len(names) > 1 else rewards[:, 0]
+        batch = self.recipe.prepare(Rollout(seen, group, mask, old_logp, tokens=completions))
 
         losses, metrics = [], []
-        shuffled = torch.randperm(len(rewards), generator=self.generator, device=s.device)
-        for rows in shuffled.chunk(s.minibatches):
+        for rows in self.minibatches(len(problems)):
             # Only in the first minibatch are the ratios 1: after it the policy is no longer the one that sampled.
-            logp, _ = answer_token_stats(self.model, prompts[rows], targets[rows], s.head, s.temperature)
-            loss, metric = policy_objective(logp, old_logp[rows], advantages[rows], mask[rows], s)
+            logp, current = answer_token_stats(self.model, prompts[rows], targets[rows], s.head, s.temperature)
+            loss, metric = self.recipe.loss(logp, take_rows(batch, rows), entropy=current)
             self.update(loss)
             losses.append(loss.detach())
             metrics.append(metric)
         self.schedule.step()
 
         def mean(name: str) -> float:
-            return torch.stack([metric[name] for metric in metrics]).mean().item()
+            return torch.stack([metric[name] for metric in metrics if name in metric] or [rewards.new_zeros(())]).mean().item()
 
         return {
-            "reward": rewards.mean().item(),
+            "reward": rewards[:, 0].mean().item(),
+            **{f"{name} reward": rewards[:, k].mean().item() for k, name in enumerate(names) if k > 0},
             "entropy": (entropy.sum() / mask.sum()).item(),
             "clip_fraction": mean("clip_fraction_low") + mean("clip_fraction_high"),
             "approx_kl": mean("approx_kl"),
             "loss": torch.stack(losses).mean().item(),
         }
+
+    def minibatches(self, groups: int) -> Sequence[torch.Tensor]:
+        """Rows in random order; groups in random order where the loss compares the members of a group."""
+        s = self.settings
+        parts = groups if self.recipe.whole_groups else groups * s.group_size
+        shuffled = torch.randperm(parts, generator=self.generator, device=s.device)
+        if self.recipe.whole_groups:
+            members = torch.arange(s.group_size, device=s.device)
+            return [(chunk[:, None] * s.group_size + members).flatten() for chunk in shuffled.chunk(s.minibatches)]
+        return shuffled.chunk(s.minibatches)
 
 
 @dataclass
@@ -354,10 +383,10 @@ class Record:
     """What a seed leaves behind."""
 
     seed: int
-    accuracy: dict[str, float] = field(default_factory=dict)  # held-out, at "start", after "supervised", after "grpo"
+    accuracy: dict[str, float] = field(default_factory=dict)  # held-out, at "start", after "supervised", after "rl"
     seconds: dict[str, float] = field(default_factory=dict)  # wall time of each phase, its evaluations included
     supervised_loss: list[float] = field(default_factory=list)
-    steps: list[dict[str, float]] = field(default_factory=list)  # what grpo_step returned
+    steps: list[dict[str, float]] = field(default_factory=list)  # what rl_step returned
     held_out_step: list[int] = field(default_factory=list)
     held_out_accuracy: list[float] = field(default_factory=list)
 
@@ -375,7 +404,7 @@ class Record:
             "accuracy": self.accuracy,
             "seconds": self.seconds,
             "supervised": {"loss": self.supervised_loss},
-            "grpo": {name: self.curve(name) for name in names},
+            "rl": {name: self.curve(name) for name in names},
             "held_out": {"step": self.held_out_step, "accuracy": self.held_out_accuracy},
         }
 
@@ -393,15 +422,15 @@ def supervised_phase(trainer: Trainer, record: Record, progress: Progress) -> No
             break
 
 
-def grpo_phase(trainer: Trainer, record: Record, progress: Progress) -> None:
+def rl_phase(trainer: Trainer, record: Record, progress: Progress) -> None:
     s = trainer.settings
-    bar = progress.add_task(f"seed {record.seed} GRPO", total=s.grpo_steps, numbers="")
-    trainer.start_phase(s.grpo_lr, decay_steps=s.grpo_steps)
+    bar = progress.add_task(f"seed {record.seed} RL", total=s.rl_steps, numbers="")
+    trainer.start_phase(s.rl_lr, decay_steps=s.rl_steps)
     record.evaluated(0, record.accuracy["supervised"])
-    for step in range(1, s.grpo_steps + 1):
-        numbers = trainer.grpo_step()
+    for step in range(1, s.rl_steps + 1):
+        numbers = trainer.rl_step()
         record.steps.append(numbers)
-        evaluate = step % s.eval_every == 0 or step == s.grpo_steps
+        evaluate = step % s.eval_every == 0 or step == s.rl_steps
         if evaluate:
             record.evaluated(step, trainer.accuracy(trainer.held_out))
         line = (
@@ -410,7 +439,7 @@ def grpo_phase(trainer: Trainer, record: Record, progress: Progress) -> None:
         )
         progress.update(bar, advance=1, numbers=line)
         if evaluate and not progress.console.is_terminal:  # a log file shows no moving bar
-            progress.console.print(f"seed {record.seed} GRPO step {step}: {line}", highlight=False, soft_wrap=True)
+            progress.console.print(f"seed {record.seed} RL step {step}: {line}", highlight=False, soft_wrap=True)
 
 
 def train(settings: Settings, seed: int, progress: Progress) -> Record:
@@ -418,7 +447,7 @@ def train(settings: Settings, seed: int, progress: Progress) -> Record:
     record = Record(seed)
     trainer = Trainer(settings, seed)
     record.accuracy["start"] = trainer.accuracy(trainer.held_out)
-    for name, phase in (("supervised", supervised_phase), ("grpo", grpo_phase)):
+    for name, phase in (("supervised", supervised_phase), ("rl", rl_phase)):
         began = time.perf_counter()
         phase(trainer, record, progress)
         record.accuracy[name] = trainer.accuracy(trainer.held_out)
@@ -431,16 +460,16 @@ def train(settings: Settings, seed: int, progress: Progress) -> Record:
 
 def summary_table(records: Sequence[Record]) -> Table:
     table = Table(title="Held-out accuracy (greedy, exact match)")
-    for heading in ("seed", "start", "supervised", "GRPO", "gain", "SFT steps", "seconds"):
+    for heading in ("seed", "start", "supervised", "RL", "gain", "SFT steps", "seconds"):
         table.add_column(heading, justify="right")
     for r in records:
-        start, supervised, grpo = r.accuracy["start"], r.accuracy["supervised"], r.accuracy["grpo"]
+        start, supervised, trained = r.accuracy["start"], r.accuracy["supervised"], r.accuracy["rl"]
         table.add_row(
             str(r.seed),
             f"{start:.1%}",
             f"{supervised:.1%}",
-            f"[bold]{grpo:.1%}[/]",
-            f"{100 * (grpo - supervised):+.1f} points",
+            f"[bold]{trained:.1%}[/]",
+            f"{100 * (trained - supervised):+.1f} points",
             str(len(r.supervised_loss)),
             " + ".join(f"{seconds:.0f}" for seconds in r.seconds.values()),
         )
@@ -464,14 +493,14 @@ def draw(records: Sequence[Record], settings: Settings, path: Path) -> None:
             axes[name].plot(steps, record.curve(name), label=label, linewidth=1.2)
         axes["held_out"].plot(record.held_out_step, record.held_out_accuracy, label=label, marker=".", linewidth=1.2)
     for name, ax in axes.items():
-        ax.set(title=titles[name], xlabel="GRPO step")
+        ax.set(title=titles[name], xlabel="RL step")
         ax.grid(alpha=0.3)
     axes["reward"].set_ylim(0, 1)
     axes["held_out"].set_ylim(0, 1)
     axes["entropy"].set_ylim(bottom=0)
     axes["clip_fraction"].set_ylim(bottom=0)
     axes["held_out"].legend(loc="lower right")
-    figure.suptitle(f"GRPO on two-digit addition, head: {settings.head}, {settings.device}")
+    figure.suptitle(f"Two-digit addition, recipe: {settings.recipe}, head: {settings.head}, {settings.device}")
     figure.savefig(path, dpi=130, format="png")
 
 
@@ -491,14 +520,15 @@ def count(minimum: int) -> Callable[[str], int]:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     default = Settings()
     parser = argparse.ArgumentParser(
-        description="GRPO on two-digit addition: a small model, a short supervised start, then rewards only."
+        description="GRPO, or another recipe, on two-digit addition: a small model, a supervised start, then rewards only."
     )
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--recipe", default=default.recipe, metavar="NAME[:OPTION=VALUE,...]", help="of prefkern.papers (default grpo)")
     add("--head", choices=tuple(HEADS), default="prefkern", help="log-probs and entropy in GRPO")
     add("--seed", type=count(0), default=0, help="the first seed (default 0)")
     add("--seeds", type=count(1), default=1, metavar="N", help="run N seeds, one after the other (default 1)")
-    add("--steps", type=count(0), metavar="N", help=f"GRPO steps (default {default.grpo_steps})")
+    add("--steps", type=count(0), metavar="N", help=f"GRPO steps (default {default.rl_steps})")
     add(
         "--sft-steps",
         type=count(0),
@@ -517,17 +547,22 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for option, path in (("--out", arguments.out), ("--json", arguments.json)):
         if path is not None and not path.parent.is_dir():
             parser.error(f"argument {option}: there is no directory {path.parent}")
+    try:
+        recipe_from(arguments.recipe)
+    except ValueError as error:
+        parser.error(f"argument --recipe: {error}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: cuda is not available here")
     return arguments
 
 
 def settings_from(arguments: argparse.Namespace) -> Settings:
-    given = {"grpo_steps": arguments.steps, "sft_steps": arguments.sft_steps}
+    given = {"rl_steps": arguments.steps, "sft_steps": arguments.sft_steps}
     return replace(
         QUICK if arguments.quick else Settings(),
         device=arguments.device,
         head=arguments.head,
+        recipe=arguments.recipe,
         **{name: value for name, value in given.items() if value is not None},
     )
 

@@ -14,8 +14,8 @@ for module in ("matplotlib", "tokenizers", "transformers"):
     pytest.importorskip(module)
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "grpo_arithmetic.py"
-TINY = {"hidden_size": 32, "sft_steps": 10, "grpo_steps": 6, "prompts_per_step": 8, "eval_every": 2, "warmup_steps": 1}
-TINY |= {"grpo_lr": 3e-3}  # high enough for ratios to leave the clip range
+TINY = {"hidden_size": 32, "sft_steps": 10, "rl_steps": 6, "prompts_per_step": 8, "eval_every": 2, "warmup_steps": 1}
+TINY |= {"rl_lr": 3e-3}  # high enough for ratios to leave the clip range
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,25 @@ def test_score_reads_completions_up_to_their_first_eos(demo, tokenizer, problems
     completions = torch.tensor(tokenizer(texts).input_ids)
     mask = demo.up_to_eos(completions, tokenizer.eos_token_id)
     assert mask.tolist() == [[True, True, True, False], [True] * 4, [True] * 4]
-    assert demo.score(completions, mask, problems, tokenizer).tolist() == [1.0, 0.0, 0.0]
+    assert demo.score(completions, mask, problems, tokenizer).tolist() == [[1.0], [0.0], [0.0]]
+    both = demo.score(completions, mask, problems, tokenizer, ("correct", "format"))
+    assert both.tolist() == [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        ("28<eos>", 1.0),
+        ("82<eos>", 1.0),
+        ("1<eos>", 1.0),
+        ("28", 0.0),
+        ("<eos>", 0.0),
+        ("2+8<eos>", 0.0),
+        ("2<pad>8<eos>", 0.0),
+    ],
+)
+def test_format_reward(demo, completion, reward):
+    assert demo.format_reward(completion, demo.Problem(37, 45)) == reward
 
 
 def test_training_and_held_out_problems_are_disjoint(demo):
@@ -163,7 +181,7 @@ def train(demo, **settings):
 
 def test_both_heads_train_alike(demo, monkeypatch):
     # A model this young has no whole answer right: reward the ones digit, so that there is something to learn.
-    monkeypatch.setattr(demo, "exact_match_reward", lambda text, problem: float(text[:1] == problem.answer[:1]))
+    monkeypatch.setitem(demo.REWARDS, "correct", lambda text, problem: float(text[:1] == problem.answer[:1]))
     prefkern, eager = train(demo), train(demo, head="eager")
     assert prefkern.curve("reward") == eager.curve("reward")  # the same tokens were sampled
     assert prefkern.supervised_loss == eager.supervised_loss
@@ -173,10 +191,33 @@ def test_both_heads_train_alike(demo, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
+RECIPES = ("grpo", "gdpo", "ngrpo", "gtpo", "dgpo")
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, "ngrpo:n_virtual=2,eps_pos=0.3", "disco"])
+def test_recipes_train(demo, monkeypatch, recipe):
+    monkeypatch.setitem(demo.REWARDS, "correct", lambda text, problem: float(text[:1] == problem.answer[:1]))
+    record = train(demo, recipe=recipe)
+    assert len(record.steps) == TINY["rl_steps"]
+    assert all(torch.tensor(record.curve(name)).isfinite().all() for name in record.steps[0])
+    assert ("format reward" in record.steps[0]) == (recipe == "gdpo")
+    assert any(record.curve("loss"))
+
+
+def test_minibatches_hold_each_row_once_and_whole_groups_where_asked(demo):
+    settings = demo.Settings(**TINY, group_size=4)
+    for recipe in ("grpo", "disco"):
+        trainer = demo.Trainer(dataclasses.replace(settings, recipe=recipe), 0)
+        batches = trainer.minibatches(8)
+        assert torch.cat(batches).sort().values.tolist() == list(range(32))
+        whole = [bool((rows.view(-1, 4) // 4 == rows.view(-1, 4)[:, :1] // 4).all()) for rows in batches if len(rows) % 4 == 0]
+        assert all(whole) == (recipe == "disco")
+
+
 def test_supervised_start_ends_when_the_probe_is_solved(demo):
-    record = train(demo, sft_stop_at=0.0, grpo_steps=0)
+    record = train(demo, sft_stop_at=0.0, rl_steps=0)
     assert len(record.supervised_loss) == TINY["eval_every"]
-    assert record.accuracy["grpo"] == record.accuracy["supervised"]
+    assert record.accuracy["rl"] == record.accuracy["supervised"]
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -197,10 +238,10 @@ def test_main_writes_its_curves_and_repeats_itself(demo, tmp_path, capsys, monke
     for document in documents:
         assert [run["seed"] for run in document["runs"]] == [5, 6]
         for run in document["runs"]:
-            assert set(run.pop("seconds")) == {"supervised", "grpo"}
-            assert set(run["accuracy"]) == {"start", "supervised", "grpo"}
+            assert set(run.pop("seconds")) == {"supervised", "rl"}
+            assert set(run["accuracy"]) == {"start", "supervised", "rl"}
             assert len(run["supervised"]["loss"]) == 3
-            assert {len(curve) for curve in run["grpo"].values()} == {2}
+            assert {len(curve) for curve in run["rl"].values()} == {2}
             assert run["held_out"]["step"] == [0, 2]
     assert documents[0] == documents[1]
     first, second = documents[0]["runs"]
@@ -216,6 +257,10 @@ def test_main_writes_its_curves_and_repeats_itself(demo, tmp_path, capsys, monke
         (["--steps", "-1"], "--steps: -1 is less than 0"),
         (["--threads", "two"], "--threads: invalid whole number value: 'two'"),
         (["--head", "other"], "--head: invalid choice: 'other'"),
+        (["--recipe", "ngrp"], "did you mean 'ngrpo'?"),
+        (["--recipe", "ngrpo:eps=x=1"], "--recipe: "),
+        (["--recipe", "ngrpo:clip=1"], "recipe 'ngrpo' has no option 'clip'"),
+        (["--recipe", "trpa"], "--recipe: recipe 'trpa' needs"),
     ],
 )
 def test_main_refuses_before_it_trains(demo, capsys, arguments, message):
@@ -233,13 +278,14 @@ def test_main_refuses_cuda_where_there_is_none(demo, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_default_run_learns(demo, tmp_path):
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_learns(demo, tmp_path, recipe):
     out, numbers = tmp_path / "curves.png", tmp_path / "curves.json"
-    assert demo.main(["--out", str(out), "--json", str(numbers)]) == 0
+    assert demo.main(["--recipe", recipe, "--out", str(out), "--json", str(numbers)]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
     (run,) = json.loads(numbers.read_text())["runs"]
     accuracy = run["accuracy"]
     assert accuracy["start"] < 0.05
     assert 0.1 <= accuracy["supervised"] <= 0.6
-    assert accuracy["grpo"] - accuracy["supervised"] >= 0.2
-    assert len(run["grpo"]["reward"]) == dataclasses.asdict(demo.Settings())["grpo_steps"]
+    assert accuracy["rl"] - accuracy["supervised"] >= 0.2
+    assert len(run["rl"]["reward"]) == dataclasses.asdict(demo.Settings())["rl_steps"]

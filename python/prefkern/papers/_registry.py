@@ -8,8 +8,8 @@ import re
 from ast import literal_eval
 from dataclasses import fields, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .._names import nearest_hint
 from ._about import About
@@ -56,7 +56,22 @@ def load_recipe(text: str, **options: Any) -> Recipe:
         if key not in accepted:
             listed = ", ".join(accepted) or "none"
             raise ValueError(f"recipe {name!r} has no option {key!r}; accepted: {listed}{nearest_hint(key, accepted)}")
+    types = get_type_hints(type(recipe))
+    for key, value in given.items():
+        _check_type(f"option {key!r} of recipe {name!r}", value, types[key])
     return replace(recipe, **given)
+
+
+def _check_type(what: str, value: Any, hint: Any) -> None:
+    """ValueError for text where a number is expected, and for a name that is not one of the accepted."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    names = [name for kind in kinds if get_origin(kind) is Literal for name in get_args(kind)]
+    if isinstance(value, str) and names and value not in names:
+        raise ValueError(f"{what} is {value!r}; accepted: {', '.join(map(repr, names))}{nearest_hint(value, names)}")
+    if isinstance(value, str) and not names and str not in kinds:
+        raise ValueError(
+            f"{what} is {value!r}; accepted: {' or '.join(getattr(kind, '__name__', str(kind)) for kind in kinds)}"
+        )
 
 
 def _parse_options(options: str, text: str) -> dict[str, Any]:
