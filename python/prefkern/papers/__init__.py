@@ -6,10 +6,10 @@ A module offers the paper's functions, `about`, and where the paper is an object
     prefkern.papers.load_recipe("ngrpo", r_max=2.0)          # or "ngrpo:r_max=2.0", for a configuration file
 """
 
+from . import dr_grpo, gdpo, grpo, gtpo, ngrpo
 from ._about import EVIDENCE, About
 from ._recipe import Batch, Recipe, Rollout, take_rows
 from ._registry import NAMES, about, load_recipe, module, recipes
-from . import dr_grpo, gdpo, grpo, gtpo, ngrpo  # isort: skip  # a line per paper is kept sorted
 
 __all__ = [
     "EVIDENCE",

@@ -11,7 +11,7 @@ EVIDENCE: dict[str, str] = {
     "code": "checked numerically against released code",
     "paper": "from the paper's equations, not confirmed by code",
     "part": "partly recovered; what is not is named in the module",
-    "inferred": "only the mechanism is known; the parameterisation is this library's own, and results with it reproduce nothing",
+    "inferred": "only the mechanism is known; the parameterisation is this library's own and reproduces nothing",
 }
 assert set(EVIDENCE) == set(get_args(Evidence))
 

@@ -4,7 +4,9 @@ Liu et al., "Understanding R1-Zero-Like Training: A Critical Perspective", arXiv
 Evidence: code. TRL (`scale_rewards="none"`, `loss_type="dr_grpo"`) and verl (`norm_adv_by_std_in_grpo=False`,
 `seq-mean-token-sum-norm`).
 
-.. math:: A_i = r_i - \mathrm{mean}(r), \qquad L = \frac1{B\,L_\max} \sum_i \sum_t \max(-A_i\rho_{it}, -A_i\,\mathrm{clip}(\rho_{it}))
+.. math::
+    A_i = r_i - \mathrm{mean}(r), \qquad
+    L = \frac1{B\,L_\max} \sum_i \sum_t \max(-A_i\rho_{it}, -A_i\,\mathrm{clip}(\rho_{it}))
 
 :math:`L_\max` is a constant, the longest completion that is allowed: no completion's length enters.
 """

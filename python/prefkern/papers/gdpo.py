@@ -1,7 +1,8 @@
 r"""GDPO: every reward is normalised within its group on its own, then they are summed and normalised over the batch.
 
 "GDPO: Group reward-Decoupled Normalization Policy Optimization for Multi-reward RL Optimization", arXiv:2601.05242.
-Evidence: code. Checked against the authors' TRL fork and against TRL and verl, which ship it; the authors' verl fork was read only.
+Evidence: code. Checked against the authors' TRL fork and against TRL and verl, which ship it; the authors' verl fork was read
+only.
 
 For rewards :math:`r_{bk}` with weights :math:`w_k` and groups g (all std with ddof 1):
 
@@ -10,21 +11,21 @@ For rewards :math:`r_{bk}` with weights :math:`w_k` and groups g (all std with d
     a_b = \sum_k w_k z_{bk}, \qquad
     A_b = \frac{a_b - \mathrm{mean}_B a}{\mathrm{std}_B a + \epsilon_B}
 
-The last step runs over the whole batch, of all ranks: over sequences in TRL's form (`batch_norm="seq"`, the default), where each counts
-once; over tokens in verl's (`"token"`), where long completions weigh more:
+The last step runs over the whole batch, of all ranks: over sequences in TRL's form (`batch_norm="seq"`, the default), where
+each counts once; over tokens in verl's (`"token"`), where long completions weigh more:
 
 .. math::
     n = \sum m, \quad \mu = \frac{\sum v m}{n + 10^{-8}}, \quad
-    \sigma^2 = \frac{\sum (v - \mu)^2 m}{n + 10^{-8}} \frac{n}{n - 1}, \quad A_{bt} = \frac{v_{bt} - \mu}{\sqrt{\sigma^2 + 10^{-8}}} m_{bt},
-    \quad v_{bt} = a_b m_{bt}
+    \sigma^2 = \frac{\sum (v - \mu)^2 m}{n + 10^{-8}} \frac{n}{n - 1}, \\
+    v_{bt} = a_b m_{bt}, \quad A_{bt} = \frac{v_{bt} - \mu}{\sqrt{\sigma^2 + 10^{-8}}} m_{bt}
 
-What it argues against is `sum_then_normalize` (:mod:`prefkern.papers.mo_grpo`): rewards summed first collapse different combinations into
-one advantage, and a reward of small scale is not learned.
+What it argues against is `sum_then_normalize` (:mod:`prefkern.papers.mo_grpo`): rewards summed first collapse different
+combinations into one advantage, and a reward of small scale is not learned.
 
-Known behaviour, kept: with `"token"` a group of equal rewards gets a non-zero advantage, since the mean over tokens is not 0. With one
-reward the last step still applies, as in TRL. The authors' TRL fork replaces NaN by 0 (`nan="zero"`), TRL leaves such rewards out
-(`nan="ignore"`, the default). Defaults: eps 1e-4 (TRL; verl 1e-6), weights 1. A group of one has z = 0, or with `"token"` verl's raw
-reward over 1 + eps.
+Known behaviour, kept: with `"token"` a group of equal rewards gets a non-zero advantage, since the mean over tokens is not 0.
+With one reward the last step still applies, as in TRL. The authors' TRL fork replaces NaN by 0 (`nan="zero"`), TRL leaves
+such rewards out (`nan="ignore"`, the default). Defaults: eps 1e-4 (TRL; verl 1e-6), weights 1. A group of one has z = 0, or
+with `"token"` verl's raw reward over 1 + eps.
 """
 
 from collections.abc import Sequence
@@ -66,8 +67,8 @@ def gdpo_advantages(
 ) -> Tensor:
     """Advantages of rewards [B, K] in groups given by id [B]. Constants.
 
-    Returns [B]; or [B, T], 0 outside the mask, for `batch_norm="token"` with `mask` [B, T]. Given `lengths` [B] instead of a mask,
-    `"token"` returns [B], the value that every token of a row has.
+    Returns [B]; or [B, T], 0 outside the mask, for `batch_norm="token"` with `mask` [B, T]. Given `lengths` [B] instead of a
+    mask, `"token"` returns [B], the value that every token of a row has.
 
     batch_norm: "none" leaves out the last step: what a rank computes before `prefkern.batch_moments` are merged over ranks.
     batch_eps: None: eps for "seq", 1e-8 under the root for "token".

@@ -2,14 +2,15 @@ r"""GTPO (group-relative trajectory-based policy optimisation): tokens that righ
 
 "GTPO: Stabilizing Group Relative Policy Optimization via Gradient and Entropy Control", arXiv:2508.03772. Not "GTPO and GRPO-S"
 (arXiv:2508.04349), which rewards tokens by their entropy.
-Evidence: code, in two variants: conflict counts, weights, entropies, loss and gradient were checked against the authors' release.
+Evidence: code, in two variants: conflict counts, weights, entropies, loss and gradient were checked against the authors'
+release.
 
-For one prompt with completions i, advantages centred only, :math:`A_i = r_i - \mathrm{mean}(r)`; P are the rows with A > 0, N those
-with A < 0; rows with A = 0 neither make conflicts nor are weighted.
+For one prompt with completions i, advantages centred only, :math:`A_i = r_i - \mathrm{mean}(r)`; P are the rows with A > 0, N
+those with A < 0; rows with A = 0 neither make conflicts nor are weighted.
 
-- *Conflicts.* A position t of row i is one if some row of P and some row of N carry row i's token there. :math:`f_i` is the length
-  of the run of conflicts from the first token on, :math:`b_i` the same from the last token backwards. Weights :math:`\lambda_{it}`:
-  :math:`w_+ = 2` for P and :math:`w_- = 0` for N inside a run, else 1.
+- *Conflicts.* A position t of row i is one if some row of P and some row of N carry row i's token there. :math:`f_i` is the
+  length of the run of conflicts from the first token on, :math:`b_i` the same from the last token backwards. Weights
+  :math:`\lambda_{it}`: :math:`w_+ = 2` for P and :math:`w_- = 0` for N inside a run, else 1.
 - *Entropy.* :math:`H_i` is the mean entropy of the current policy over row i's tokens; no gradient flows through it.
   :math:`\tilde A_i = d_i (A_i - \gamma H_i)`, where :math:`d_i` drops rows above a threshold.
 
@@ -17,14 +18,16 @@ with A < 0; rows with A = 0 neither make conflicts nor are weighted.
     L_\text{paper} = -\frac1G \sum_i \frac1{n_i} \sum_t \rho_{it} \tilde A_i \lambda_{it}, \qquad
     L_\text{code} = -\sum_i \frac1{n_i C_i} \sum_t \rho_{it} \tilde A_i \lambda_{it}, \qquad \rho_{it} = \pi / \mathrm{sg}(\pi)
 
-`variant="paper"` (default) is the documented objective: threshold ln 2, which applies unless the initial policy's entropy `h_init` is
-already above it; a token in both runs gets w once; the mean over the group. `variant="code"` is the released trainer: threshold 0.7
-always, :math:`w^2` on tokens in both runs, and an extra division by :math:`C_i = \max(1, f_i, b_i)`, summed over the group. The
-release leaves out tokens equal to one hard-coded pad id; here the mask alone decides. It floors p at 1e-6 inside the logarithm of the
-entropy; `linear_logprobs` gives the exact entropy, which differs by the tokens below that.
+`variant="paper"` (default) is the documented objective: threshold ln 2, which applies unless the initial policy's entropy
+`h_init` is already above it; a token in both runs gets w once; the mean over the group. `variant="code"` is the released
+trainer: threshold 0.7 always, :math:`w^2` on tokens in both runs, and an extra division by :math:`C_i = \max(1, f_i, b_i)`,
+summed over the group. The release leaves out tokens equal to one hard-coded pad id; here the mask alone decides. It floors p
+at 1e-6 inside the logarithm of the entropy; `linear_logprobs` gives the exact entropy, which differs by the tokens below
+that.
 
-With equal rewards there are no conflicts and every kept row is pushed down by :math:`\gamma H_i`: pure entropy pressure, as in the
-release. A kept row with A > 0 can turn negative if :math:`\gamma H_i > A_i`; its weights stay those of P. NaN entropy drops a row.
+With equal rewards there are no conflicts and every kept row is pushed down by :math:`\gamma H_i`: pure entropy pressure, as
+in the release. A kept row with A > 0 can turn negative if :math:`\gamma H_i > A_i`; its weights stay those of P. NaN entropy
+drops a row.
 """
 
 import math

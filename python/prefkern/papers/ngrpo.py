@@ -10,10 +10,10 @@ Advantage calibration, with the reward :math:`r_\max` added K times to a group o
     \sigma'^2 = \frac{M_2 + G (\mu - \mu')^2 + K (r_\max - \mu')^2}{G + K - 1}, \qquad
     A_i = \frac{r_i - \mu'}{\sigma' + \epsilon}
 
-with :math:`M_2` the sum of squared deviations from the group's own mean :math:`\mu`. The virtual samples enter nothing but these
-statistics. For 0/1 rewards and K = 1, an all-wrong group gets about :math:`-1/\sqrt{G+1}`, an all-correct one exactly 0, and
-the advantages of a mixed group sum to a negative number: the push-down says that these answers are wrong, not which other is
-right; what is gained comes from exploration.
+with :math:`M_2` the sum of squared deviations from the group's own mean :math:`\mu`. The virtual samples enter nothing but
+these statistics. For 0/1 rewards and K = 1, an all-wrong group gets about :math:`-1/\sqrt{G+1}`, an all-correct one exactly
+0, and the advantages of a mixed group sum to a negative number: the push-down says that these answers are wrong, not which
+other is right; what is gained comes from exploration.
 
 Asymmetric clipping: the lower half-width :math:`\epsilon_\mathrm{neg}` binds only where A < 0, the upper one
 :math:`\epsilon_\mathrm{pos}` only where A > 0:
@@ -60,8 +60,9 @@ def ngrpo_advantages(
 ) -> Tensor:
     """Calibrated advantages [B] of rewards [B] in groups given by id [B]. Constants.
 
-    n_virtual: K; 0 is GRPO. singleton: what a group of one gets: "raw", its reward over 1 + eps, as the release does; "zero"; or
-    "calibrate", the formula. A reward above r_max is allowed, but on the CPU warned about: the virtual sample is then no maximum.
+    n_virtual: K; 0 is GRPO. singleton: what a group of one gets: "raw", its reward over 1 + eps, as the release does; "zero";
+    or "calibrate", the formula. A reward above r_max is allowed, but on the CPU warned about: the virtual sample is then no
+    maximum.
     """
     if singleton not in ("raw", "zero", "calibrate"):
         raise ValueError(f"singleton is {singleton!r}; accepted: 'raw', 'zero', 'calibrate'")
@@ -102,8 +103,8 @@ def keep_groups(
 ) -> Tensor:
     """Which rows to train on: bool [B], the same for all members of a group.
 
-    "all_correct" drops groups in which every reward is at least `correct` (the release's recipe), "all_incorrect" those in which
-    none is, "all" both. The release tests for exactly 1, which real-valued rewards never meet; hence the threshold.
+    "all_correct" drops groups in which every reward is at least `correct` (the release's recipe), "all_incorrect" those in
+    which none is, "all" both. The release tests for exactly 1, which real-valued rewards never meet; hence the threshold.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy is {strategy!r}; accepted: {', '.join(map(repr, STRATEGIES))}")
