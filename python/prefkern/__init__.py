@@ -1,6 +1,8 @@
 """Fused CUDA and CPU kernels for preference optimisation and RL post-training, as PyTorch ops with autograd."""
 
+import importlib as _importlib
 import os as _os
+from types import ModuleType as _ModuleType
 
 import torch as _torch  # noqa: F401  (its libraries must be loaded before _C)
 
@@ -14,3 +16,10 @@ if _wanted and _wanted not in capabilities()["cpu_isas"]:
 
 __version__ = build_info()["version"]
 __all__ = [*_ops, "build_info", "capabilities"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> _ModuleType:
+    """`prefkern.papers` and `prefkern.reference` are loaded when they are first asked for."""
+    if name in ("papers", "reference"):
+        return _importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

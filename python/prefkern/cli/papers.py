@@ -13,6 +13,7 @@ import typer
 def papers(
     name: Annotated[str | None, typer.Argument(help="Show one paper: its equations, its evidence, its options.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the list as Markdown.")] = False,
 ) -> None:
     """List the papers: method, what it changes, evidence, link, and whether it is a recipe for a trainer."""
     from prefkern.papers import NAMES, module
@@ -25,6 +26,8 @@ def papers(
     entries = [collect(paper) for paper in (NAMES if name is None else (name,))]
     if as_json:
         typer.echo(json.dumps(entries if name is None else entries[0], indent=1))
+    elif as_markdown:
+        typer.echo(markdown_table(entries))
     elif name is not None:
         print_one(entries[0])
     else:
@@ -48,6 +51,21 @@ def collect(name: str) -> dict[str, Any]:
     }
 
 
+def recipe_needs(entry: dict[str, Any]) -> str:
+    """What a recipe has to be given besides group and mask."""
+    return ", ".join(entry["needs"]) or "rewards" if entry["recipe"] is not None else "no recipe"
+
+
+def markdown_table(entries: list[dict[str, Any]]) -> str:
+    """What docs/papers.md shows."""
+    lines = ["| name | method | changes | evidence | recipe needs |", "|" + " --- |" * 5]
+    for entry in entries:
+        evidence = entry["evidence"] + (f" ({entry['note']})" if entry["note"] else "")
+        method = f"[{entry['name']}]({entry['link']})"
+        lines.append(f"| `{entry['slug']}` | {method} | {entry['family']} | {evidence} | {recipe_needs(entry)} |")
+    return "\n".join(lines)
+
+
 def print_all(entries: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
@@ -58,8 +76,8 @@ def print_all(entries: list[dict[str, Any]]) -> None:
     for column in ("name", "method", "changes", "evidence", "recipe needs", "link"):
         table.add_column(column, overflow="fold", no_wrap=column in ("name", "evidence"))
     for entry in entries:
-        needs = ", ".join(entry["needs"]) or "rewards" if entry["recipe"] is not None else "no recipe"
-        table.add_row(entry["slug"], entry["name"], entry["family"], entry["evidence"], needs, entry["link"])
+        row = (entry["slug"], entry["name"], entry["family"], entry["evidence"], recipe_needs(entry), entry["link"])
+        table.add_row(*row)
     console = make_console()
     console.print(table)
     for word, meaning in EVIDENCE.items():
