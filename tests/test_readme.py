@@ -27,7 +27,8 @@ def test_the_two_commands_are_what_ci_runs() -> None:
 
 
 def test_the_example_runs_and_trains() -> None:
-    (code,) = blocks("python")
+    code, recipe = blocks("python")
+    subprocess.run([sys.executable, "-c", recipe + "\nloss.backward()"], check=True)
     done = subprocess.run([sys.executable, "-c", code + "\nprint(hidden.grad.abs().sum() > 0, weight.grad.abs().sum() > 0)"],
                           capture_output=True, text=True, check=True)  # fmt: skip
     *_, metrics, flags = done.stdout.strip().splitlines()
@@ -42,16 +43,25 @@ def test_links_point_to_files() -> None:
     assert not missing
 
 
-def test_the_table_is_the_one_of_the_committed_measurement() -> None:
+def test_the_tables_are_those_of_the_committed_measurements() -> None:
     from prefkern.bench.report import markdown_table
 
-    stated = re.search(r"<!-- table: begin -->\n(.*?)\n<!-- table: end -->", README, re.DOTALL)
-    source = re.search(r"\]\((benchmarks/results/[\w.-]+\.json)\)", README)
-    assert stated and source, "README names no result file"
-    assert stated[1].strip() == markdown_table(json.loads((ROOT / source[1]).read_text())).strip()
+    tables = re.findall(r"<!-- table: ([\w./-]+\.json) -->\n(.*?)\n<!-- table: end -->", README, re.DOTALL)
+    assert len(tables) == 2
+    for source, stated in tables:
+        assert f"]({source})" in README, f"README does not link {source}"
+        assert stated.strip() == markdown_table(json.loads((ROOT / source).read_text())).strip(), source
 
 
-@pytest.mark.parametrize("command", ["info", "check", "bench", "demo"])
+def test_the_papers_it_lists_are_all_there_are() -> None:
+    from prefkern.papers import about
+
+    listed = re.search(r"On top of them stand papers.*?: (GRPO.*?MO-GRPO)\.", README, re.DOTALL)
+    assert listed
+    assert sorted(re.split(r",\s+(?:and )?", listed[1])) == sorted(paper.name for paper in about().values())
+
+
+@pytest.mark.parametrize("command", ["info", "papers", "check", "bench", "demo"])
 def test_the_commands_it_names_exist(command: str) -> None:
     assert f"prefkern {command}" in README
     subprocess.run([sys.executable, "-m", "prefkern.cli", command, "--help"], capture_output=True, check=True)
