@@ -9,8 +9,11 @@
 
 #include "advantages/group_stats.h"
 #include "core/cuda_runtime.h"
+#include "groups/pair_walk.h"
 #include "logprobs/logits_fold.h"
 #include "policy/token_loss.h"
+#include "sequence/returns.h"
+#include "sequence/sequence_sums.h"
 
 namespace prefkern {
 namespace py = pybind11;
@@ -124,6 +127,88 @@ template <class S> void bind_policy_structs(py::module_& m, const std::string& s
   bind_pointer(g, "grad", &Grad::grad);
 }
 
+template <class S> void bind_sequence_structs(py::module_& m, const std::string& suffix) {
+  using Sum = SequenceSumArgs<S>;
+  py::class_<Sum> s(m, ("SequenceSumArgs" + suffix).c_str());
+  s.def(py::init<>())
+      .def_readwrite("transform", &Sum::transform)
+      .def_readwrite("mean", &Sum::mean)
+      .def_readwrite("layout", &Sum::layout);
+  bind_pointer(s, "values", &Sum::values);
+  bind_pointer(s, "minus", &Sum::minus);
+  bind_pointer(s, "weights", &Sum::weights);
+  bind_pointer(s, "mask", &Sum::mask);
+  bind_pointer(s, "sums", &Sum::sums);
+  bind_pointer(s, "upstream", &Sum::upstream);
+  bind_pointer(s, "grad", &Sum::grad);
+
+  using Returns = ReturnsArgs<S>;
+  py::class_<Returns> r(m, ("ReturnsArgs" + suffix).c_str());
+  r.def(py::init<>()).def_readwrite("rule", &Returns::rule).def_readwrite("layout", &Returns::layout);
+  bind_pointer(r, "rewards", &Returns::rewards);
+  bind_pointer(r, "values", &Returns::values);
+  bind_pointer(r, "mask", &Returns::mask);
+  bind_pointer(r, "lengths", &Returns::lengths);
+  bind_pointer(r, "finished", &Returns::finished);
+  bind_pointer(r, "last_values", &Returns::last_values);
+  bind_pointer(r, "advantages", &Returns::advantages);
+  bind_pointer(r, "returns", &Returns::returns);
+
+  using Segmented = SegmentedArgs<S>;
+  py::class_<Segmented> g(m, ("SegmentedArgs" + suffix).c_str());
+  g.def(py::init<>()).def_readwrite("gamma", &Segmented::gamma).def_readwrite("count", &Segmented::count);
+  bind_pointer(g, "rewards", &Segmented::rewards);
+  bind_pointer(g, "segment", &Segmented::segment);
+  bind_pointer(g, "place", &Segmented::place);
+  bind_pointer(g, "rows", &Segmented::rows);
+  bind_pointer(g, "returns", &Segmented::returns);
+}
+
+template <class S> void bind_fold_structs(py::module_& m, const std::string& suffix) {
+  using Reduce = GroupReduceArgs<S>;
+  py::class_<Reduce> r(m, ("GroupReduceArgs" + suffix).c_str());
+  r.def(py::init<>()).def_readwrite("reduction", &Reduce::reduction).def_readwrite("rows", &Reduce::rows);
+  bind_pointer(r, "values", &Reduce::values);
+  bind_pointer(r, "mask", &Reduce::mask);
+  bind_pointer(r, "result", &Reduce::result);
+
+  using Normalize = NormalizeArgs<S>;
+  py::class_<Normalize> n(m, ("NormalizeArgs" + suffix).c_str());
+  n.def(py::init<>()).def_readwrite("rule", &Normalize::rule).def_readwrite("rows", &Normalize::rows);
+  bind_pointer(n, "x", &Normalize::x);
+  bind_pointer(n, "z", &Normalize::z);
+  bind_pointer(n, "scale", &Normalize::scale);
+  bind_pointer(n, "slope", &Normalize::slope);
+
+  using Grad = NormalizeGradArgs<S>;
+  py::class_<Grad> g(m, ("NormalizeGradArgs" + suffix).c_str());
+  g.def(py::init<>()).def_readwrite("rows", &Grad::rows);
+  bind_pointer(g, "upstream", &Grad::upstream);
+  bind_pointer(g, "z", &Grad::z);
+  bind_pointer(g, "scale", &Grad::scale);
+  bind_pointer(g, "slope", &Grad::slope);
+  bind_pointer(g, "grad", &Grad::grad);
+
+  using Pairs = PairArgs<S>;
+  py::class_<Pairs> p(m, ("PairArgs" + suffix).c_str());
+  p.def(py::init<>()).def_readwrite("rule", &Pairs::rule).def_readwrite("rows", &Pairs::rows);
+  bind_pointer(p, "scores", &Pairs::scores);
+  bind_pointer(p, "levels", &Pairs::levels);
+  bind_pointer(p, "unnormalised", &Pairs::unnormalised);
+  bind_pointer(p, "loss", &Pairs::loss);
+  bind_pointer(p, "pairs", &Pairs::pairs);
+  bind_pointer(p, "partials", &Pairs::partials);
+  bind_pointer(p, "finished", &Pairs::finished);
+
+  using PairGrad = PairGradArgs<S>;
+  py::class_<PairGrad> b(m, ("PairGradArgs" + suffix).c_str());
+  b.def(py::init<>()).def_readwrite("count", &PairGrad::count);
+  bind_pointer(b, "unnormalised", &PairGrad::unnormalised);
+  bind_pointer(b, "upstream", &PairGrad::upstream);
+  bind_pointer(b, "pairs", &PairGrad::pairs);
+  bind_pointer(b, "grad", &PairGrad::grad);
+}
+
 inline void bind_argument_structs(py::module_& m) {
   py::enum_<DType>(m, "DType")
       .value("float32", DType::f32)
@@ -178,6 +263,43 @@ inline void bind_argument_structs(py::module_& m) {
   m.attr("POLICY_METRICS") = int(kPolicyMetrics);
   bind_policy_structs<float>(m, "");
   bind_policy_structs<double>(m, "64");
+
+  py::enum_<TokenTransform>(m, "TokenTransform").value("none", TokenTransform::none).value("exp", TokenTransform::exp);
+  py::enum_<Bootstrap>(m, "Bootstrap")
+      .value("repeat", Bootstrap::repeat)
+      .value("critic", Bootstrap::critic)
+      .value("zero", Bootstrap::zero);
+  py::class_<ReturnsRule>(m, "ReturnsRule")
+      .def(py::init<>())
+      .def_readwrite("bootstrap", &ReturnsRule::bootstrap)
+      .def_readwrite("gamma", &ReturnsRule::gamma)
+      .def_readwrite("decay", &ReturnsRule::decay);
+  bind_sequence_structs<float>(m, "");
+  bind_sequence_structs<double>(m, "64");
+
+  py::enum_<GroupReduction>(m, "GroupReduction")
+      .value("sum", GroupReduction::sum)
+      .value("mean", GroupReduction::mean)
+      .value("min", GroupReduction::min)
+      .value("max", GroupReduction::max)
+      .value("logsumexp", GroupReduction::logsumexp)
+      .value("count", GroupReduction::count);
+  py::class_<GroupRows> rows(m, "GroupRows");
+  rows.def(py::init<>()).def_readwrite("count", &GroupRows::count);
+  bind_pointer(rows, "ids", &GroupRows::ids);
+  bind_pointer(rows, "order", &GroupRows::order);
+  py::class_<NormalizeRule>(m, "NormalizeRule")
+      .def(py::init<>())
+      .def_readwrite("eps", &NormalizeRule::eps)
+      .def_readwrite("ddof", &NormalizeRule::ddof)
+      .def_readwrite("sigma_grad", &NormalizeRule::sigma_grad);
+  py::class_<PairRule>(m, "PairRule")
+      .def(py::init<>())
+      .def_readwrite("beta", &PairRule::beta)
+      .def_readwrite("anisotropy", &PairRule::anisotropy)
+      .def_readwrite("per_response", &PairRule::per_response);
+  bind_fold_structs<float>(m, "");
+  bind_fold_structs<double>(m, "64");
 }
 
 template <class Args> void bind_cpu(py::module_& m, const char* name, void (*launch)(const Args&)) {
@@ -207,6 +329,26 @@ inline void bind_cpu_launchers(py::module_& m) {
   bind_cpu<PolicyArgs<double>>(m, "cpu_policy_loss64", &cpu_policy_loss);
   bind_cpu<PolicyGradArgs<float>>(m, "cpu_policy_loss_backward", &cpu_policy_loss_backward);
   bind_cpu<PolicyGradArgs<double>>(m, "cpu_policy_loss_backward64", &cpu_policy_loss_backward);
+  bind_cpu<SequenceSumArgs<float>>(m, "cpu_sequence_sums", &cpu_sequence_sums);
+  bind_cpu<SequenceSumArgs<double>>(m, "cpu_sequence_sums64", &cpu_sequence_sums);
+  bind_cpu<SequenceSumArgs<float>>(m, "cpu_sequence_sums_backward", &cpu_sequence_sums_backward);
+  bind_cpu<SequenceSumArgs<double>>(m, "cpu_sequence_sums_backward64", &cpu_sequence_sums_backward);
+  bind_cpu<ReturnsArgs<float>>(m, "cpu_returns", &cpu_returns);
+  bind_cpu<ReturnsArgs<double>>(m, "cpu_returns64", &cpu_returns);
+  m.def("cpu_segmented_returns", static_cast<int64_t (*)(const SegmentedArgs<float>&)>(&cpu_segmented_returns), py::arg("args"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_segmented_returns64", static_cast<int64_t (*)(const SegmentedArgs<double>&)>(&cpu_segmented_returns),
+        py::arg("args"), py::call_guard<py::gil_scoped_release>());
+  bind_cpu<GroupReduceArgs<float>>(m, "cpu_group_reduce", &cpu_group_reduce);
+  bind_cpu<GroupReduceArgs<double>>(m, "cpu_group_reduce64", &cpu_group_reduce);
+  bind_cpu<NormalizeArgs<float>>(m, "cpu_group_normalize", &cpu_group_normalize);
+  bind_cpu<NormalizeArgs<double>>(m, "cpu_group_normalize64", &cpu_group_normalize);
+  bind_cpu<NormalizeGradArgs<float>>(m, "cpu_group_normalize_backward", &cpu_group_normalize_backward);
+  bind_cpu<NormalizeGradArgs<double>>(m, "cpu_group_normalize_backward64", &cpu_group_normalize_backward);
+  bind_cpu<PairArgs<float>>(m, "cpu_level_pairs", &cpu_level_pairs);
+  bind_cpu<PairArgs<double>>(m, "cpu_level_pairs64", &cpu_level_pairs);
+  bind_cpu<PairGradArgs<float>>(m, "cpu_level_pairs_backward", &cpu_level_pairs_backward);
+  bind_cpu<PairGradArgs<double>>(m, "cpu_level_pairs_backward64", &cpu_level_pairs_backward);
 }
 
 inline void bind_cuda_launchers(py::module_& m) {
@@ -215,6 +357,15 @@ inline void bind_cuda_launchers(py::module_& m) {
   bind_cuda(m, "cuda_group_advantages", &cuda_group_advantages);
   bind_cuda(m, "cuda_policy_loss", &cuda_policy_loss);
   bind_cuda(m, "cuda_policy_loss_backward", &cuda_policy_loss_backward);
+  bind_cuda(m, "cuda_sequence_sums", &cuda_sequence_sums);
+  bind_cuda(m, "cuda_sequence_sums_backward", &cuda_sequence_sums_backward);
+  bind_cuda(m, "cuda_returns", &cuda_returns);
+  bind_cuda(m, "cuda_segmented_returns", &cuda_segmented_returns);
+  bind_cuda(m, "cuda_group_reduce", &cuda_group_reduce);
+  bind_cuda(m, "cuda_group_normalize", &cuda_group_normalize);
+  bind_cuda(m, "cuda_group_normalize_backward", &cuda_group_normalize_backward);
+  bind_cuda(m, "cuda_level_pairs", &cuda_level_pairs);
+  bind_cuda(m, "cuda_level_pairs_backward", &cuda_level_pairs_backward);
 }
 
 }  // namespace prefkern

@@ -2,8 +2,10 @@
 // the fake (meta) implementations and the autograd formulas. CPU and CUDA share each implementation, which picks the
 // kernels by the device of its tensors.
 #include "advantages/ops.h"
+#include "groups/ops.h"
 #include "logprobs/ops.h"
 #include "policy/ops.h"
+#include "sequence/ops.h"
 
 using namespace prefkern;
 
@@ -55,6 +57,30 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "int kind, int agg, int kl, float eps_low, float eps_high, float dual_clip, float beta, float ratio_clamp, bool with_grad) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def("policy_loss_backward(Tensor g_loss, Tensor unnormalised, Tensor inverse_norm) -> Tensor");
+
+  // ---- sequence: transform is the enumeration of math/sequence.h, bootstrap that of math/returns.h. Sums have a gradient in
+  // values; everything about returns is constant.
+  m.def(
+      "sequence_reduce(Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor? minus, Tensor? weights, int transform, bool mean) "
+      "-> Tensor");
+  m.def(
+      "sequence_reduce_backward(Tensor g, Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor? minus, Tensor? weights, "
+      "int transform, bool mean) -> Tensor");
+  m.def("discounted_returns(Tensor rewards, Tensor? mask, Tensor? cu_seqlens, float gamma) -> Tensor");
+  m.def("segmented_returns(Tensor rewards, Tensor segment, Tensor order, float gamma) -> Tensor");
+  m.def(
+      "gae(Tensor rewards, Tensor values, Tensor? mask, Tensor? lengths, Tensor? cu_seqlens, Tensor? finished, "
+      "Tensor? last_values, float gamma, float lam, int bootstrap) -> (Tensor, Tensor)");
+
+  // ---- groups: reduction is the enumeration of math/groups.h. The gradient of a reduction is made of reductions; that of the
+  // others has an op of its own, for which they return what it needs beside their results.
+  m.def("group_reduce(Tensor values, Tensor group, Tensor? mask, int reduction) -> Tensor");
+  m.def("group_normalize(Tensor x, Tensor group, float eps, int ddof, bool sigma_grad) -> (Tensor, Tensor, Tensor)");
+  m.def("group_normalize_backward(Tensor g, Tensor group, Tensor z, Tensor scale, Tensor slope) -> Tensor");
+  m.def(
+      "level_pairs(Tensor scores, Tensor group, Tensor levels, float beta, float anisotropy, bool per_response, bool with_grad) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def("level_pairs_backward(Tensor g_loss, Tensor unnormalised, Tensor pairs) -> Tensor");
 }
 
 #define PK_REGISTER(key)                                                              \
@@ -70,6 +96,16 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("policy_loss", PK_OP(policy_loss));                                        \
     m.impl("policy_loss_fwd", PK_OP(policy_loss));                                    \
     m.impl("policy_loss_backward", PK_OP(policy_loss_backward));                      \
+    m.impl("sequence_reduce", PK_OP(sequence_reduce));                                \
+    m.impl("sequence_reduce_backward", PK_OP(sequence_reduce_backward));              \
+    m.impl("discounted_returns", PK_OP(discounted_returns));                          \
+    m.impl("segmented_returns", PK_OP(segmented_returns));                            \
+    m.impl("gae", PK_OP(gae));                                                        \
+    m.impl("group_reduce", PK_OP(group_reduce));                                      \
+    m.impl("group_normalize", PK_OP(group_normalize));                                \
+    m.impl("group_normalize_backward", PK_OP(group_normalize_backward));              \
+    m.impl("level_pairs", PK_OP(level_pairs));                                        \
+    m.impl("level_pairs_backward", PK_OP(level_pairs_backward));                      \
   }
 PK_REGISTER(CPU)
 PK_REGISTER(CUDA)

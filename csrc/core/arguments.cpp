@@ -51,14 +51,18 @@ OptTensor checked_mask(const OptTensor& mask, const Tensor& tokens, const char* 
   return to_contiguous(*mask);
 }
 
-Tensor checked_group(const Tensor& group, const Tensor& rows_of, const char* rows_name) {
-  check_type(group.scalar_type() == ScalarType::Long || group.scalar_type() == ScalarType::Int, "group has dtype ",
-             dtype_name(group.scalar_type()), "; accepted: int64, int32");
-  check_value(group.dim() == 1 && rows_of.dim() > 0 && group.size(0) == rows_of.size(0), "group has shape ", shape_text(group),
-              "; ", rows_name, " has shape ", shape_text(rows_of), ", so [", rows_of.dim() > 0 ? rows_of.size(0) : 0,
+Tensor checked_ids(const Tensor& ids, const char* name, const Tensor& rows_of, const char* rows_name) {
+  check_type(ids.scalar_type() == ScalarType::Long || ids.scalar_type() == ScalarType::Int, name, " has dtype ",
+             dtype_name(ids.scalar_type()), "; accepted: int64, int32");
+  check_value(ids.dim() == 1 && rows_of.dim() > 0 && ids.size(0) == rows_of.size(0), name, " has shape ", shape_text(ids), "; ",
+              rows_name, " has shape ", shape_text(rows_of), ", so [", rows_of.dim() > 0 ? rows_of.size(0) : 0,
               "] is expected");
-  check_same_device(group, "group", rows_of, rows_name);
-  return to_contiguous(cast(group, ScalarType::Long));
+  check_same_device(ids, name, rows_of, rows_name);
+  return to_contiguous(cast(ids, ScalarType::Long));
+}
+
+Tensor checked_group(const Tensor& group, const Tensor& rows_of, const char* rows_name) {
+  return checked_ids(group, "group", rows_of, rows_name);
 }
 
 std::pair<Tensor, Tensor> sort_ids(const Tensor& ids) {

@@ -17,8 +17,9 @@ SequenceLayout checked_layout(const Tensor& tokens, const char* name, const OptT
 Tensor checked_tokens(const Tensor& t, const char* name, const Tensor& tokens, const char* tokens_name, ScalarType type);
 OptTensor checked_mask(const OptTensor& mask, const Tensor& tokens, const char* tokens_name);
 
-// Group ids [rows] as contiguous int64, on the device of `rows_of`, whose first dimension is that of the rows.
-Tensor checked_group(const Tensor& group, const Tensor& rows_of, const char* rows_name);
+// Integers, one per row, as contiguous int64 on the device of `rows_of`, whose first dimension is that of the rows.
+Tensor checked_ids(const Tensor& ids, const char* name, const Tensor& rows_of, const char* rows_name);
+Tensor checked_group(const Tensor& group, const Tensor& rows_of, const char* rows_name);  // the same, named group
 
 // Ids in ascending order, and the row of each; equal ids keep the order of their rows. No synchronisation on CUDA.
 std::pair<Tensor, Tensor> sort_ids(const Tensor& ids);

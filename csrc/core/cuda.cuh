@@ -41,6 +41,11 @@ constexpr float kExpTail = 0.34f;  // see math/policy.h
 __device__ __forceinline__ float vtanh(float x) { return tanhf(x); }
 __device__ __forceinline__ float vlog2(float x) { return log2f(x); }
 PK_HD double vsqrt(double x) { return sqrt(x); }
+PK_HD double vexp(double x) { return exp(x); }
+PK_HD double vlog(double x) { return log(x); }
+PK_HD double vlog1p(double x) { return log1p(x); }
+PK_HD double vmax(double a, double b) { return a > b ? a : b; }
+PK_HD double vmin(double a, double b) { return a < b ? a : b; }
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 template <class T, int N> struct alignas(sizeof(T) * N) Pack {

@@ -1,4 +1,6 @@
-// Groups on the device: ids sorted in ascending order, one warp or block per group.
+// Groups on the device, a warp at a time. Few rows: the warp of a row looks through all ids for the members of its group
+// (32 KiB of ids stay in the L1 cache, and nothing has to be sorted first). Many rows: ids come sorted in ascending order
+// with the row of each, and a group is a range of sorted positions.
 #pragma once
 #include "core/cuda.cuh"
 
@@ -18,6 +20,45 @@ __device__ __forceinline__ int64_t group_end(const int64_t* sorted, int64_t coun
     else outside = middle;
   }
   return outside;
+}
+
+// The first position of the group that `at` is in.
+__device__ __forceinline__ int64_t group_start(const int64_t* sorted, int64_t at) {
+  int64_t outside = -1, inside = at;
+  while (inside - outside > 1) {
+    const int64_t middle = (inside + outside) / 2;
+    if (sorted[middle] == sorted[at]) inside = middle;
+    else outside = middle;
+  }
+  return inside;
+}
+
+// The rows of a group: for_members calls f(row) for a lane's share of them, always the same one, whoever asks.
+struct ScannedMembers {
+  const int64_t* ids;
+  int64_t count, id;
+  template <class F> __device__ __forceinline__ void for_members(int lane, F&& f) const {
+    const int64_t pairs = aligned16(ids) ? count / 2 : 0;
+    for (int64_t i = lane; i < pairs; i += 32) {
+      const Pack<int64_t, 2> two = reinterpret_cast<const Pack<int64_t, 2>*>(ids)[i];
+      if (two.v[0] == id) f(2 * i);
+      if (two.v[1] == id) f(2 * i + 1);
+    }
+    for (int64_t i = 2 * pairs + lane; i < count; i += 32)
+      if (ids[i] == id) f(i);
+  }
+};
+struct SortedMembers {
+  const int64_t* order;
+  int64_t begin, end;
+  template <class F> __device__ __forceinline__ void for_members(int lane, F&& f) const {
+    for (int64_t i = begin + lane; i < end; i += 32) f(order[i]);
+  }
+};
+
+__device__ __forceinline__ double warp_sum(double v) {
+  for (int offset = 16; offset > 0; offset >>= 1) v += __shfl_xor_sync(0xffffffffu, v, offset);
+  return v;
 }
 
 }  // namespace PK_ISA

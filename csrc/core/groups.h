@@ -9,6 +9,9 @@
 
 namespace prefkern {
 
+// CUDA: up to so many rows the kernel looks through the ids itself, beyond they are sorted first.
+constexpr int64_t kScanIdsUpTo = 4096;
+
 // Group k has the rows order[offsets[k]] .. order[offsets[k + 1] - 1], in the order in which they lie in memory. Groups
 // come in the order of their first rows.
 struct GroupIndex {

@@ -298,6 +298,8 @@ PK_HD double vtanh(double x) { return __builtin_tanh(x); }
 
 PK_HD float vlog2(float x) { return __builtin_log2f(x); }
 PK_HD double vlog2(double x) { return __builtin_log2(x); }
+PK_HD double vlog(double x) { return __builtin_log(x); }
+PK_HD double vlog1p(double x) { return __builtin_log1p(x); }
 PK_HD double vsqrt(double x) { return __builtin_sqrt(x); }
 
 // ---- across lanes, always in the same order -------------------------------------------------------------------------

@@ -2,8 +2,11 @@
 #if defined(PREFKERN_NO_CUDA)
 #include "advantages/group_stats.h"
 #include "core/cuda_runtime.h"
+#include "groups/pair_walk.h"
 #include "logprobs/logits_fold.h"
 #include "policy/token_loss.h"
+#include "sequence/returns.h"
+#include "sequence/sequence_sums.h"
 
 namespace prefkern {
 const char* cuda_architectures() { return ""; }
@@ -16,5 +19,14 @@ int cuda_grad_logits(const GradArgs<float>&, void*) { return kBuiltWithoutCuda; 
 int cuda_group_advantages(const GroupArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_policy_loss(const PolicyArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_policy_loss_backward(const PolicyGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_sequence_sums(const SequenceSumArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_sequence_sums_backward(const SequenceSumArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_returns(const ReturnsArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_segmented_returns(const SegmentedArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_group_reduce(const GroupReduceArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_group_normalize(const NormalizeArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_group_normalize_backward(const NormalizeGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_level_pairs(const PairArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_level_pairs_backward(const PairGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
 }  // namespace prefkern
 #endif

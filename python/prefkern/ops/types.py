@@ -47,3 +47,21 @@ class LossOutput(NamedTuple):
     """0-d, float32, or float64 for float64 input."""
     metrics: dict[str, Tensor]
     """0-d tensors without gradient, on the device of the loss. Reading one is the caller's synchronisation."""
+
+
+class GaeOutput(NamedTuple):
+    """Advantages and what a critic regresses on, each shaped like the rewards; 0 at tokens that do not count."""
+
+    advantages: Tensor
+    """float32, or float64 for float64 rewards."""
+    returns: Tensor
+    """advantages + values: the lambda-return."""
+
+
+class LevelPairs(NamedTuple):
+    """Loss over the pairs that the levels of a group's rows make."""
+
+    loss: Tensor
+    """0-d: mean over the pairs; 0 without any. float32, or float64 for float64 scores."""
+    pairs: Tensor
+    """0-d int64: how many there are."""

@@ -5,7 +5,22 @@ nothing here calls a kernel: in float64 these functions are the truth that the t
 """
 
 from prefkern.reference.advantages import group_advantages
+from prefkern.reference.groups import group_normalize, group_reduce, level_pairs
 from prefkern.reference.logprobs import linear_logprobs, logits_logprobs
 from prefkern.reference.policy import policy_loss
+from prefkern.reference.sequence import discounted_returns, gae, segmented_returns, sequence_mean, sequence_sum
 
-__all__ = ["group_advantages", "linear_logprobs", "logits_logprobs", "policy_loss"]
+__all__ = [
+    "discounted_returns",
+    "gae",
+    "group_advantages",
+    "group_normalize",
+    "group_reduce",
+    "level_pairs",
+    "linear_logprobs",
+    "logits_logprobs",
+    "policy_loss",
+    "segmented_returns",
+    "sequence_mean",
+    "sequence_sum",
+]
