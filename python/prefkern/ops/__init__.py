@@ -4,9 +4,10 @@ from ._call import set_validation, validation
 from .advantages import group_advantages
 from .logprobs import linear_logprobs, logits_logprobs, plan_chunks
 from .policy import policy_loss
-from .types import GroupAdvantages, LinearLogprobs, LossOutput
+from .types import ConflictRuns, GroupAdvantages, LinearLogprobs, LossOutput
 
 __all__ = [
+    "ConflictRuns",
     "GroupAdvantages",
     "LinearLogprobs",
     "LossOutput",

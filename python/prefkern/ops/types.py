@@ -47,3 +47,14 @@ class LossOutput(NamedTuple):
     """0-d, float32, or float64 for float64 input."""
     metrics: dict[str, Tensor]
     """0-d tensors without gradient, on the device of the loss. Reading one is the caller's synchronisation."""
+
+
+class ConflictRuns(NamedTuple):
+    """How far completions agree with one of the other sign in their group; int64 [B] each."""
+
+    forward: Tensor
+    """Tokens from the first on; 0 for a row whose advantage is 0."""
+    backward: Tensor
+    """Tokens from the last back."""
+    length: Tensor
+    """How many tokens of the row count."""

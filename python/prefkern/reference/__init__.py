@@ -5,7 +5,18 @@ nothing here calls a kernel: in float64 these functions are the truth that the t
 """
 
 from prefkern.reference.advantages import group_advantages
+from prefkern.reference.conflicts import conflict_runs, conflict_weights
+from prefkern.reference.filters import masked_quantile, top_quantile_mask
 from prefkern.reference.logprobs import linear_logprobs, logits_logprobs
 from prefkern.reference.policy import policy_loss
 
-__all__ = ["group_advantages", "linear_logprobs", "logits_logprobs", "policy_loss"]
+__all__ = [
+    "conflict_runs",
+    "conflict_weights",
+    "group_advantages",
+    "linear_logprobs",
+    "logits_logprobs",
+    "masked_quantile",
+    "policy_loss",
+    "top_quantile_mask",
+]
