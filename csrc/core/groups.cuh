@@ -20,5 +20,16 @@ __device__ __forceinline__ int64_t group_end(const int64_t* sorted, int64_t coun
   return outside;
 }
 
+// The first position of the group that `at` is in.
+__device__ __forceinline__ int64_t group_first(const int64_t* sorted, int64_t at) {
+  int64_t outside = -1, inside = at;
+  while (inside - outside > 1) {
+    const int64_t middle = outside + (inside - outside) / 2;
+    if (sorted[middle] == sorted[at]) inside = middle;
+    else outside = middle;
+  }
+  return inside;
+}
+
 }  // namespace PK_ISA
 }  // namespace prefkern

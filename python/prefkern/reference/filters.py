@@ -47,7 +47,7 @@ def masked_quantile(
     low, high = x[math.floor(p)], x[math.ceil(p)]
     if interpolation != "linear" or low == high:
         return high if interpolation == "higher" else low
-    if bool((low.isinf() | high.isinf())):
+    if bool(low.isinf() | high.isinf()):
         return low + high
     return torch.lerp(low.double(), high.double(), p - math.floor(p)).to(x.dtype)
 
