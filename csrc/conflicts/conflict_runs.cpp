@@ -19,8 +19,7 @@ void check_advantages(const Tensor& advantages, const SequenceLayout& layout, co
 
 template <class S> void check_signs(const Tensor& advantages) {
   const S* a = data<S>(advantages);
-  for (int64_t i = 0; i < advantages.numel(); i++)
-    check_value(a[i] == a[i], "advantages[", i, "] is nan; its sign is needed");
+  for (int64_t i = 0; i < advantages.numel(); i++) check_value(a[i] == a[i], "advantages[", i, "] is nan; its sign is needed");
 }
 
 template <class T>
