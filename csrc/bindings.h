@@ -8,8 +8,10 @@
 #include <string>
 
 #include "advantages/group_stats.h"
+#include "conflicts/runs.h"
 #include "core/cuda_runtime.h"
 #include "groups/pair_walk.h"
+#include "filters/select.h"
 #include "logprobs/logits_fold.h"
 #include "policy/token_loss.h"
 #include "sequence/returns.h"
@@ -209,6 +211,47 @@ template <class S> void bind_fold_structs(py::module_& m, const std::string& suf
   bind_pointer(b, "grad", &PairGrad::grad);
 }
 
+template <class T> void bind_conflict_structs(py::module_& m, const std::string& suffix) {
+  using Args = ConflictArgs<T>;
+  py::class_<Args> c(m, ("ConflictArgs" + suffix).c_str());
+  c.def(py::init<>()).def_readwrite("layout", &Args::layout);
+  bind_pointer(c, "tokens", &Args::tokens);
+  bind_pointer(c, "advantages", &Args::advantages);
+  bind_pointer(c, "advantages64", &Args::advantages64);
+  bind_pointer(c, "group", &Args::group);
+  bind_pointer(c, "order", &Args::order);
+  bind_pointer(c, "mask", &Args::mask);
+  bind_pointer(c, "forward", &Args::forward);
+  bind_pointer(c, "backward", &Args::backward);
+  bind_pointer(c, "length", &Args::length);
+}
+
+template <class S> void bind_conflict_weight_structs(py::module_& m, const std::string& suffix) {
+  using Args = ConflictWeightArgs<S>;
+  py::class_<Args> w(m, ("ConflictWeightArgs" + suffix).c_str());
+  w.def(py::init<>()).def_readwrite("rule", &Args::rule).def_readwrite("layout", &Args::layout);
+  bind_pointer(w, "advantages", &Args::advantages);
+  bind_pointer(w, "forward", &Args::forward);
+  bind_pointer(w, "backward", &Args::backward);
+  bind_pointer(w, "length", &Args::length);
+  bind_pointer(w, "weights", &Args::weights);
+}
+
+template <class S> void bind_select_structs(py::module_& m, const std::string& suffix) {
+  using Args = SelectArgs<S>;
+  py::class_<Args> s(m, ("SelectArgs" + suffix).c_str());
+  s.def(py::init<>())
+      .def_readwrite("count", &Args::count)
+      .def_readwrite("q", &Args::q)
+      .def_readwrite("interpolation", &Args::interpolation)
+      .def_readwrite("fraction", &Args::fraction);
+  bind_pointer(s, "values", &Args::values);
+  bind_pointer(s, "mask", &Args::mask);
+  bind_pointer(s, "quantile", &Args::quantile);
+  bind_pointer(s, "keep", &Args::keep);
+  bind_pointer(s, "workspace", &Args::workspace);
+}
+
 inline void bind_argument_structs(py::module_& m) {
   py::enum_<DType>(m, "DType")
       .value("float32", DType::f32)
@@ -300,6 +343,26 @@ inline void bind_argument_structs(py::module_& m) {
       .def_readwrite("per_response", &PairRule::per_response);
   bind_fold_structs<float>(m, "");
   bind_fold_structs<double>(m, "64");
+  py::enum_<ConflictCombine>(m, "ConflictCombine")
+      .value("max_once", ConflictCombine::max_once)
+      .value("product", ConflictCombine::product);
+  py::class_<ConflictRule>(m, "ConflictRule")
+      .def(py::init<>())
+      .def_readwrite("combine", &ConflictRule::combine)
+      .def_readwrite("w_pos", &ConflictRule::w_pos)
+      .def_readwrite("w_neg", &ConflictRule::w_neg);
+  bind_conflict_structs<int64_t>(m, "");
+  bind_conflict_structs<int32_t>(m, "32");
+  bind_conflict_weight_structs<float>(m, "");
+  bind_conflict_weight_structs<double>(m, "64");
+
+  py::enum_<Interpolation>(m, "Interpolation")
+      .value("linear", Interpolation::linear)
+      .value("lower", Interpolation::lower)
+      .value("higher", Interpolation::higher);
+  bind_select_structs<float>(m, "");
+  bind_select_structs<double>(m, "64");
+  m.def("select_workspace", &select_workspace, py::arg("count"), "8-byte words that the selection kernels need on CUDA.");
 }
 
 template <class Args> void bind_cpu(py::module_& m, const char* name, void (*launch)(const Args&)) {
@@ -325,6 +388,19 @@ inline void bind_cpu_launchers(py::module_& m) {
         py::call_guard<py::gil_scoped_release>());
   m.def("cpu_group_advantages64", static_cast<int64_t (*)(const GroupArgs<double>&)>(&cpu_group_advantages), py::arg("args"),
         py::call_guard<py::gil_scoped_release>());
+  const auto bind_runs = [&m](const char* name, auto launch) {
+    m.def(name, launch, py::arg("args"), py::call_guard<py::gil_scoped_release>());
+  };
+  bind_runs("cpu_conflict_runs", static_cast<int64_t (*)(const ConflictArgs<int64_t>&)>(&cpu_conflict_runs));
+  bind_runs("cpu_conflict_runs32", static_cast<int64_t (*)(const ConflictArgs<int32_t>&)>(&cpu_conflict_runs));
+  bind_cpu<ConflictWeightArgs<float>>(m, "cpu_conflict_weights", &cpu_conflict_weights);
+  bind_cpu<ConflictWeightArgs<double>>(m, "cpu_conflict_weights64", &cpu_conflict_weights);
+  bind_cpu<SelectArgs<float>>(m, "cpu_quantile", &cpu_quantile);
+  bind_cpu<SelectArgs<double>>(m, "cpu_quantile64", &cpu_quantile);
+  bind_cpu<SelectArgs<float>>(m, "cpu_keep_largest", &cpu_keep_largest);
+  bind_cpu<SelectArgs<double>>(m, "cpu_keep_largest64", &cpu_keep_largest);
+  bind_cpu<SelectArgs<float>>(m, "cpu_keep_from", &cpu_keep_from);
+  bind_cpu<SelectArgs<double>>(m, "cpu_keep_from64", &cpu_keep_from);
   bind_cpu<PolicyArgs<float>>(m, "cpu_policy_loss", &cpu_policy_loss);
   bind_cpu<PolicyArgs<double>>(m, "cpu_policy_loss64", &cpu_policy_loss);
   bind_cpu<PolicyGradArgs<float>>(m, "cpu_policy_loss_backward", &cpu_policy_loss_backward);
@@ -355,6 +431,12 @@ inline void bind_cuda_launchers(py::module_& m) {
   bind_cuda(m, "cuda_fold_logits", &cuda_fold_logits);
   bind_cuda(m, "cuda_grad_logits", &cuda_grad_logits);
   bind_cuda(m, "cuda_group_advantages", &cuda_group_advantages);
+  bind_cuda<ConflictArgs<int64_t>>(m, "cuda_conflict_runs", &cuda_conflict_runs);
+  bind_cuda<ConflictArgs<int32_t>>(m, "cuda_conflict_runs32", &cuda_conflict_runs);
+  bind_cuda(m, "cuda_conflict_weights", &cuda_conflict_weights);
+  bind_cuda(m, "cuda_quantile", &cuda_quantile);
+  bind_cuda(m, "cuda_keep_largest", &cuda_keep_largest);
+  bind_cuda(m, "cuda_keep_from", &cuda_keep_from);
   bind_cuda(m, "cuda_policy_loss", &cuda_policy_loss);
   bind_cuda(m, "cuda_policy_loss_backward", &cuda_policy_loss_backward);
   bind_cuda(m, "cuda_sequence_sums", &cuda_sequence_sums);

@@ -3,6 +3,8 @@
 // kernels by the device of its tensors.
 #include "advantages/ops.h"
 #include "groups/ops.h"
+#include "conflicts/ops.h"
+#include "filters/ops.h"
 #include "logprobs/ops.h"
 #include "policy/ops.h"
 #include "sequence/ops.h"
@@ -45,6 +47,18 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
   // std, count), each [B]. Rewards are constants: no gradient.
   m.def(
       "group_advantages(Tensor rewards, Tensor group, int estimator, float eps, int singleton) -> (Tensor, Tensor, Tensor, Tensor)");
+
+  // ---- conflicts: runs are (forward, backward, length), int64 [B]; combine is the enumeration of math/conflicts.h.
+  m.def(
+      "conflict_runs(Tensor tokens, Tensor advantages, Tensor group, Tensor? mask, Tensor? cu_seqlens) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "conflict_weights(Tensor tokens, Tensor advantages, Tensor forward, Tensor backward, Tensor length, Tensor? cu_seqlens, "
+      "float w_pos, float w_neg, int combine) -> Tensor");
+
+  // ---- filters: interpolation is the enumeration of math/quantile.h; rule as in filters/ops.h. No gradients.
+  m.def("masked_quantile(Tensor values, Tensor? mask, float q, int interpolation) -> Tensor");
+  m.def("top_quantile_mask(Tensor values, Tensor? mask, float fraction, int rule) -> Tensor");
 
   // ---- policy: kind, agg and kl are the enumerations of math/policy.h (kl counted from its first penalty); results are
   // (loss, metrics, unnormalised, inverse_norm). Only logp has a gradient. The _fwd form has no autograd formula.
@@ -93,6 +107,10 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("logits_logprobs_backward", PK_OP(logits_logprobs_backward));              \
     m.impl("logits_logprobs_backward_", PK_OP(logits_logprobs_backward_inplace));     \
     m.impl("group_advantages", PK_OP(group_advantages));                              \
+    m.impl("conflict_runs", PK_OP(conflict_runs));                                    \
+    m.impl("conflict_weights", PK_OP(conflict_weights));                              \
+    m.impl("masked_quantile", PK_OP(masked_quantile));                                \
+    m.impl("top_quantile_mask", PK_OP(top_quantile_mask));                            \
     m.impl("policy_loss", PK_OP(policy_loss));                                        \
     m.impl("policy_loss_fwd", PK_OP(policy_loss));                                    \
     m.impl("policy_loss_backward", PK_OP(policy_loss_backward));                      \

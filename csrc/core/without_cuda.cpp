@@ -1,8 +1,10 @@
 // The CUDA entry points of a build without a CUDA compiler: they report it, so that a CUDA tensor gets a clear error.
 #if defined(PREFKERN_NO_CUDA)
 #include "advantages/group_stats.h"
+#include "conflicts/runs.h"
 #include "core/cuda_runtime.h"
 #include "groups/pair_walk.h"
+#include "filters/select.h"
 #include "logprobs/logits_fold.h"
 #include "policy/token_loss.h"
 #include "sequence/returns.h"
@@ -17,6 +19,12 @@ const char* cuda_error_string(int) {
 int cuda_fold_logits(const FoldArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_grad_logits(const GradArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_group_advantages(const GroupArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_conflict_runs(const ConflictArgs<int32_t>&, void*) { return kBuiltWithoutCuda; }
+int cuda_conflict_runs(const ConflictArgs<int64_t>&, void*) { return kBuiltWithoutCuda; }
+int cuda_conflict_weights(const ConflictWeightArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_quantile(const SelectArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_keep_largest(const SelectArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_keep_from(const SelectArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_policy_loss(const PolicyArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_policy_loss_backward(const PolicyGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_sequence_sums(const SequenceSumArgs<float>&, void*) { return kBuiltWithoutCuda; }

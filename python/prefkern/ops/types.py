@@ -65,3 +65,12 @@ class LevelPairs(NamedTuple):
     """0-d: mean over the pairs; 0 without any. float32, or float64 for float64 scores."""
     pairs: Tensor
     """0-d int64: how many there are."""
+class ConflictRuns(NamedTuple):
+    """How far completions agree with one of the other sign in their group; int64 [B] each."""
+
+    forward: Tensor
+    """Tokens from the first on; 0 for a row whose advantage is 0."""
+    backward: Tensor
+    """Tokens from the last back."""
+    length: Tensor
+    """How many tokens of the row count."""

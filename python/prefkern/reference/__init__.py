@@ -5,12 +5,16 @@ nothing here calls a kernel: in float64 these functions are the truth that the t
 """
 
 from prefkern.reference.advantages import group_advantages
+from prefkern.reference.conflicts import conflict_runs, conflict_weights
+from prefkern.reference.filters import masked_quantile, top_quantile_mask
 from prefkern.reference.groups import group_normalize, group_reduce, level_pairs
 from prefkern.reference.logprobs import linear_logprobs, logits_logprobs
 from prefkern.reference.policy import policy_loss
 from prefkern.reference.sequence import discounted_returns, gae, segmented_returns, sequence_mean, sequence_sum
 
 __all__ = [
+    "conflict_runs",
+    "conflict_weights",
     "discounted_returns",
     "gae",
     "group_advantages",
@@ -19,8 +23,10 @@ __all__ = [
     "level_pairs",
     "linear_logprobs",
     "logits_logprobs",
+    "masked_quantile",
     "policy_loss",
     "segmented_returns",
     "sequence_mean",
     "sequence_sum",
+    "top_quantile_mask",
 ]
