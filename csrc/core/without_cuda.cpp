@@ -1,6 +1,9 @@
 // The CUDA entry points of a build without a CUDA compiler: they report it, so that a CUDA tensor gets a clear error.
 #if defined(PREFKERN_NO_CUDA)
 #include "advantages/group_stats.h"
+#include "advantages/masked_pairs.h"
+#include "advantages/moments.h"
+#include "advantages/question_weights.h"
 #include "core/cuda_runtime.h"
 #include "logprobs/logits_fold.h"
 #include "policy/token_loss.h"
@@ -14,6 +17,11 @@ const char* cuda_error_string(int) {
 int cuda_fold_logits(const FoldArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_grad_logits(const GradArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_group_advantages(const GroupArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_batch_moments(const MomentsArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_merge_moments(const MergeArgs&, void*) { return kBuiltWithoutCuda; }
+int cuda_batch_normalize(const NormalizeArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_question_weights(const QuestionArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_masked_pairs(const PairArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_policy_loss(const PolicyArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_policy_loss_backward(const PolicyGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
 }  // namespace prefkern

@@ -366,8 +366,8 @@ def batch_normalize(
 ) -> Tensor:
     """Values normalised by moments (n, mean, M2); 0 outside the mask.
 
-        seq    (v - mean) / (sqrt(M2 / (n - 1)) + eps); for n < 2 the standard deviation is 0
-        token  mu = n mean / (n + 1e-8),  var = sum (v - mu)^2 / (n + 1e-8) n / (n - 1),  (v - mu) / sqrt(var + eps)
+    seq    (v - mean) / (sqrt(M2 / (n - 1)) + eps); for n < 2 the standard deviation is 0
+    token  mu = n mean / (n + 1e-8),  var = sum (v - mu)^2 / (n + 1e-8) n / (n - 1),  (v - mu) / sqrt(var + eps)
     """
     if mode not in ("seq", "token"):
         raise ValueError(f"mode: got {mode!r}, accepted are ['seq', 'token']")
