@@ -3,15 +3,22 @@
 // checked, nothing is kept alive.
 #pragma once
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "advantages/group_stats.h"
 #include "conflicts/runs.h"
+#include "advantages/masked_pairs.h"
+#include "advantages/moments.h"
+#include "advantages/question_weights.h"
 #include "core/cuda_runtime.h"
-#include "groups/pair_walk.h"
 #include "filters/select.h"
+#include "groups/group_folds.h"
+#include "groups/pair_walk.h"
 #include "logprobs/logits_fold.h"
 #include "policy/token_loss.h"
 #include "sequence/returns.h"
@@ -87,17 +94,94 @@ template <class S> void bind_logit_structs(py::module_& m, const std::string& su
   bind_pointer(g, "g_lse", &Grad::g_lse);
 }
 
-template <class S> void bind_group_structs(py::module_& m, const std::string& suffix) {
+template <class S> void bind_advantage_structs(py::module_& m, const std::string& suffix) {
   using Group = GroupArgs<S>;
   py::class_<Group> g(m, ("GroupArgs" + suffix).c_str());
-  g.def(py::init<>()).def_readwrite("rule", &Group::rule).def_readwrite("count", &Group::count);
+  g.def(py::init<>())
+      .def_readwrite("rule", &Group::rule)
+      .def_readwrite("count", &Group::count)
+      .def_readwrite("columns", &Group::columns)
+      .def_readwrite("combine_first", &Group::combine_first)
+      .def_readwrite("nan", &Group::nan)
+      .def_readwrite("batch", &Group::batch)
+      .def_readwrite("batch_eps", &Group::batch_eps)
+      .def("set_weights",
+           [](Group& a, const std::vector<double>& weights) {
+             if (weights.size() > kMaxColumns) throw std::invalid_argument("too many weights");
+             a.weighted = true;
+             std::copy(weights.begin(), weights.end(), a.weight);
+           })
+      .def_readwrite("weighted", &Group::weighted);
+  bind_pointer(g, "device_weight", &Group::device_weight);
   bind_pointer(g, "rewards", &Group::rewards);
   bind_pointer(g, "group", &Group::group);
   bind_pointer(g, "order", &Group::order);
+  bind_pointer(g, "lengths", &Group::lengths);
+  bind_pointer(g, "values", &Group::values);
   bind_pointer(g, "advantages", &Group::advantages);
   bind_pointer(g, "mean", &Group::mean);
   bind_pointer(g, "std", &Group::std);
+  bind_pointer(g, "min", &Group::min);
+  bind_pointer(g, "max", &Group::max);
   bind_pointer(g, "sizes", &Group::sizes);
+
+  using Moments = MomentsArgs<S>;
+  py::class_<Moments> o(m, ("MomentsArgs" + suffix).c_str());
+  o.def(py::init<>()).def_readwrite("count", &Moments::count);
+  bind_pointer(o, "values", &Moments::values);
+  bind_pointer(o, "weights", &Moments::weights);
+  bind_pointer(o, "mask", &Moments::mask);
+  bind_pointer(o, "parts", &Moments::parts);
+  bind_pointer(o, "moments", &Moments::moments);
+
+  using Normalize = BatchNormalizeArgs<S>;
+  py::class_<Normalize> n(m, ("BatchNormalizeArgs" + suffix).c_str());
+  n.def(py::init<>())
+      .def_readwrite("count", &Normalize::count)
+      .def_readwrite("mode", &Normalize::mode)
+      .def_readwrite("eps", &Normalize::eps);
+  bind_pointer(n, "values", &Normalize::values);
+  bind_pointer(n, "mask", &Normalize::mask);
+  bind_pointer(n, "moments", &Normalize::moments);
+  bind_pointer(n, "out", &Normalize::out);
+
+  using Question = QuestionArgs<S>;
+  py::class_<Question> q(m, ("QuestionArgs" + suffix).c_str());
+  q.def(py::init<>())
+      .def_readwrite("count", &Question::count)
+      .def_readwrite("temperature", &Question::temperature)
+      .def_readwrite("tol", &Question::tol)
+      .def_readwrite("zero_as_easy", &Question::zero_as_easy);
+  bind_pointer(q, "rewards", &Question::rewards);
+  bind_pointer(q, "main", &Question::main);
+  bind_pointer(q, "group", &Question::group);
+  bind_pointer(q, "order", &Question::order);
+  bind_pointer(q, "lengths", &Question::lengths);
+  bind_pointer(q, "difficulty", &Question::difficulty);
+  bind_pointer(q, "first", &Question::first);
+  bind_pointer(q, "weights", &Question::weights);
+  bind_pointer(q, "scale", &Question::scale);
+  bind_pointer(q, "valid", &Question::valid);
+
+  using Pairs = MaskedPairArgs<S>;
+  py::class_<Pairs> p(m, ("MaskedPairArgs" + suffix).c_str());
+  p.def(py::init<>())
+      .def_readwrite("count", &Pairs::count)
+      .def_readwrite("tau", &Pairs::tau)
+      .def_readwrite("eps", &Pairs::eps)
+      .def_readwrite("ddof", &Pairs::ddof)
+      .def_readwrite("mode", &Pairs::mode)
+      .def_readwrite("whole_samples", &Pairs::whole_samples)
+      .def_readwrite("sigma_of_kept", &Pairs::sigma_of_kept)
+      .def_readwrite("renormalise", &Pairs::renormalise);
+  bind_pointer(p, "rewards", &Pairs::rewards);
+  bind_pointer(p, "scores", &Pairs::scores);
+  bind_pointer(p, "group", &Pairs::group);
+  bind_pointer(p, "order", &Pairs::order);
+  bind_pointer(p, "values", &Pairs::values);
+  bind_pointer(p, "advantages", &Pairs::advantages);
+  bind_pointer(p, "kept", &Pairs::kept);
+  bind_pointer(p, "masked", &Pairs::masked);
 }
 
 template <class S> void bind_policy_structs(py::module_& m, const std::string& suffix) {
@@ -270,15 +354,46 @@ inline void bind_argument_structs(py::module_& m) {
   py::enum_<AdvantageEstimator>(m, "AdvantageEstimator")
       .value("grpo", AdvantageEstimator::grpo)
       .value("dr_grpo", AdvantageEstimator::dr_grpo)
-      .value("rloo", AdvantageEstimator::rloo);
-  py::enum_<SingletonRule>(m, "SingletonRule").value("zero", SingletonRule::zero).value("reward", SingletonRule::reward);
+      .value("rloo", AdvantageEstimator::rloo)
+      .value("opo", AdvantageEstimator::opo)
+      .value("mad", AdvantageEstimator::mad)
+      .value("pass_at_k", AdvantageEstimator::pass_at_k)
+      .value("pass_at_k_no_std", AdvantageEstimator::pass_at_k_no_std);
+  py::enum_<SingletonRule>(m, "SingletonRule")
+      .value("zero", SingletonRule::zero)
+      .value("reward", SingletonRule::reward)
+      .value("calibrate", SingletonRule::calibrate);
+  py::enum_<NanRule>(m, "NanRule").value("error", NanRule::error).value("zero", NanRule::zero).value("ignore", NanRule::ignore);
+  py::enum_<BatchRule>(m, "BatchRule")
+      .value("none", BatchRule::none)
+      .value("std", BatchRule::std)
+      .value("seq", BatchRule::seq)
+      .value("token", BatchRule::token)
+      .value("nonzero", BatchRule::nonzero);
+  py::enum_<MomentsMode>(m, "MomentsMode").value("seq", MomentsMode::seq).value("token", MomentsMode::token);
+  py::enum_<PairMode>(m, "PairMode").value("gap", PairMode::gap).value("abs", PairMode::abs);
+  py::enum_<GroupFault::Kind>(m, "GroupFaultKind")
+      .value("none", GroupFault::none)
+      .value("reward", GroupFault::reward)
+      .value("length", GroupFault::length)
+      .value("no_tokens", GroupFault::no_tokens)
+      .value("few_tokens", GroupFault::few_tokens);
+  py::class_<GroupFault>(m, "GroupFault").def_readonly("kind", &GroupFault::kind).def_readonly("at", &GroupFault::at);
   py::class_<AdvantageRule>(m, "AdvantageRule")
       .def(py::init<>())
       .def_readwrite("estimator", &AdvantageRule::estimator)
       .def_readwrite("singleton", &AdvantageRule::singleton)
-      .def_readwrite("eps", &AdvantageRule::eps);
-  bind_group_structs<float>(m, "");
-  bind_group_structs<double>(m, "64");
+      .def_readwrite("ddof", &AdvantageRule::ddof)
+      .def_readwrite("eps", &AdvantageRule::eps)
+      .def_readwrite("virtual_value", &AdvantageRule::virtual_value)
+      .def_readwrite("virtual_count", &AdvantageRule::virtual_count);
+  py::class_<MergeArgs> merge(m, "MergeArgs");
+  merge.def(py::init<>()).def_readwrite("count", &MergeArgs::count);
+  bind_pointer(merge, "parts", &MergeArgs::parts);
+  bind_pointer(merge, "moments", &MergeArgs::moments);
+  m.attr("MOMENTS_PART") = int64_t(kMomentsPart);
+  bind_advantage_structs<float>(m, "");
+  bind_advantage_structs<double>(m, "64");
 
   py::enum_<PolicyKind>(m, "PolicyKind").value("clip", PolicyKind::clip);
   py::enum_<KlKind>(m, "KlKind").value("none", KlKind::none).value("k3", KlKind::k3);
@@ -384,9 +499,9 @@ inline void bind_cpu_launchers(py::module_& m) {
   bind_cpu<FoldArgs<double>>(m, "cpu_fold_logits64", &cpu_fold_logits);
   bind_cpu<GradArgs<float>>(m, "cpu_grad_logits", &cpu_grad_logits);
   bind_cpu<GradArgs<double>>(m, "cpu_grad_logits64", &cpu_grad_logits);
-  m.def("cpu_group_advantages", static_cast<int64_t (*)(const GroupArgs<float>&)>(&cpu_group_advantages), py::arg("args"),
+  m.def("cpu_group_advantages", static_cast<GroupFault (*)(const GroupArgs<float>&)>(&cpu_group_advantages), py::arg("args"),
         py::call_guard<py::gil_scoped_release>());
-  m.def("cpu_group_advantages64", static_cast<int64_t (*)(const GroupArgs<double>&)>(&cpu_group_advantages), py::arg("args"),
+  m.def("cpu_group_advantages64", static_cast<GroupFault (*)(const GroupArgs<double>&)>(&cpu_group_advantages), py::arg("args"),
         py::call_guard<py::gil_scoped_release>());
   const auto bind_runs = [&m](const char* name, auto launch) {
     m.def(name, launch, py::arg("args"), py::call_guard<py::gil_scoped_release>());
@@ -401,6 +516,17 @@ inline void bind_cpu_launchers(py::module_& m) {
   bind_cpu<SelectArgs<double>>(m, "cpu_keep_largest64", &cpu_keep_largest);
   bind_cpu<SelectArgs<float>>(m, "cpu_keep_from", &cpu_keep_from);
   bind_cpu<SelectArgs<double>>(m, "cpu_keep_from64", &cpu_keep_from);
+  bind_cpu<MomentsArgs<float>>(m, "cpu_batch_moments", &cpu_batch_moments);
+  bind_cpu<MomentsArgs<double>>(m, "cpu_batch_moments64", &cpu_batch_moments);
+  bind_cpu<MergeArgs>(m, "cpu_merge_moments", &cpu_merge_moments);
+  bind_cpu<BatchNormalizeArgs<float>>(m, "cpu_batch_normalize", &cpu_batch_normalize);
+  bind_cpu<BatchNormalizeArgs<double>>(m, "cpu_batch_normalize64", &cpu_batch_normalize);
+  m.def("cpu_question_weights", static_cast<bool (*)(const QuestionArgs<float>&)>(&cpu_question_weights), py::arg("args"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_question_weights64", static_cast<bool (*)(const QuestionArgs<double>&)>(&cpu_question_weights), py::arg("args"),
+        py::call_guard<py::gil_scoped_release>());
+  bind_cpu<MaskedPairArgs<float>>(m, "cpu_masked_pairs", &cpu_masked_pairs);
+  bind_cpu<MaskedPairArgs<double>>(m, "cpu_masked_pairs64", &cpu_masked_pairs);
   bind_cpu<PolicyArgs<float>>(m, "cpu_policy_loss", &cpu_policy_loss);
   bind_cpu<PolicyArgs<double>>(m, "cpu_policy_loss64", &cpu_policy_loss);
   bind_cpu<PolicyGradArgs<float>>(m, "cpu_policy_loss_backward", &cpu_policy_loss_backward);
@@ -437,6 +563,11 @@ inline void bind_cuda_launchers(py::module_& m) {
   bind_cuda(m, "cuda_quantile", &cuda_quantile);
   bind_cuda(m, "cuda_keep_largest", &cuda_keep_largest);
   bind_cuda(m, "cuda_keep_from", &cuda_keep_from);
+  bind_cuda(m, "cuda_batch_moments", &cuda_batch_moments);
+  bind_cuda(m, "cuda_merge_moments", &cuda_merge_moments);
+  bind_cuda(m, "cuda_batch_normalize", &cuda_batch_normalize);
+  bind_cuda(m, "cuda_question_weights", &cuda_question_weights);
+  bind_cuda(m, "cuda_masked_pairs", &cuda_masked_pairs);
   bind_cuda(m, "cuda_policy_loss", &cuda_policy_loss);
   bind_cuda(m, "cuda_policy_loss_backward", &cuda_policy_loss_backward);
   bind_cuda(m, "cuda_sequence_sums", &cuda_sequence_sums);

@@ -43,10 +43,24 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "Tensor? row_temperature, Tensor entropy, Tensor stats, float temperature, float softcap, float logit_scale, "
       "int ignore_index) -> ()");
 
-  // ---- advantages: estimator and singleton are the enumerations of math/advantages.h; results are (advantages, mean,
-  // std, count), each [B]. Rewards are constants: no gradient.
+  // ---- advantages: estimator, singleton, nan, batch and mode are the enumerations of math/advantages.h, combine 0 adds the
+  // columns up first; outputs is the bit set of advantages/ops.h. Rewards are constants: no gradient.
   m.def(
-      "group_advantages(Tensor rewards, Tensor group, int estimator, float eps, int singleton) -> (Tensor, Tensor, Tensor, Tensor)");
+      "group_advantages(Tensor rewards, Tensor group, Tensor? weights, Tensor? lengths, int estimator, int singleton, int ddof, "
+      "float eps, int combine, int nan, float virtual_value, int virtual_count, int batch, float batch_eps) -> Tensor");
+  m.def(
+      "group_advantages_stats(Tensor rewards, Tensor group, Tensor? weights, Tensor? lengths, int estimator, int singleton, "
+      "int ddof, float eps, int combine, int nan, float virtual_value, int virtual_count, int batch, float batch_eps, int outputs) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("batch_moments(Tensor values, Tensor? weights) -> Tensor");
+  m.def("merge_moments(Tensor moments) -> Tensor");
+  m.def("batch_normalize(Tensor values, Tensor moments, Tensor? mask, int mode, float eps) -> Tensor");
+  m.def(
+      "question_weights(Tensor rewards, Tensor group, Tensor? lengths, Tensor? main_rewards, float temperature, float tol, "
+      "bool zero_accuracy_as_easy) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "pair_masked_advantages(Tensor rewards, Tensor scores, Tensor group, float tau, int mode, int level, float eps, int ddof, "
+      "int sigma, bool renormalise) -> (Tensor, Tensor, Tensor)");
 
   // ---- conflicts: runs are (forward, backward, length), int64 [B]; combine is the enumeration of math/conflicts.h.
   m.def(
@@ -111,6 +125,12 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("conflict_weights", PK_OP(conflict_weights));                              \
     m.impl("masked_quantile", PK_OP(masked_quantile));                                \
     m.impl("top_quantile_mask", PK_OP(top_quantile_mask));                            \
+    m.impl("group_advantages_stats", PK_OP(group_advantages_stats));                  \
+    m.impl("batch_moments", PK_OP(batch_moments));                                    \
+    m.impl("merge_moments", PK_OP(merge_moments));                                    \
+    m.impl("batch_normalize", PK_OP(batch_normalize));                                \
+    m.impl("question_weights", PK_OP(question_weights));                              \
+    m.impl("pair_masked_advantages", PK_OP(pair_masked_advantages));                  \
     m.impl("policy_loss", PK_OP(policy_loss));                                        \
     m.impl("policy_loss_fwd", PK_OP(policy_loss));                                    \
     m.impl("policy_loss_backward", PK_OP(policy_loss_backward));                      \

@@ -1,11 +1,15 @@
 // The CPU walk of group_stats.h.
 //
 // Ids in ascending order (what a trainer that repeats each prompt has) make every group a run of adjacent rewards. A run
-// is loaded into vectors of double, summed, centred, squared and written without leaving the registers, and mostly its
-// length is that of the run before, so that two comparisons find its end.
+// is loaded into vectors of double, summed, centred, squared and written without leaving the registers. Mostly its length
+// is that of the run before: then as many groups as a vector has lanes are worked on together, so that means, square roots
+// and divisions are vector code too.
 //
 // Otherwise ids are numbered first, in order of appearance: by direct index where their range is small, by an
 // open-addressing hash table where not. Three sweeps follow: sums, squared deviations, results.
+//
+// What these two do not cover (several columns, NaN, estimators with sums of their own, a batch rule) walks over lists of
+// rows, a group at a time.
 #include "advantages/group_stats_cpu.h"
 
 #include <cstdlib>
@@ -40,7 +44,24 @@ PK_HD void store_wide(float* p, VecD v, int64_t n) {
 PK_HD void store_sizes(int64_t* p, int64_t size, int64_t n) {
   _mm512_mask_storeu_epi64(p, first_lanes(n), _mm512_set1_epi64(size));
 }
-PK_HD double sum_lanes(VecD v) { return _mm512_reduce_add_pd(reinterpret_cast<__m512d>(v)); }
+// ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)), of one vector and of as many as there are lanes.
+PK_HD __m256d sum_quads(__m256d a, __m256d b, __m256d c, __m256d d) {
+  const __m256d ab = _mm256_hadd_pd(a, b), cd = _mm256_hadd_pd(c, d);
+  return _mm256_add_pd(_mm256_permute2f128_pd(ab, cd, 0x20), _mm256_permute2f128_pd(ab, cd, 0x31));
+}
+PK_HD __m256d low_half(VecD v) { return _mm512_castpd512_pd256(reinterpret_cast<__m512d>(v)); }
+PK_HD __m256d high_half(VecD v) { return _mm512_extractf64x4_pd(reinterpret_cast<__m512d>(v), 1); }
+PK_HD VecD sum_each(const VecD* v) {
+  const __m256d low = _mm256_add_pd(sum_quads(low_half(v[0]), low_half(v[1]), low_half(v[2]), low_half(v[3])),
+                                    sum_quads(high_half(v[0]), high_half(v[1]), high_half(v[2]), high_half(v[3])));
+  const __m256d high = _mm256_add_pd(sum_quads(low_half(v[4]), low_half(v[5]), low_half(v[6]), low_half(v[7])),
+                                     sum_quads(high_half(v[4]), high_half(v[5]), high_half(v[6]), high_half(v[7])));
+  return reinterpret_cast<VecD>(_mm512_insertf64x4(_mm512_castpd256_pd512(low), high, 1));
+}
+PK_HD double sum_lanes(VecD v) {
+  const __m256d zero = _mm256_setzero_pd();
+  return _mm256_cvtsd_f64(_mm256_add_pd(sum_quads(low_half(v), zero, zero, zero), sum_quads(high_half(v), zero, zero, zero)));
+}
 #elif defined(__AVX2__)
 // n is a constant for whole vectors. Masked loads are cheap, masked stores are not.
 PK_HD __m256i first_lanes(int64_t n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }
@@ -64,10 +85,15 @@ template <class T, class V> PK_HD void store_lanes(T* p, V v, int64_t n) {
 PK_HD void store_wide(double* p, VecD v, int64_t n) { store_lanes(p, v, n); }
 PK_HD void store_wide(float* p, VecD v, int64_t n) { store_lanes(p, _mm256_cvtpd_ps(reinterpret_cast<__m256d>(v)), n); }
 PK_HD void store_sizes(int64_t* p, int64_t size, int64_t n) { store_lanes(p, _mm256_set1_epi64x(size), n); }
+// (0 + 1) + (2 + 3), of one vector and of as many as there are lanes.
+PK_HD VecD sum_each(const VecD* v) {
+  const __m256d ab = _mm256_hadd_pd(reinterpret_cast<__m256d>(v[0]), reinterpret_cast<__m256d>(v[1]));
+  const __m256d cd = _mm256_hadd_pd(reinterpret_cast<__m256d>(v[2]), reinterpret_cast<__m256d>(v[3]));
+  return reinterpret_cast<VecD>(_mm256_add_pd(_mm256_permute2f128_pd(ab, cd, 0x20), _mm256_permute2f128_pd(ab, cd, 0x31)));
+}
 PK_HD double sum_lanes(VecD v) {
-  const __m256d x = reinterpret_cast<__m256d>(v);
-  const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
-  return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
+  const __m256d pairs = _mm256_hadd_pd(reinterpret_cast<__m256d>(v), reinterpret_cast<__m256d>(v));
+  return _mm_cvtsd_f64(_mm_add_sd(_mm256_castpd256_pd128(pairs), _mm256_extractf128_pd(pairs, 1)));
 }
 #else
 template <class S> PK_HD VecD load_wide(const S* p, int64_t n) {
@@ -83,6 +109,7 @@ PK_HD void store_sizes(int64_t* p, int64_t size, int64_t n) {
   if (n > 1) p[1] = size;
 }
 PK_HD double sum_lanes(VecD v) { return v[0] + v[1]; }
+PK_HD VecD sum_each(const VecD* v) { return VecD{v[0][0] + v[0][1], v[1][0] + v[1][1]}; }
 #endif
 
 // ---- runs of equal ids ----------------------------------------------------------------------------------------------
@@ -114,13 +141,17 @@ template <class S> PK_HD double run_squares(const S* p, int64_t n, double mean) 
 }
 
 template <class S> PK_HD void write_run(const GroupArgs<S>& a, int64_t first, int64_t n, const GroupMoments& g) {
-  const VecD mean = splat_wide(g.mean), std = splat_wide(g.std);
   for_vectors(n, [&](int64_t i, int64_t lanes) {
     const int64_t row = first + i;
     store_wide(a.advantages + row, (load_wide(a.rewards + row, lanes) - g.center) * g.scale, lanes);
-    store_wide(a.mean + row, mean, lanes);
-    store_wide(a.std + row, std, lanes);
-    store_sizes(a.sizes + row, n, lanes);
+  });
+  if (!a.mean && !a.std && !a.sizes) return;
+  const VecD mean = splat_wide(g.mean), std = splat_wide(g.std);
+  for_vectors(n, [&](int64_t i, int64_t lanes) {
+    const int64_t row = first + i;
+    if (a.mean) store_wide(a.mean + row, mean, lanes);
+    if (a.std) store_wide(a.std + row, std, lanes);
+    if (a.sizes) store_sizes(a.sizes + row, n, lanes);
   });
 }
 
@@ -130,39 +161,113 @@ struct Batch {
   int64_t first[kBatch + 1];
   alignas(64) double n[kBatch], mean[kBatch], squares[kBatch], std[kBatch], center[kBatch], scale[kBatch];
 };
-PK_HD void finish(const AdvantageRule& rule, Batch& b, int64_t groups) {
-  for (int64_t k = 0; k < groups; k++) {
-    const GroupMoments g = group_moments(rule, b.n[k], b.mean[k], b.squares[k]);
-    b.std[k] = g.std;
-    b.center[k] = g.center;
-    b.scale[k] = g.scale;
+PK_HD void finish(const AdvantageRule& rule, Batch& b, int64_t from, int64_t groups) {
+  const auto each = [&](auto moments) {
+    for (int64_t k = from; k < groups; k++) {
+      const GroupMoments g = moments(rule, b.n[k], b.mean[k], b.squares[k]);
+      b.std[k] = g.std;
+      b.center[k] = g.center;
+      b.scale[k] = g.scale;
+    }
+  };
+  if (rule.virtual_count > 0)
+    each([](const AdvantageRule& r, double n, double m, double q) { return virtual_moments(r, n, m, q); });
+  else each([](const AdvantageRule& r, double n, double m, double q) { return group_moments(r, n, m, q); });
+}
+
+// As many runs of N rewards as a vector has lanes, with the sums and the formula of solve<N>.
+constexpr bool side_by_side(int n) { return n > 0 && n % kWide == 0 && n <= 16; }
+template <int N> PK_HD bool solve_side_by_side(const GroupArgs<float>& a, int64_t first) {
+  constexpr int parts = N / kWide;
+  VecD x[kWide][parts], sums[kWide];
+  alignas(64) double mean[kWide], squares[kWide], center[kWide], scale[kWide];
+  for (int j = 0; j < kWide; j++) {
+    sums[j] = VecD{};
+    for (int p = 0; p < parts; p++) {
+      x[j][p] = load_wide(a.rewards + first + j * N + p * kWide, kWide);
+      sums[j] += x[j][p];
+    }
   }
+  const VecD total = sum_each(sums);
+  __builtin_memcpy(mean, &total, sizeof mean);
+  for (int j = 0; j < kWide; j++) mean[j] = group_mean(mean[j], double(N));
+  for (int j = 0; j < kWide; j++) {
+    sums[j] = VecD{};
+    for (int p = 0; p < parts; p++) {
+      const VecD d = x[j][p] - mean[j];
+      sums[j] += d * d;
+    }
+  }
+  const VecD total_squares = sum_each(sums);
+  __builtin_memcpy(squares, &total_squares, sizeof squares);
+  double check = 0;
+  for (int j = 0; j < kWide; j++) {
+    const GroupMoments g = group_moments(a.rule, double(N), mean[j], squares[j]);
+    center[j] = g.center;
+    scale[j] = g.scale;
+    check += 0.0 * mean[j];
+  }
+  for (int j = 0; j < kWide; j++)
+    for (int p = 0; p < parts; p++)
+      store_wide(a.advantages + first + j * N + p * kWide, (x[j][p] - center[j]) * scale[j], kWide);
+  return check == 0;
 }
 
 // From the boundaries of k runs to their results. N: the length of all of them, known when compiling; 0: any lengths.
 template <int N, class S> bool solve(const GroupArgs<S>& a, Batch& b, int64_t k) {
+  int64_t from = 0;
+  bool finite = true;
+  if constexpr (sizeof(S) == 4 && side_by_side(N)) {
+    if (!a.mean && !a.std && !a.sizes && a.rule.virtual_count == 0)
+      for (; from + kWide <= k; from += kWide) finite &= solve_side_by_side<N>(a, b.first[from]);
+  }
   const auto run = [&](int64_t j) { return a.rewards + b.first[j]; };
   const auto size = [&](int64_t j) { return N > 0 ? int64_t(N) : b.first[j + 1] - b.first[j]; };
-  for (int64_t j = 0; j < k; j++) {
+  for (int64_t j = from; j < k; j++) {
     b.n[j] = double(size(j));
     b.mean[j] = run_sum(run(j), size(j));
   }
-  for (int64_t j = 0; j < k; j++) b.mean[j] = group_mean(b.mean[j], b.n[j]);
+  for (int64_t j = from; j < k; j++) b.mean[j] = group_mean(b.mean[j], b.n[j]);
   if (sizeof(S) == 8) {
-    for (int64_t j = 0; j < k; j++) b.squares[j] = run_deviations(run(j), size(j), b.mean[j]);
-    for (int64_t j = 0; j < k; j++) b.mean[j] = refine_mean(b.mean[j], b.squares[j], b.n[j]);
+    for (int64_t j = from; j < k; j++) b.squares[j] = run_deviations(run(j), size(j), b.mean[j]);
+    for (int64_t j = from; j < k; j++) b.mean[j] = refine_mean(b.mean[j], b.squares[j], b.n[j]);
   }
-  for (int64_t j = 0; j < k; j++) b.squares[j] = run_squares(run(j), size(j), b.mean[j]);
-  finish(a.rule, b, k);
+  for (int64_t j = from; j < k; j++) b.squares[j] = run_squares(run(j), size(j), b.mean[j]);
+  finish(a.rule, b, from, k);
   double check = 0;
-  for (int64_t j = 0; j < k; j++) {
+  for (int64_t j = from; j < k; j++) {
     check += 0.0 * b.mean[j];
     write_run(a, b.first[j], size(j), {b.mean[j], b.std[j], b.center[j], b.scale[j]});
   }
-  return check == 0;
+  return finite & (check == 0);
 }
 
-template <class S> bool runs(const GroupArgs<S>& a, int64_t begin, int64_t end) {
+// Whether n ids are equal.
+template <int N> PK_HD bool equal_ids(const int64_t* ids) {
+  typedef int64_t VecL __attribute__((vector_size(kWide * 8)));
+  VecL differ = {};
+  for (int p = 0; p < N; p += kWide) {
+    VecL v;
+    __builtin_memcpy(&v, ids + p, sizeof v);
+    differ |= v ^ (VecL{} + ids[0]);
+  }
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask(reinterpret_cast<__m512i>(differ), reinterpret_cast<__m512i>(differ)) == 0;
+#elif defined(__AVX2__)
+  return _mm256_testz_si256(reinterpret_cast<__m256i>(differ), reinterpret_cast<__m256i>(differ));
+#else
+  return (differ[0] | differ[1]) == 0;
+#endif
+}
+PK_HD bool equal_ids(const int64_t* ids, int64_t n) {
+  if (n == 8) return equal_ids<8>(ids);
+  if (n == 16) return equal_ids<16>(ids);
+  int64_t differ = 0;
+  for (int64_t k = 1; k < n; k++) differ |= ids[k] ^ ids[0];
+  return differ == 0;
+}
+
+template <class S> RunsResult runs(const GroupArgs<S>& a, int64_t begin, int64_t end) {
   const int64_t* ids = a.group;
   int64_t i = begin, n = 1;
   while (i > 0 && i < end && ids[i] == ids[i - 1]) i++;  // the task before has this run
@@ -173,15 +278,15 @@ template <class S> bool runs(const GroupArgs<S>& a, int64_t begin, int64_t end) 
     int64_t k = 0;
     bool uniform = true;
     while (k < kBatch && i < rows_end) {
-      // Runs as long as the last one. In ascending order, equal ends mean that all between are equal.
       const int64_t bound = rows_end < a.count - n ? rows_end : a.count - n;
-      while (k < kBatch && i < bound && ids[i + n - 1] == ids[i] && ids[i + n] != ids[i]) {
+      while (k < kBatch && i < bound && ids[i + n] > ids[i] && equal_ids(ids + i, n)) {
         b.first[k++] = i;
         i += n;
       }
       if (k == kBatch || i >= rows_end) break;
       int64_t next = i + 1;
       while (next < a.count && ids[next] == ids[i]) next++;
+      if (next < a.count && ids[next] < ids[i]) return RunsResult::not_ascending;
       uniform &= k == 0 || next - i == n;
       n = next - i;
       b.first[k++] = i;
@@ -195,18 +300,7 @@ template <class S> bool runs(const GroupArgs<S>& a, int64_t begin, int64_t end) 
                                 : &solve<0, S>;
     finite &= body(a, b, k);
   }
-  return finite;
-}
-
-bool ascending(const int64_t* ids, int64_t count) {
-  constexpr int64_t block = 2048;
-  for (int64_t first = 0; first + 1 < count; first += block) {
-    const int64_t last = first + block < count - 1 ? first + block : count - 1;
-    int64_t bad = 0;
-    for (int64_t i = first; i < last; i++) bad |= ids[i] > ids[i + 1];
-    if (bad) return false;
-  }
-  return true;
+  return finite ? RunsResult::done : RunsResult::not_finite;
 }
 
 // ---- ids in any order -----------------------------------------------------------------------------------------------
@@ -227,7 +321,7 @@ template <class T> class Buffer {
 };
 
 // slot[i]: number of the group of row i, groups counted in order of appearance. Returns how many there are.
-int64_t number_by_index(const int64_t* ids, int64_t count, int64_t low, int64_t range, int64_t* slot) {
+int64_t number_by_index(const int64_t* ids, int64_t count, int64_t low, int64_t range, int32_t* slot) {
   Buffer<int32_t> table(range, true);  // number + 1; 0: not met yet
   int32_t groups = 0;
   for (int64_t i = 0; i < count; i++) {
@@ -239,7 +333,7 @@ int64_t number_by_index(const int64_t* ids, int64_t count, int64_t low, int64_t 
   return groups;
 }
 
-int64_t number_by_hash(const int64_t* ids, int64_t count, int64_t* slot) {
+int64_t number_by_hash(const int64_t* ids, int64_t count, int32_t* slot) {
   int bits = 4;
   while ((int64_t(1) << bits) < 2 * count) bits++;
   const int64_t mask = (int64_t(1) << bits) - 1;
@@ -251,7 +345,7 @@ int64_t number_by_hash(const int64_t* ids, int64_t count, int64_t* slot) {
     int32_t found;
     while ((found = table[k]) != 0 && ids[found - 1] != id) k = (k + 1) & mask;
     if (found == 0) table[k] = int32_t(i) + 1;
-    slot[i] = found == 0 ? groups++ : slot[found - 1];
+    slot[i] = found == 0 ? int32_t(groups++) : slot[found - 1];
   }
   return groups;
 }
@@ -259,8 +353,8 @@ int64_t number_by_hash(const int64_t* ids, int64_t count, int64_t* slot) {
 // What a group's sums turn into, in place: sum -> mean -> center, squares -> scale.
 template <class S> struct Group {
   double center, scale;
-  S std;
-  int32_t size;
+  S mean, std;
+  int64_t size;
 };
 
 template <class S> bool scattered(const GroupArgs<S>& a) {
@@ -271,7 +365,8 @@ template <class S> bool scattered(const GroupArgs<S>& a) {
     high = a.group[i] > high ? a.group[i] : high;
   }
   const uint64_t range = uint64_t(high) - uint64_t(low);
-  int64_t* slot = a.sizes;  // its values come last
+  Buffer<int32_t> numbers(count);
+  int32_t* slot = &numbers[0];
   const int64_t groups = range <= uint64_t(4 * count + 1024) ? number_by_index(a.group, count, low, int64_t(range) + 1, slot)
                                                              : number_by_hash(a.group, count, slot);
   Buffer<Group<S>> group(groups, true);
@@ -304,28 +399,143 @@ template <class S> bool scattered(const GroupArgs<S>& a) {
       b.squares[k] = g[k].scale;
       check += 0.0 * g[k].center;
     }
-    finish(a.rule, b, n);
+    finish(a.rule, b, 0, n);
     for (int64_t k = 0; k < n; k++) {
       g[k].center = b.center[k];
       g[k].scale = b.scale[k];
+      g[k].mean = S(b.mean[k]);
       g[k].std = S(b.std[k]);
     }
   }
   for (int64_t i = 0; i < count; i++) {
-    const Group<S> g = group[slot[i]];
-    const S r = a.rewards[i];
-    a.advantages[i] = S((r - g.center) * g.scale);
-    a.mean[i] = g.size == 1 ? r : S(g.center);  // only a group of one has another center than its mean
-    a.std[i] = g.std;
-    a.sizes[i] = g.size;
+    const Group<S>& g = group[slot[i]];
+    a.advantages[i] = S((a.rewards[i] - g.center) * g.scale);
   }
+  if (a.mean)
+    for (int64_t i = 0; i < count; i++) a.mean[i] = group[slot[i]].mean;
+  if (a.std)
+    for (int64_t i = 0; i < count; i++) a.std[i] = group[slot[i]].std;
+  if (a.sizes)
+    for (int64_t i = 0; i < count; i++) a.sizes[i] = group[slot[i]].size;
   return check == 0;
 }
+
+// ---- any rule, by lists of rows ---------------------------------------------------------------------------------------
+
+// The sums of one column of a group. x: its rewards, NaN for one that takes no part. best: where pass_at_k's best is.
+template <class S>
+GroupSums column_sums(const GroupArgs<S>& a, const int64_t* rows, int64_t n, const double* x, int64_t& best) {
+  const bool opo = a.rule.estimator == AdvantageEstimator::opo;
+  GroupSums s;
+  s.rows = double(n);
+  best = -1;
+  for (int64_t i = 0; i < n; i++) {
+    if (x[i] != x[i]) continue;
+    s.n += 1;
+    s.sum += x[i];
+    s.low = x[i] < s.low ? x[i] : s.low;
+    if (x[i] > s.high) {
+      s.second = s.high;
+      s.high = x[i];
+      best = i;
+    } else if (x[i] > s.second) {
+      s.second = x[i];
+    }
+    if (opo) {
+      const double length = row_length(a, rows[i]);
+      s.tokens += length;
+      s.weighted += length * x[i];
+    }
+  }
+  const double mean = group_mean(s);
+  for (int64_t i = 0; i < n; i++) {
+    const double d = x[i] == x[i] ? x[i] - mean : 0.0;
+    s.squares += d * d;
+    s.deviations += d < 0 ? -d : d;
+  }
+  return s;
+}
+
+template <class S>
+bool listed(const GroupArgs<S>& a, const int64_t* order, const int64_t* offsets, int64_t begin, int64_t end) {
+  int64_t largest = 0;
+  bool tokens = true;
+  for (int64_t g = begin; g < end; g++) largest = offsets[g + 1] - offsets[g] > largest ? offsets[g + 1] - offsets[g] : largest;
+  Buffer<double> reward(largest), sum(largest);
+  Buffer<bool> any(largest);
+  double* x = &reward[0];
+  const int64_t columns = estimated_columns(a);
+  const double nothing = __builtin_nan("");
+  for (int64_t g = begin; g < end; g++) {
+    const int64_t* rows = order + offsets[g];
+    const int64_t n = offsets[g + 1] - offsets[g];
+    for (int64_t i = 0; i < n; i++) {
+      sum[i] = 0;
+      any[i] = false;
+    }
+    for (int64_t k = 0; k < columns; k++) {
+      for (int64_t i = 0; i < n; i++) x[i] = estimated_reward(a, rows[i], k);
+      int64_t best;
+      const GroupSums s = column_sums(a, rows, n, x, best);
+      const GroupMoments m = group_estimate(a.rule, s);
+      if (a.rule.estimator == AdvantageEstimator::opo && s.n > 1 && s.tokens == 0) tokens = false;
+      const bool only_best = finds_best(a.rule.estimator);
+      const double weight = estimated_weight(a, k);
+      for (int64_t i = 0; i < n; i++) {
+        if (x[i] != x[i]) continue;
+        any[i] = true;
+        if (!only_best || i == best) sum[i] += weight * advantage(m, x[i]);
+      }
+      if (!a.mean && !a.std && !a.sizes && !a.min && !a.max) continue;
+      const bool none = s.n == 0;
+      for (int64_t i = 0; i < n; i++) {
+        const int64_t at = rows[i] * columns + k;
+        if (a.mean) a.mean[at] = S(none ? nothing : m.mean);
+        if (a.std) a.std[at] = S(none ? nothing : m.std);
+        if (a.min) a.min[at] = S(none ? nothing : s.low);
+        if (a.max) a.max[at] = S(none ? nothing : s.high);
+        if (a.sizes) a.sizes[at] = int64_t(s.n);
+      }
+    }
+    for (int64_t i = 0; i < n; i++) {
+      if (a.batch == BatchRule::none) a.advantages[rows[i]] = S(sum[i]);
+      else a.values[rows[i]] = any[i] ? sum[i] : kLeftOut;
+    }
+  }
+  return tokens;
+}
+
+template <class S> Moments batch_moments(const GroupArgs<S>& a, int64_t begin, int64_t end) {
+  Moments m;
+  double sum = 0;
+  for (int64_t i = begin; i < end; i++) {
+    const double w = batch_weight(a, i);
+    if (w == 0) continue;
+    m.n += w;
+    sum += w * batch_value(a, i);
+  }
+  if (m.n == 0) return m;
+  m.mean = sum / m.n;
+  for (int64_t i = begin; i < end; i++) {
+    const double w = batch_weight(a, i);
+    if (w == 0) continue;
+    const double d = batch_value(a, i) - m.mean;
+    m.squares += w * d * d;
+  }
+  return m;
+}
+
+template <class S> void batch_results(const GroupArgs<S>& a, const Affine& f, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i++) a.advantages[i] = batch_result(a, f, i);
+}
+
+template <class S>
+constexpr GroupStatsWalks<S> walks = {&runs<S>, &scattered<S>, &listed<S>, &batch_moments<S>, &batch_results<S>};
 
 }  // namespace
 
 extern const GroupStatsCpu group_stats_cpu;
-const GroupStatsCpu group_stats_cpu = {&ascending, &runs<float>, &runs<double>, &scattered<float>, &scattered<double>};
+const GroupStatsCpu group_stats_cpu = {walks<float>, walks<double>};
 
 }  // namespace PK_ISA
 }  // namespace prefkern

@@ -2,9 +2,13 @@
 #if defined(PREFKERN_NO_CUDA)
 #include "advantages/group_stats.h"
 #include "conflicts/runs.h"
+#include "advantages/masked_pairs.h"
+#include "advantages/moments.h"
+#include "advantages/question_weights.h"
 #include "core/cuda_runtime.h"
-#include "groups/pair_walk.h"
 #include "filters/select.h"
+#include "groups/group_folds.h"
+#include "groups/pair_walk.h"
 #include "logprobs/logits_fold.h"
 #include "policy/token_loss.h"
 #include "sequence/returns.h"
@@ -25,6 +29,11 @@ int cuda_conflict_weights(const ConflictWeightArgs<float>&, void*) { return kBui
 int cuda_quantile(const SelectArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_keep_largest(const SelectArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_keep_from(const SelectArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_batch_moments(const MomentsArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_merge_moments(const MergeArgs&, void*) { return kBuiltWithoutCuda; }
+int cuda_batch_normalize(const BatchNormalizeArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_question_weights(const QuestionArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_masked_pairs(const MaskedPairArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_policy_loss(const PolicyArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_policy_loss_backward(const PolicyGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_sequence_sums(const SequenceSumArgs<float>&, void*) { return kBuiltWithoutCuda; }

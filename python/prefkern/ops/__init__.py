@@ -1,14 +1,31 @@
 """Typed, documented functions over ``torch.ops.prefkern``. One module per room of ``csrc``."""
 
 from ._call import set_validation, validation
-from .advantages import group_advantages
+from .advantages import (
+    batch_moments,
+    batch_normalize,
+    group_advantages,
+    merge_moments,
+    pair_masked_advantages,
+    question_weights,
+    whiten,
+)
 from .conflicts import conflict_runs, conflict_weights
 from .filters import masked_quantile, top_quantile_mask
 from .groups import group_normalize, group_reduce, level_pairs
 from .logprobs import linear_logprobs, logits_logprobs, plan_chunks
 from .policy import policy_loss
 from .sequence import discounted_returns, gae, segmented_returns, sequence_mean, sequence_sum
-from .types import ConflictRuns, GaeOutput, GroupAdvantages, LevelPairs, LinearLogprobs, LossOutput
+from .types import (
+    ConflictRuns,
+    GaeOutput,
+    GroupAdvantages,
+    LevelPairs,
+    LinearLogprobs,
+    LossOutput,
+    PairMaskedAdvantages,
+    QuestionWeights,
+)
 
 __all__ = [
     "ConflictRuns",
@@ -17,6 +34,10 @@ __all__ = [
     "LevelPairs",
     "LinearLogprobs",
     "LossOutput",
+    "PairMaskedAdvantages",
+    "QuestionWeights",
+    "batch_moments",
+    "batch_normalize",
     "conflict_runs",
     "conflict_weights",
     "discounted_returns",
@@ -28,12 +49,16 @@ __all__ = [
     "linear_logprobs",
     "logits_logprobs",
     "masked_quantile",
+    "merge_moments",
+    "pair_masked_advantages",
     "plan_chunks",
     "policy_loss",
+    "question_weights",
     "segmented_returns",
     "sequence_mean",
     "sequence_sum",
     "set_validation",
     "top_quantile_mask",
     "validation",
+    "whiten",
 ]

@@ -28,16 +28,45 @@ class LinearLogprobs(NamedTuple):
 
 
 class GroupAdvantages(NamedTuple):
-    """Advantages of B samples and the statistics of their groups, each [B]."""
+    """Advantages of B samples, [B], and the statistics of their groups; None where not asked for.
+
+    Statistics are [B], of the combined reward; with `normalize_then_sum` they are of each column, shaped like the rewards.
+    """
 
     advantages: Tensor
     """float32, or float64 for float64 rewards."""
-    mean: Tensor
+    mean: Tensor | None = None
     """Mean reward of the sample's group."""
-    std: Tensor
-    """Standard deviation of the group's rewards with ddof 1; 0 in a group of one."""
-    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
-    """int64: size of the group."""
+    std: Tensor | None = None
+    """Standard deviation of the group's rewards; 0 in a group of one."""
+    count: Tensor | None = None  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
+    """int64: how many rewards of the group entered its statistics."""
+    min: Tensor | None = None
+    """Smallest reward of the group."""
+    max: Tensor | None = None
+    """Largest reward of the group."""
+
+
+class QuestionWeights(NamedTuple):
+    """Difficulty weights of the questions that B samples answer."""
+
+    weights: Tensor
+    """[B], float32 or float64: the weight of the sample's question; 1 where it is not valid."""
+    valid: Tensor
+    """[B], bool: whether the rewards of the question differ."""
+    scale: Tensor
+    """0-d: tokens of all questions over tokens of the valid ones."""
+
+
+class PairMaskedAdvantages(NamedTuple):
+    """Advantages of B samples after masking pairs, each [B]."""
+
+    advantages: Tensor
+    """float32, or float64 for float64 rewards."""
+    kept: Tensor
+    """bool: whether a pair with a sample of another reward is left."""
+    masked_pairs: Tensor
+    """int64: how many pairs the sample lost."""
 
 
 class LossOutput(NamedTuple):

@@ -4,7 +4,15 @@ Same signatures and results as the public ops, differentiable by autograd, in an
 nothing here calls a kernel: in float64 these functions are the truth that the tests and `prefkern check` compare with.
 """
 
-from prefkern.reference.advantages import group_advantages
+from prefkern.reference.advantages import (
+    batch_moments,
+    batch_normalize,
+    group_advantages,
+    merge_moments,
+    pair_masked_advantages,
+    question_weights,
+    whiten,
+)
 from prefkern.reference.conflicts import conflict_runs, conflict_weights
 from prefkern.reference.filters import masked_quantile, top_quantile_mask
 from prefkern.reference.groups import group_normalize, group_reduce, level_pairs
@@ -13,6 +21,8 @@ from prefkern.reference.policy import policy_loss
 from prefkern.reference.sequence import discounted_returns, gae, segmented_returns, sequence_mean, sequence_sum
 
 __all__ = [
+    "batch_moments",
+    "batch_normalize",
     "conflict_runs",
     "conflict_weights",
     "discounted_returns",
@@ -24,9 +34,13 @@ __all__ = [
     "linear_logprobs",
     "logits_logprobs",
     "masked_quantile",
+    "merge_moments",
+    "pair_masked_advantages",
     "policy_loss",
+    "question_weights",
     "segmented_returns",
     "sequence_mean",
     "sequence_sum",
     "top_quantile_mask",
+    "whiten",
 ]
