@@ -6,6 +6,15 @@ nothing here calls a kernel: in float64 these functions are the truth that the t
 
 from prefkern.reference.advantages import group_advantages
 from prefkern.reference.logprobs import linear_logprobs, logits_logprobs
-from prefkern.reference.policy import policy_loss
+from prefkern.reference.policy import importance_weights, kl_penalty, masked_aggregate, off_policy_mask, policy_loss
 
-__all__ = ["group_advantages", "linear_logprobs", "logits_logprobs", "policy_loss"]
+__all__ = [
+    "group_advantages",
+    "importance_weights",
+    "kl_penalty",
+    "linear_logprobs",
+    "logits_logprobs",
+    "masked_aggregate",
+    "off_policy_mask",
+    "policy_loss",
+]
