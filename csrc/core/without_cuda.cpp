@@ -3,6 +3,7 @@
 #include "advantages/group_stats.h"
 #include "core/cuda_runtime.h"
 #include "logprobs/logits_fold.h"
+#include "policy/importance.h"
 #include "policy/token_loss.h"
 
 namespace prefkern {
@@ -16,5 +17,7 @@ int cuda_grad_logits(const GradArgs<float>&, void*) { return kBuiltWithoutCuda; 
 int cuda_group_advantages(const GroupArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_policy_loss(const PolicyArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_policy_loss_backward(const PolicyGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_importance_weights(const WeightArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_off_policy_mask(const OffPolicyArgs<float>&, void*) { return kBuiltWithoutCuda; }
 }  // namespace prefkern
 #endif

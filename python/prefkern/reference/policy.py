@@ -125,17 +125,17 @@ def policy_loss(
         """The values of those that count, [n]."""
         return x.reshape(-1)[keep].to(dtype)
 
-    def constant(x: float | Tensor) -> Tensor:
-        """A number, [B], or one value per token, as one per token that counts."""
+    def constant(x: float | Tensor, of_rows: bool = False) -> Tensor:
+        """A number, [B], or unless `of_rows` one value per token, as one per token that counts."""
         if not isinstance(x, Tensor):
             return logp.new_full((len(row),), x, dtype=dtype)
-        return (tokens(x) if x.shape == logp.shape else x[row].to(dtype)).detach()
+        return (tokens(x) if x.shape == logp.shape and not of_rows else x[row].to(dtype)).detach()
 
     if kind in ("gspo", "gmpo") and advantages is not None and advantages.shape != (rows,):
         raise ValueError(f"advantages: got shape {list(advantages.shape)}, {kind} has [{rows}]; see gspo_token")
     lp = tokens(logp)
-    a = constant(0.0 if kind == "none" or advantages is None else advantages)
-    eps_low, eps_high = constant(eps_low), constant(eps_high)
+    a = constant(0.0 if kind == "none" or advantages is None else advantages, of_rows=kind in ("gspo", "gmpo"))
+    eps_low, eps_high = (constant(eps, of_rows=kind == "gspo") for eps in (eps_low, eps_high))
     is_anchor = torch.zeros_like(row, dtype=torch.bool) if anchor is None else anchor[row]
     old = lp.detach() if old_logp is None else tokens(old_logp).detach()
     d = lp - torch.where(is_anchor, lp.detach(), old)
@@ -323,7 +323,7 @@ def _policy_term(
         low, high = rho < 1 - eps_low, rho > 1 + eps_high
         return -torch.where(low, 1 - eps_low, torch.where(high, 1 + eps_high, rho)) * a * lp, low, high, no
     if kind == "sapo":
-        tau = torch.where(a > 0, *taus).to(a.dtype)
+        tau = torch.where(a > 0, *a.new_tensor(taus))
         flat = tau * (rho - 1) > 800  # there the sigmoid is 1
         gate = torch.where(flat, 1.0, torch.sigmoid(tau * (lr.masked_fill(flat, 0.0).exp() - 1)))
         return -a * 4 / tau * gate, no, no, no
