@@ -11,15 +11,16 @@
 #include <vector>
 
 #include "advantages/group_stats.h"
-#include "conflicts/runs.h"
 #include "advantages/masked_pairs.h"
 #include "advantages/moments.h"
 #include "advantages/question_weights.h"
+#include "conflicts/runs.h"
 #include "core/cuda_runtime.h"
 #include "filters/select.h"
 #include "groups/group_folds.h"
 #include "groups/pair_walk.h"
 #include "logprobs/logits_fold.h"
+#include "policy/importance.h"
 #include "policy/token_loss.h"
 #include "sequence/returns.h"
 #include "sequence/sequence_sums.h"
@@ -191,17 +192,27 @@ template <class S> void bind_policy_structs(py::module_& m, const std::string& s
       .def_readwrite("options", &Loss::options)
       .def_readwrite("layout", &Loss::layout)
       .def_readwrite("token_advantages", &Loss::token_advantages)
+      .def_readwrite("token_weights", &Loss::token_weights)
+      .def_readwrite("token_eps_low", &Loss::token_eps_low)
+      .def_readwrite("token_eps_high", &Loss::token_eps_high)
       .def_readwrite("slices", &Loss::slices);
   bind_pointer(l, "logp", &Loss::logp);
   bind_pointer(l, "old_logp", &Loss::old_logp);
   bind_pointer(l, "ref_logp", &Loss::ref_logp);
   bind_pointer(l, "advantages", &Loss::advantages);
+  bind_pointer(l, "weights", &Loss::weights);
+  bind_pointer(l, "eps_low", &Loss::eps_low);
+  bind_pointer(l, "eps_high", &Loss::eps_high);
+  bind_pointer(l, "entropy", &Loss::entropy);
+  bind_pointer(l, "anchor", &Loss::anchor);
+  bind_pointer(l, "norm", &Loss::norm);
   bind_pointer(l, "mask", &Loss::mask);
   bind_pointer(l, "grad", &Loss::grad);
   bind_pointer(l, "loss", &Loss::loss);
   bind_pointer(l, "metrics", &Loss::metrics);
   bind_pointer(l, "inverse_norm", &Loss::inverse_norm);
   bind_pointer(l, "partials", &Loss::partials);
+  bind_pointer(l, "row_partials", &Loss::row_partials);
   bind_pointer(l, "finished", &Loss::finished);
 
   using Grad = PolicyGradArgs<S>;
@@ -211,6 +222,34 @@ template <class S> void bind_policy_structs(py::module_& m, const std::string& s
   bind_pointer(g, "upstream", &Grad::upstream);
   bind_pointer(g, "inverse_norm", &Grad::inverse_norm);
   bind_pointer(g, "grad", &Grad::grad);
+
+  using Weight = WeightArgs<S>;
+  py::class_<Weight> w(m, ("WeightArgs" + suffix).c_str());
+  w.def(py::init<>())
+      .def_readwrite("options", &Weight::options)
+      .def_readwrite("layout", &Weight::layout)
+      .def_readwrite("slices", &Weight::slices);
+  bind_pointer(w, "old_logp", &Weight::old_logp);
+  bind_pointer(w, "rollout_logp", &Weight::rollout_logp);
+  bind_pointer(w, "mask", &Weight::mask);
+  bind_pointer(w, "weights", &Weight::weights);
+  bind_pointer(w, "partials", &Weight::partials);
+  bind_pointer(w, "row_weights", &Weight::row_weights);
+  bind_pointer(w, "finished", &Weight::finished);
+
+  using Off = OffPolicyArgs<S>;
+  py::class_<Off> o(m, ("OffPolicyArgs" + suffix).c_str());
+  o.def(py::init<>())
+      .def_readwrite("layout", &Off::layout)
+      .def_readwrite("threshold", &Off::threshold)
+      .def_readwrite("slices", &Off::slices);
+  bind_pointer(o, "advantages", &Off::advantages);
+  bind_pointer(o, "logp", &Off::logp);
+  bind_pointer(o, "rollout_logp", &Off::rollout_logp);
+  bind_pointer(o, "mask", &Off::mask);
+  bind_pointer(o, "keep", &Off::keep);
+  bind_pointer(o, "partials", &Off::partials);
+  bind_pointer(o, "finished", &Off::finished);
 }
 
 template <class S> void bind_sequence_structs(py::module_& m, const std::string& suffix) {
@@ -395,21 +434,65 @@ inline void bind_argument_structs(py::module_& m) {
   bind_advantage_structs<float>(m, "");
   bind_advantage_structs<double>(m, "64");
 
-  py::enum_<PolicyKind>(m, "PolicyKind").value("clip", PolicyKind::clip);
-  py::enum_<KlKind>(m, "KlKind").value("none", KlKind::none).value("k3", KlKind::k3);
+  py::enum_<PolicyKind>(m, "PolicyKind")
+      .value("clip", PolicyKind::clip)
+      .value("cispo", PolicyKind::cispo)
+      .value("reinforce", PolicyKind::reinforce)
+      .value("sapo", PolicyKind::sapo)
+      .value("gspo", PolicyKind::gspo)
+      .value("gspo_token", PolicyKind::gspo_token)
+      .value("gmpo", PolicyKind::gmpo)
+      .value("none", PolicyKind::none);
+  py::enum_<KlKind>(m, "KlKind")
+      .value("none", KlKind::none)
+      .value("k1", KlKind::k1)
+      .value("abs", KlKind::abs)
+      .value("k2", KlKind::k2)
+      .value("k3", KlKind::k3)
+      .value("k1_plus", KlKind::k1_plus)
+      .value("abs_plus", KlKind::abs_plus)
+      .value("k3_plus", KlKind::k3_plus);
   py::enum_<Aggregation>(m, "Aggregation")
       .value("token_mean", Aggregation::token_mean)
-      .value("seq_mean_token_mean", Aggregation::seq_mean_token_mean);
+      .value("seq_mean_token_mean", Aggregation::seq_mean_token_mean)
+      .value("seq_mean_token_sum", Aggregation::seq_mean_token_sum)
+      .value("seq_mean_token_sum_norm", Aggregation::seq_mean_token_sum_norm)
+      .value("token_sum", Aggregation::token_sum)
+      .value("trl_grpo", Aggregation::trl_grpo)
+      .value("trl_dr_grpo", Aggregation::trl_dr_grpo);
   py::class_<PolicyOptions>(m, "PolicyOptions")
       .def(py::init<>())
       .def_readwrite("kind", &PolicyOptions::kind)
       .def_readwrite("kl", &PolicyOptions::kl)
       .def_readwrite("agg", &PolicyOptions::agg)
+      .def_readwrite("kl_ratio", &PolicyOptions::kl_ratio)
+      .def_readwrite("anchor_nll", &PolicyOptions::anchor_nll)
       .def_readwrite("eps_low", &PolicyOptions::eps_low)
       .def_readwrite("eps_high", &PolicyOptions::eps_high)
       .def_readwrite("dual_clip", &PolicyOptions::dual_clip)
+      .def_readwrite("delta", &PolicyOptions::delta)
+      .def_readwrite("tau_pos", &PolicyOptions::tau_pos)
+      .def_readwrite("tau_neg", &PolicyOptions::tau_neg)
       .def_readwrite("beta", &PolicyOptions::beta)
-      .def_readwrite("ratio_clamp", &PolicyOptions::ratio_clamp);
+      .def_readwrite("kl_clamp", &PolicyOptions::kl_clamp)
+      .def_readwrite("clamp_low", &PolicyOptions::clamp_low)
+      .def_readwrite("clamp_high", &PolicyOptions::clamp_high)
+      .def_readwrite("anchor_gamma", &PolicyOptions::anchor_gamma)
+      .def_readwrite("scale", &PolicyOptions::scale)
+      .def_readwrite("norm", &PolicyOptions::norm);
+  py::enum_<WeightLevel>(m, "WeightLevel")
+      .value("token", WeightLevel::token)
+      .value("sequence", WeightLevel::sequence)
+      .value("geometric", WeightLevel::geometric);
+  py::enum_<WeightMode>(m, "WeightMode").value("truncate", WeightMode::truncate).value("mask", WeightMode::mask);
+  py::class_<WeightOptions>(m, "WeightOptions")
+      .def(py::init<>())
+      .def_readwrite("level", &WeightOptions::level)
+      .def_readwrite("mode", &WeightOptions::mode)
+      .def_readwrite("normalize", &WeightOptions::normalize)
+      .def_readwrite("clip_min", &WeightOptions::clip_min)
+      .def_readwrite("clip_max", &WeightOptions::clip_max)
+      .def_readwrite("log_clamp", &WeightOptions::log_clamp);
   py::class_<SequenceLayout> layout(m, "SequenceLayout");
   layout.def(py::init<>())
       .def_readwrite("sequences", &SequenceLayout::sequences)
@@ -418,6 +501,7 @@ inline void bind_argument_structs(py::module_& m) {
   bind_pointer(layout, "cu_seqlens", &SequenceLayout::cu_seqlens);
   m.def("policy_slices", &policy_slices, py::arg("layout"), "How many blocks share a sequence on CUDA.");
   m.attr("POLICY_SUMS") = int(kPolicySums);
+  m.attr("POLICY_ROW_SUMS") = int(kPolicyRowSums);
   m.attr("POLICY_METRICS") = int(kPolicyMetrics);
   bind_policy_structs<float>(m, "");
   bind_policy_structs<double>(m, "64");
@@ -551,6 +635,10 @@ inline void bind_cpu_launchers(py::module_& m) {
   bind_cpu<PairArgs<double>>(m, "cpu_level_pairs64", &cpu_level_pairs);
   bind_cpu<PairGradArgs<float>>(m, "cpu_level_pairs_backward", &cpu_level_pairs_backward);
   bind_cpu<PairGradArgs<double>>(m, "cpu_level_pairs_backward64", &cpu_level_pairs_backward);
+  bind_cpu<WeightArgs<float>>(m, "cpu_importance_weights", &cpu_importance_weights);
+  bind_cpu<WeightArgs<double>>(m, "cpu_importance_weights64", &cpu_importance_weights);
+  bind_cpu<OffPolicyArgs<float>>(m, "cpu_off_policy_mask", &cpu_off_policy_mask);
+  bind_cpu<OffPolicyArgs<double>>(m, "cpu_off_policy_mask64", &cpu_off_policy_mask);
 }
 
 inline void bind_cuda_launchers(py::module_& m) {
@@ -579,6 +667,8 @@ inline void bind_cuda_launchers(py::module_& m) {
   bind_cuda(m, "cuda_group_normalize_backward", &cuda_group_normalize_backward);
   bind_cuda(m, "cuda_level_pairs", &cuda_level_pairs);
   bind_cuda(m, "cuda_level_pairs_backward", &cuda_level_pairs_backward);
+  bind_cuda(m, "cuda_importance_weights", &cuda_importance_weights);
+  bind_cuda(m, "cuda_off_policy_mask", &cuda_off_policy_mask);
 }
 
 }  // namespace prefkern

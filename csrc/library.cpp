@@ -74,16 +74,21 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
   m.def("masked_quantile(Tensor values, Tensor? mask, float q, int interpolation) -> Tensor");
   m.def("top_quantile_mask(Tensor values, Tensor? mask, float fraction, int rule) -> Tensor");
 
-  // ---- policy: kind, agg and kl are the enumerations of math/policy.h (kl counted from its first penalty); results are
-  // (loss, metrics, unnormalised, inverse_norm). Only logp has a gradient. The _fwd form has no autograd formula.
+  // ---- policy: kind, agg and kl are the enumerations of math/policy.h (kl counted from its first penalty), flags those of
+  // policy/ops.h; results are (loss, metrics, unnormalised, inverse_norm). Only logp has a gradient. The _fwd form has no
+  // autograd formula. level and mode are the enumerations of math/importance.h; results are constants.
   m.def(
-      "policy_loss(Tensor logp, Tensor old_logp, Tensor advantages, Tensor? mask, Tensor? cu_seqlens, Tensor? ref_logp, int kind, "
-      "int agg, int kl, float eps_low, float eps_high, float dual_clip, float beta, float ratio_clamp, bool with_grad) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "policy_loss(Tensor logp, Tensor? old_logp, Tensor? advantages, Tensor? mask, Tensor? cu_seqlens, Tensor? ref_logp, "
+      "Tensor? token_weight, Tensor? lows, Tensor? highs, Tensor? anchor, Tensor? entropy, Tensor? norm_tensor, int kind, "
+      "int agg, int kl, int flags, float eps_low, float eps_high, float dual_clip, float delta, float tau_pos, float tau_neg, "
+      "float clamp_low, float clamp_high, float beta, float kl_clamp, float anchor_gamma, float scale, float norm, "
+      "bool with_grad) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "policy_loss_fwd(Tensor logp, Tensor old_logp, Tensor advantages, Tensor? mask, Tensor? cu_seqlens, Tensor? ref_logp, "
-      "int kind, int agg, int kl, float eps_low, float eps_high, float dual_clip, float beta, float ratio_clamp, bool with_grad) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "policy_loss_fwd(Tensor logp, Tensor? old_logp, Tensor? advantages, Tensor? mask, Tensor? cu_seqlens, Tensor? ref_logp, "
+      "Tensor? token_weight, Tensor? lows, Tensor? highs, Tensor? anchor, Tensor? entropy, Tensor? norm_tensor, int kind, "
+      "int agg, int kl, int flags, float eps_low, float eps_high, float dual_clip, float delta, float tau_pos, float tau_neg, "
+      "float clamp_low, float clamp_high, float beta, float kl_clamp, float anchor_gamma, float scale, float norm, "
+      "bool with_grad) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("policy_loss_backward(Tensor g_loss, Tensor unnormalised, Tensor inverse_norm) -> Tensor");
 
   // ---- sequence: transform is the enumeration of math/sequence.h, bootstrap that of math/returns.h. Sums have a gradient in
@@ -109,6 +114,12 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "level_pairs(Tensor scores, Tensor group, Tensor levels, float beta, float anisotropy, bool per_response, bool with_grad) "
       "-> (Tensor, Tensor, Tensor)");
   m.def("level_pairs_backward(Tensor g_loss, Tensor unnormalised, Tensor pairs) -> Tensor");
+  m.def(
+      "importance_weights(Tensor old_logp, Tensor rollout_logp, Tensor? mask, Tensor? cu_seqlens, int level, int mode, "
+      "float clip_min, float clip_max, float log_clamp, bool normalize) -> Tensor");
+  m.def(
+      "off_policy_mask(Tensor advantages, Tensor logp, Tensor rollout_logp, Tensor? mask, Tensor? cu_seqlens, float threshold) "
+      "-> Tensor");
 }
 
 #define PK_REGISTER(key)                                                              \
@@ -144,6 +155,8 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("group_normalize_backward", PK_OP(group_normalize_backward));              \
     m.impl("level_pairs", PK_OP(level_pairs));                                        \
     m.impl("level_pairs_backward", PK_OP(level_pairs_backward));                      \
+    m.impl("importance_weights", PK_OP(importance_weights));                          \
+    m.impl("off_policy_mask", PK_OP(off_policy_mask));                                \
   }
 PK_REGISTER(CPU)
 PK_REGISTER(CUDA)

@@ -1,15 +1,16 @@
 // The CUDA entry points of a build without a CUDA compiler: they report it, so that a CUDA tensor gets a clear error.
 #if defined(PREFKERN_NO_CUDA)
 #include "advantages/group_stats.h"
-#include "conflicts/runs.h"
 #include "advantages/masked_pairs.h"
 #include "advantages/moments.h"
 #include "advantages/question_weights.h"
+#include "conflicts/runs.h"
 #include "core/cuda_runtime.h"
 #include "filters/select.h"
 #include "groups/group_folds.h"
 #include "groups/pair_walk.h"
 #include "logprobs/logits_fold.h"
+#include "policy/importance.h"
 #include "policy/token_loss.h"
 #include "sequence/returns.h"
 #include "sequence/sequence_sums.h"
@@ -45,5 +46,7 @@ int cuda_group_normalize(const NormalizeArgs<float>&, void*) { return kBuiltWith
 int cuda_group_normalize_backward(const NormalizeGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_level_pairs(const PairArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_level_pairs_backward(const PairGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_importance_weights(const WeightArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_off_policy_mask(const OffPolicyArgs<float>&, void*) { return kBuiltWithoutCuda; }
 }  // namespace prefkern
 #endif

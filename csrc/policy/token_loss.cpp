@@ -29,7 +29,7 @@ template <class S> void run(const PolicyArgs<S>& args, void (*sequences)(const P
     total[kMinRatio] = std::min(total[kMinRatio], s[kMinRatio]);
     total[kMaxRatio] = std::max(total[kMaxRatio], s[kMaxRatio]);
   }
-  policy_finish(total, args.options.agg, args.loss, args.metrics, args.inverse_norm);
+  policy_finish(total, norm_of(args, total), args.loss, args.metrics, args.inverse_norm);
 }
 
 template <class S> void run_backward(const PolicyGradArgs<S>& args, void (*body)(const PolicyGradArgs<S>&, int64_t, int64_t)) {

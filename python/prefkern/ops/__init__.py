@@ -14,7 +14,7 @@ from .conflicts import conflict_runs, conflict_weights
 from .filters import masked_quantile, top_quantile_mask
 from .groups import group_normalize, group_reduce, level_pairs
 from .logprobs import linear_logprobs, logits_logprobs, plan_chunks
-from .policy import policy_loss
+from .policy import importance_weights, kl_penalty, masked_aggregate, off_policy_mask, policy_loss
 from .sequence import discounted_returns, gae, segmented_returns, sequence_mean, sequence_sum
 from .types import (
     ConflictRuns,
@@ -45,11 +45,15 @@ __all__ = [
     "group_advantages",
     "group_normalize",
     "group_reduce",
+    "importance_weights",
+    "kl_penalty",
     "level_pairs",
     "linear_logprobs",
     "logits_logprobs",
+    "masked_aggregate",
     "masked_quantile",
     "merge_moments",
+    "off_policy_mask",
     "pair_masked_advantages",
     "plan_chunks",
     "policy_loss",

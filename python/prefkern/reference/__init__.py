@@ -17,7 +17,7 @@ from prefkern.reference.conflicts import conflict_runs, conflict_weights
 from prefkern.reference.filters import masked_quantile, top_quantile_mask
 from prefkern.reference.groups import group_normalize, group_reduce, level_pairs
 from prefkern.reference.logprobs import linear_logprobs, logits_logprobs
-from prefkern.reference.policy import policy_loss
+from prefkern.reference.policy import importance_weights, kl_penalty, masked_aggregate, off_policy_mask, policy_loss
 from prefkern.reference.sequence import discounted_returns, gae, segmented_returns, sequence_mean, sequence_sum
 
 __all__ = [
@@ -30,11 +30,15 @@ __all__ = [
     "group_advantages",
     "group_normalize",
     "group_reduce",
+    "importance_weights",
+    "kl_penalty",
     "level_pairs",
     "linear_logprobs",
     "logits_logprobs",
+    "masked_aggregate",
     "masked_quantile",
     "merge_moments",
+    "off_policy_mask",
     "pair_masked_advantages",
     "policy_loss",
     "question_weights",
