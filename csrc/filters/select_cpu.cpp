@@ -58,18 +58,28 @@ int64_t count_digits(const SelectArgs<S>& a, typename OrderKey<S>::Type chosen, 
   return nans;
 }
 
+template <class S> struct VectorOf {
+  using Type = VecF;
+};
+template <> struct VectorOf<double> {
+  using Type = double;
+};
+
 template <class S> S next_above(const SelectArgs<S>& a, S low, int64_t begin, int64_t end) {
-  S next = S(__builtin_inf());
-  for_blocks(a.mask, begin, end, [&](int64_t first, int64_t n, const uint8_t* mask) {
-    const S* x = a.values + first;
-    S here = next;
-    for (int64_t k = 0; k < n; k++) {
-      const bool wanted = (!mask || mask[k] != 0) & (x[k] > low) & (x[k] < here);
-      here = wanted ? x[k] : here;
-    }
-    next = here;
-  });
-  return next;
+  using V = typename VectorOf<S>::Type;
+  const V bound = splat<V>(low), infinity = splat<V>(S(__builtin_inf()));
+  V next = infinity;
+  int64_t i = begin;
+  for (; i + Lanes<V>::count <= end; i += Lanes<V>::count) {
+    const V x = Mem<V>::load(a.values + i), above = x > bound ? x : infinity;  // NaN is not
+    next = vmin(a.mask ? (Keep<V>::load(a.mask + i) ? above : infinity) : above, next);
+  }
+  S least = -reduce_max(-next);
+  for (; i < end; i++) {
+    const bool wanted = (!a.mask || a.mask[i] != 0) && a.values[i] > low && a.values[i] < least;
+    least = wanted ? a.values[i] : least;
+  }
+  return least;
 }
 
 template <class S> PK_HD int64_t count_equal_here(const S* x, const uint8_t* mask, S value, int64_t n) {

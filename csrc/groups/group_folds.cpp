@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kRowsPerTask = 1 << 14;
 
-// The rows of a group, as fold_groups hands them out.
+// The rows of a group, in the order in which they lie in memory.
 struct Members {
   const int64_t *first, *last;
   int64_t size() const { return last - first; }

@@ -16,7 +16,7 @@ _normalize, _normalize_backward = _OPS.group_normalize.default, _OPS.group_norma
 _pairs, _pairs_backward = _OPS.level_pairs.default, _OPS.level_pairs_backward.default
 
 REDUCTIONS = ("sum", "mean", "min", "max", "logsumexp", "count")
-_SUM, _MEAN, _LOGSUMEXP, _COUNT = (REDUCTIONS.index(name) for name in ("sum", "mean", "logsumexp", "count"))
+_SUM, _MEAN, _, _MAX, _LOGSUMEXP, _COUNT = range(len(REDUCTIONS))
 
 
 def group_reduce(
@@ -177,24 +177,24 @@ def _fake_pairs_backward(g_loss: Tensor, unnormalised: Tensor, pairs: Tensor) ->
 
 def _setup_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     values, group, mask, ctx.reduction = inputs
-    if ctx.reduction == _LOGSUMEXP:
-        ctx.save_for_backward(group, mask, values, output)
-    else:
-        ctx.save_for_backward(group, mask)
-        if ctx.reduction not in (_SUM, _MEAN):
-            ctx.mark_non_differentiable(output)
+    ctx.save_for_backward(group, mask, values if ctx.reduction == _LOGSUMEXP else None)
+    if ctx.reduction not in (_SUM, _MEAN, _LOGSUMEXP):
+        ctx.mark_non_differentiable(output)
 
 
 def _backward_reduce(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    # A row gets what comes to all rows of its group. Ops with derivatives of their own, so that this has one too.
-    group, mask, *saved = ctx.saved_tensors
+    # A row gets what comes to all rows of its group. Of ops with derivatives of their own, so that this has one too.
+    group, mask, values = ctx.saved_tensors
     grad = _reduce(g, group, None, _SUM)
     if ctx.reduction == _MEAN:
         grad = grad / _reduce(g.detach(), group, mask, _COUNT).clamp_min(1)
     elif ctx.reduction == _LOGSUMEXP:
-        values, result = saved
+        # Not exp(values - result): the result is rounded, and at a large maximum nothing would be left of its logarithm.
         values = values if mask is None else values.masked_fill(~mask, -torch.inf)
-        grad = grad * (values - result.masked_fill(result == -torch.inf, 0.0)).exp()
+        highest = _reduce(values.detach(), group, None, _MAX)
+        weights = (values - highest.masked_fill(highest == -torch.inf, 0.0)).exp()
+        total = _reduce(weights, group, None, _SUM)
+        grad = grad * (weights / total.masked_fill(total == 0, 1.0))
     return (grad if mask is None else grad.masked_fill(~mask, 0.0)), None, None, None
 
 

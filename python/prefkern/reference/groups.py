@@ -79,7 +79,7 @@ def level_pairs(
     if bool((levels < 1).any()):
         raise ValueError("levels: must be at least 1")
     h = widen(scores)
-    kappa = torch.where(levels == 1, anisotropy, 1.0).to(h.dtype) * beta
+    kappa = torch.full_like(h, beta).masked_fill(levels == 1, beta * anisotropy).detach()
     i, j = torch.nonzero((group[:, None] == group) & (levels[:, None] < levels), as_tuple=True)
     margin = kappa[i] * h[i] - kappa[j] * h[j] if per_response else kappa[i] * (h[i] - h[j])
     pairs = torch.tensor(len(i), device=h.device)
