@@ -6,7 +6,29 @@ A module offers the paper's functions, `about`, and where the paper is an object
     prefkern.papers.load_recipe("ngrpo", r_max=2.0)          # or "ngrpo:r_max=2.0", for a configuration file
 """
 
-from . import dr_grpo, gdpo, grpo, gtpo, ngrpo
+from . import (
+    cispo,
+    dagrpo,
+    dapo,
+    dgpo,
+    dr_grpo,
+    etr,
+    gdpo,
+    gigpo,
+    gmpo,
+    gpg,
+    grpo,
+    gspo,
+    gtpo,
+    mo_grpo,
+    ngrpo,
+    opo,
+    ppo,
+    reg_grpo,
+    reinforce_pp,
+    rloo,
+    sapo,
+)
 from ._about import EVIDENCE, About
 from ._recipe import Batch, Recipe, Rollout, take_rows
 from ._registry import NAMES, about, load_recipe, module, recipes
@@ -19,13 +41,29 @@ __all__ = [
     "Recipe",
     "Rollout",
     "about",
+    "cispo",
+    "dagrpo",
+    "dapo",
+    "dgpo",
     "dr_grpo",
+    "etr",
     "gdpo",
+    "gigpo",
+    "gmpo",
+    "gpg",
     "grpo",
+    "gspo",
     "gtpo",
     "load_recipe",
+    "mo_grpo",
     "module",
     "ngrpo",
+    "opo",
+    "ppo",
     "recipes",
+    "reg_grpo",
+    "reinforce_pp",
+    "rloo",
+    "sapo",
     "take_rows",
 ]

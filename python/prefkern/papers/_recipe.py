@@ -95,7 +95,11 @@ class Recipe:
     def prepare(self, rollout: Rollout) -> Batch:
         """What the loss needs of a rollout, by row; all of it constant."""
         self.check(rollout)
-        batch = {"advantages": self.advantages(rollout), "group": rollout.group}
+        return self.batch(rollout, self.advantages(rollout))
+
+    def batch(self, rollout: Rollout, advantages: Tensor) -> Batch:
+        """The advantages, and what of the rollout goes along with them."""
+        batch = {"advantages": advantages, "group": rollout.group}
         for key in ("mask", "old_logp", "ref_logp", "cu_seqlens", "token_weight", *self.takes):
             value = rollout.get(key)
             if value is not None:
