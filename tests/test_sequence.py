@@ -213,8 +213,14 @@ def test_only_values_get_a_gradient(device):
     assert values.grad is not None
     assert minus.grad is None and weights.grad is None
     assert not sequence_sum(values.detach(), minus=minus, weights=weights).requires_grad
+
+
+@each_sum
+def test_no_gradient_costs_nothing(device, function, op_log):
+    values = torch.randn(3, 8, device=device, requires_grad=True)
     with torch.no_grad():
-        assert not sequence_sum(values).requires_grad
+        assert not function(values).requires_grad
+    assert op_log.names() == ["sequence_reduce_fwd"]
 
 
 def test_the_backward_of_a_sum_cannot_be_differentiated(device):
