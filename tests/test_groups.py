@@ -93,6 +93,13 @@ def test_two_arms_of_gcpo(device):
     assert group_reduce(accuracy, group, mask=torch.zeros_like(with_arm), reduce="count").tolist() == [0] * 6
 
 
+def test_step_advantages_of_gigpo():
+    """Returns of the steps relative to those of the same anchor state, [a, b, c, a, b, a]."""
+    returns, anchor = f64(9.025, 9.5, 10, 0, 0, 0), torch.tensor([0, 1, 2, 0, 1, 0])
+    expected = [6.0166666667, 4.75, 0, -3.0083333333, -4.75, -3.0083333333]
+    close(returns - group_reduce(returns, anchor, reduce="mean"), expected, 1e-10)
+
+
 def test_fewest_calls_of_otc(device):
     """The minimum over correct trajectories: m = [1, 3, 2, 0], correct = [1, 1, 0, 0] gives n = 1 for all of them."""
     calls, correct = torch.tensor([1.0, 3, 2, 0], device=device), torch.tensor([1, 1, 0, 0], device=device).bool()

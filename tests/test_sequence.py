@@ -313,6 +313,11 @@ def test_egae_of_tppo(layout):
     assert out[0][0, 3].item() == 0  # exactly: no reward, and the value once more
 
 
+def test_value_targets_of_tppo():
+    """Check 3: the Monte-Carlo return of the finished sequence."""
+    close(discounted_returns(TPPO_REWARDS[1:, :3], gamma=1.0), [[1, 1, 1]])
+
+
 def test_a_cut_sequence_without_rewards_is_a_difference_of_values():
     """gamma = lam = 1: A_t = V_{l-1} - V_t."""
     values = torch.randn(3, 50)
