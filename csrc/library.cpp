@@ -92,10 +92,13 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
   m.def("policy_loss_backward(Tensor g_loss, Tensor unnormalised, Tensor inverse_norm) -> Tensor");
 
   // ---- sequence: transform is the enumeration of math/sequence.h, bootstrap that of math/returns.h. Sums have a gradient in
-  // values; everything about returns is constant.
+  // values; everything about returns is constant. The _fwd forms, here and below, have no autograd formula.
   m.def(
-      "sequence_reduce(Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor? minus, Tensor? weights, int transform, bool mean) "
-      "-> Tensor");
+      "sequence_reduce(Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor? minus, Tensor? weights, int transform, "
+      "bool mean) -> Tensor");
+  m.def(
+      "sequence_reduce_fwd(Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor? minus, Tensor? weights, int transform, "
+      "bool mean) -> Tensor");
   m.def(
       "sequence_reduce_backward(Tensor g, Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor? minus, Tensor? weights, "
       "int transform, bool mean) -> Tensor");
@@ -108,11 +111,16 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
   // ---- groups: reduction is the enumeration of math/groups.h. The gradient of a reduction is made of reductions; that of the
   // others has an op of its own, for which they return what it needs beside their results.
   m.def("group_reduce(Tensor values, Tensor group, Tensor? mask, int reduction) -> Tensor");
+  m.def("group_reduce_fwd(Tensor values, Tensor group, Tensor? mask, int reduction) -> Tensor");
   m.def("group_normalize(Tensor x, Tensor group, float eps, int ddof, bool sigma_grad) -> (Tensor, Tensor, Tensor)");
+  m.def("group_normalize_fwd(Tensor x, Tensor group, float eps, int ddof, bool sigma_grad) -> (Tensor, Tensor, Tensor)");
   m.def("group_normalize_backward(Tensor g, Tensor group, Tensor z, Tensor scale, Tensor slope) -> Tensor");
   m.def(
-      "level_pairs(Tensor scores, Tensor group, Tensor levels, float beta, float anisotropy, bool per_response, bool with_grad) "
-      "-> (Tensor, Tensor, Tensor)");
+      "level_pairs(Tensor scores, Tensor group, Tensor levels, float beta, float anisotropy, bool per_response, "
+      "bool with_grad) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "level_pairs_fwd(Tensor scores, Tensor group, Tensor levels, float beta, float anisotropy, bool per_response, "
+      "bool with_grad) -> (Tensor, Tensor, Tensor)");
   m.def("level_pairs_backward(Tensor g_loss, Tensor unnormalised, Tensor pairs) -> Tensor");
   m.def(
       "importance_weights(Tensor old_logp, Tensor rollout_logp, Tensor? mask, Tensor? cu_seqlens, int level, int mode, "
@@ -146,14 +154,18 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("policy_loss_fwd", PK_OP(policy_loss));                                    \
     m.impl("policy_loss_backward", PK_OP(policy_loss_backward));                      \
     m.impl("sequence_reduce", PK_OP(sequence_reduce));                                \
+    m.impl("sequence_reduce_fwd", PK_OP(sequence_reduce));                            \
     m.impl("sequence_reduce_backward", PK_OP(sequence_reduce_backward));              \
     m.impl("discounted_returns", PK_OP(discounted_returns));                          \
     m.impl("segmented_returns", PK_OP(segmented_returns));                            \
     m.impl("gae", PK_OP(gae));                                                        \
     m.impl("group_reduce", PK_OP(group_reduce));                                      \
+    m.impl("group_reduce_fwd", PK_OP(group_reduce));                                  \
     m.impl("group_normalize", PK_OP(group_normalize));                                \
+    m.impl("group_normalize_fwd", PK_OP(group_normalize));                            \
     m.impl("group_normalize_backward", PK_OP(group_normalize_backward));              \
     m.impl("level_pairs", PK_OP(level_pairs));                                        \
+    m.impl("level_pairs_fwd", PK_OP(level_pairs));                                    \
     m.impl("level_pairs_backward", PK_OP(level_pairs_backward));                      \
     m.impl("importance_weights", PK_OP(importance_weights));                          \
     m.impl("off_policy_mask", PK_OP(off_policy_mask));                                \

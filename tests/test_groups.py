@@ -93,6 +93,13 @@ def test_two_arms_of_gcpo(device):
     assert group_reduce(accuracy, group, mask=torch.zeros_like(with_arm), reduce="count").tolist() == [0] * 6
 
 
+def test_step_advantages_of_gigpo():
+    """Returns of the steps relative to those of the same anchor state, [a, b, c, a, b, a]."""
+    returns, anchor = f64(9.025, 9.5, 10, 0, 0, 0), torch.tensor([0, 1, 2, 0, 1, 0])
+    expected = [6.0166666667, 4.75, 0, -3.0083333333, -4.75, -3.0083333333]
+    close(returns - group_reduce(returns, anchor, reduce="mean"), expected, 1e-10)
+
+
 def test_fewest_calls_of_otc(device):
     """The minimum over correct trajectories: m = [1, 3, 2, 0], correct = [1, 1, 0, 0] gives n = 1 for all of them."""
     calls, correct = torch.tensor([1.0, 3, 2, 0], device=device), torch.tensor([1, 1, 0, 0], device=device).bool()
@@ -545,13 +552,14 @@ def test_backwards_that_cannot_be_differentiated(device, name):
         gradient.sum().backward()
 
 
-def test_no_gradient_costs_nothing(device):
+def test_no_gradient_costs_nothing(device, op_log):
+    """Nothing is saved, and no formula for a gradient is met."""
     x, group = torch.randn(8, device=device, requires_grad=True), torch.arange(8, device=device) // 4
     with torch.no_grad():
-        out = level_pairs(x, group, group + 1)
-        assert not out.loss.requires_grad
-        assert not group_normalize(x, group, eps=0.1).requires_grad
-        assert not group_reduce(x, group).requires_grad
+        out = [group_reduce(x, group), group_normalize(x, group, eps=0.1), *level_pairs(x, group, group + 1)]
+    assert not any(t.requires_grad for t in out)
+    assert op_log.names() == ["group_reduce_fwd", "group_normalize_fwd", "level_pairs_fwd"]
+    assert op_log.args("level_pairs_fwd")[-1] is False
 
 
 @pytest.mark.parametrize("dtype", [F64, F32], ids=["float64", "float32"])

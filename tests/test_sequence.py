@@ -213,8 +213,14 @@ def test_only_values_get_a_gradient(device):
     assert values.grad is not None
     assert minus.grad is None and weights.grad is None
     assert not sequence_sum(values.detach(), minus=minus, weights=weights).requires_grad
+
+
+@each_sum
+def test_no_gradient_costs_nothing(device, function, op_log):
+    values = torch.randn(3, 8, device=device, requires_grad=True)
     with torch.no_grad():
-        assert not sequence_sum(values).requires_grad
+        assert not function(values).requires_grad
+    assert op_log.names() == ["sequence_reduce_fwd"]
 
 
 def test_the_backward_of_a_sum_cannot_be_differentiated(device):
@@ -305,6 +311,11 @@ def test_egae_of_tppo(layout):
     close(out[0], TPPO_ADVANTAGES, 1e-12)
     close(out[1], TPPO_RETURNS, 1e-12)
     assert out[0][0, 3].item() == 0  # exactly: no reward, and the value once more
+
+
+def test_value_targets_of_tppo():
+    """Check 3: the Monte-Carlo return of the finished sequence."""
+    close(discounted_returns(TPPO_REWARDS[1:, :3], gamma=1.0), [[1, 1, 1]])
 
 
 def test_a_cut_sequence_without_rewards_is_a_difference_of_values():

@@ -22,19 +22,24 @@ template <class S> void run(const PairArgs<S>& a) {
       const int64_t* rows = index.order.data() + index.offsets[k];
       const int64_t n = index.offsets[k + 1] - index.offsets[k];
       grads.assign(n, 0.0);
+      double loss = 0, count = 0;
       for (int64_t i = 0; i < n; i++) {
         const int64_t winner = a.levels[rows[i]];
         const double score = pair_score(double(a.scores[rows[i]]), winner);
+        double grad = 0;
         for (int64_t j = 0; j < n; j++) {
           const int64_t loser = a.levels[rows[j]];
           if (winner >= loser) continue;
           const PairTerm t = pair_term(a.rule, score, winner, pair_score(double(a.scores[rows[j]]), loser), loser);
-          losses[k] += t.loss;
-          pairs[k] += 1;
-          grads[i] += t.winner_grad;
+          loss += t.loss;
+          count += 1;
+          grad += t.winner_grad;
           grads[j] += t.loser_grad;
         }
+        grads[i] += grad;
       }
+      losses[k] = loss;
+      pairs[k] = count;
       if (a.unnormalised)
         for (int64_t i = 0; i < n; i++) a.unnormalised[rows[i]] = S(grads[i]);
     }

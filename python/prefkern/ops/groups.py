@@ -11,9 +11,10 @@ from ._call import call, choice, no_double_backward, validation
 from .types import LevelPairs
 
 _OPS = torch.ops.prefkern
-_reduce = _OPS.group_reduce.default
-_normalize, _normalize_backward = _OPS.group_normalize.default, _OPS.group_normalize_backward.default
-_pairs, _pairs_backward = _OPS.level_pairs.default, _OPS.level_pairs_backward.default
+_reduce_grad, _reduce_fwd = _OPS.group_reduce.default, _OPS.group_reduce_fwd.default
+_normalize, _normalize_fwd = _OPS.group_normalize.default, _OPS.group_normalize_fwd.default
+_pairs, _pairs_fwd = _OPS.level_pairs.default, _OPS.level_pairs_fwd.default
+_normalize_backward, _pairs_backward = _OPS.group_normalize_backward.default, _OPS.level_pairs_backward.default
 
 REDUCTIONS = ("sum", "mean", "min", "max", "logsumexp", "count")
 _SUM, _MEAN, _, _MAX, _LOGSUMEXP, _COUNT = range(len(REDUCTIONS))
@@ -73,7 +74,8 @@ def group_normalize(x: Tensor, group: Tensor, *, eps: float, ddof: int = 1, sigm
     """
     check_tensors(x=x, group=group)
     options = (number("eps", eps), integer("ddof", ddof), bool(sigma_grad))
-    result: Tensor = call(_normalize, _widened(x), group, *options)[0]
+    x = _widened(x)
+    result: Tensor = call(_normalize if _differentiated(x) else _normalize_fwd, x, group, *options)[0]
     return result
 
 
@@ -116,8 +118,17 @@ def level_pairs(
         _validate(levels)
     scores = _widened(scores)
     options = (number("beta", beta), number("anisotropy", anisotropy), bool(per_response))
-    with_grad = scores.requires_grad and torch.is_grad_enabled()
-    return LevelPairs(*call(_pairs, scores, group, levels, *options, with_grad)[:2])
+    with_grad = _differentiated(scores)
+    return LevelPairs(*call(_pairs if with_grad else _pairs_fwd, scores, group, levels, *options, with_grad)[:2])
+
+
+def _differentiated(t: Tensor) -> bool:
+    return t.requires_grad and torch.is_grad_enabled()
+
+
+def _reduce(values: Tensor, group: Tensor, mask: Tensor | None, reduction: int) -> Tensor:
+    result: Tensor = (_reduce_grad if _differentiated(values) else _reduce_fwd)(values, group, mask, reduction)
+    return result
 
 
 def _widened(t: Tensor) -> Tensor:
@@ -144,13 +155,11 @@ def _check_fake_rows(name: str, rows: Tensor, **others: Tensor | None) -> None:
             )
 
 
-@torch.library.register_fake("prefkern::group_reduce")
 def _fake_reduce(values: Tensor, group: Tensor, mask: Tensor | None, reduction: int) -> Tensor:
     _check_fake_rows("values", values, group=group, mask=mask)
     return values.new_empty(values.shape)
 
 
-@torch.library.register_fake("prefkern::group_normalize")
 def _fake_normalize(x: Tensor, group: Tensor, eps: float, ddof: int, sigma_grad: bool) -> tuple[Tensor, ...]:
     _check_fake_rows("x", x, group=group)
     return tuple(x.new_empty(x.shape) for _ in range(3))
@@ -161,7 +170,6 @@ def _fake_normalize_backward(g: Tensor, group: Tensor, z: Tensor, scale: Tensor,
     return z.new_empty(z.shape)
 
 
-@torch.library.register_fake("prefkern::level_pairs")
 def _fake_pairs(
     scores: Tensor, group: Tensor, levels: Tensor, beta: float, anisotropy: float, per_response: bool, with_grad: bool
 ) -> tuple[Tensor, ...]:
@@ -173,6 +181,11 @@ def _fake_pairs(
 @torch.library.register_fake("prefkern::level_pairs_backward")
 def _fake_pairs_backward(g_loss: Tensor, unnormalised: Tensor, pairs: Tensor) -> Tensor:
     return unnormalised.new_empty(unnormalised.shape)
+
+
+for _name, _fake in (("group_reduce", _fake_reduce), ("group_normalize", _fake_normalize), ("level_pairs", _fake_pairs)):
+    torch.library.register_fake(f"prefkern::{_name}", _fake)
+    torch.library.register_fake(f"prefkern::{_name}_fwd", _fake)
 
 
 def _setup_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

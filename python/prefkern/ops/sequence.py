@@ -11,7 +11,8 @@ from ._call import call, choice, no_double_backward, validation
 from .types import GaeOutput
 
 _OPS = torch.ops.prefkern
-_reduce, _reduce_backward = _OPS.sequence_reduce.default, _OPS.sequence_reduce_backward.default
+_reduce, _reduce_fwd = _OPS.sequence_reduce.default, _OPS.sequence_reduce_fwd.default
+_reduce_backward = _OPS.sequence_reduce_backward.default
 _discounted_returns, _segmented_returns = _OPS.discounted_returns.default, _OPS.segmented_returns.default
 _gae = _OPS.gae.default
 
@@ -80,7 +81,8 @@ def _sequence_reduce(
     if values.dtype in (torch.bfloat16, torch.float16):
         values = values.float()
     constants = (mask, cu_seqlens, _constant(minus), _constant(weights))
-    result: Tensor = call(_reduce, values, *constants, transform_id, mean)
+    op = _reduce if values.requires_grad and torch.is_grad_enabled() else _reduce_fwd
+    result: Tensor = call(op, values, *constants, transform_id, mean)
     return result
 
 
@@ -243,12 +245,15 @@ def _check_fake_tokens(name: str, tokens: Tensor, cu_seqlens: Tensor | None, **o
     return tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-@torch.library.register_fake("prefkern::sequence_reduce")
 def _fake_reduce(
     values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, minus: Tensor | None, weights: Tensor | None,
     transform: int, mean: bool,
 ) -> Tensor:  # fmt: skip
     return values.new_empty((_check_fake_tokens("values", values, cu_seqlens, mask=mask, minus=minus, weights=weights),))
+
+
+for _name in ("sequence_reduce", "sequence_reduce_fwd"):
+    torch.library.register_fake(f"prefkern::{_name}", _fake_reduce)
 
 
 @torch.library.register_fake("prefkern::sequence_reduce_backward")
