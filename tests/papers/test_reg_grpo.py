@@ -186,6 +186,8 @@ def test_recipe() -> None:
     options = {"c": 0.5, "sigma_grad": True, "ref_logp": ref, "beta": 0.1}
     expected = reg_grpo.reg_grpo_loss(logp, old, a, mask, GROUP, **options, row_weight=weight)
     assert torch.equal(recipe.loss(logp, batch).loss, expected.loss)
+    entropy = torch.rand(4, 5, dtype=F64).masked_fill(~mask, torch.nan)
+    close(recipe.loss(logp, batch, entropy=entropy).metrics["entropy"], entropy[mask].mean(), atol=1e-12)
     z = prefkern.group_normalize(torch.where(mask, logp - old, 0.0).sum(1), GROUP, eps=1e-6)
     k3 = expected.metrics["kl"]
     close(expected.loss, (weight * (a - 0.5 * z).square()).mean() + 0.1 * k3, atol=1e-12)

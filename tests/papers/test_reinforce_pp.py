@@ -79,6 +79,24 @@ def test_two_tokens_are_needed() -> None:
         reinforce_pp.advantages(torch.ones(1, 1, dtype=F64))
 
 
+@pytest.mark.parametrize(
+    ("kl", "values", "gradients"),
+    [
+        ("k1", [0.2, -1, 0], [1, 1, 1]),
+        ("k2", [0.02, 0.5, 0], [0.2, -1, 0]),
+        ("k3", [0.0187307531, 0.7182818285, 0], [0.1812692469, -1.7182818285, 0]),
+        ("k3+", [0.0187307531, 0.7182818285, 0], [0.2, -1, 0]),
+    ],
+)
+def test_worked_kl_in_the_loss(kl, values, gradients) -> None:
+    logp = torch.tensor([[-1.0, -2, -0.5]], dtype=F64, requires_grad=True)
+    ref = torch.tensor([[-1.2, -1, -0.5]], dtype=F64)
+    out = reinforce_pp.loss(logp, logp.detach(), torch.zeros(1, dtype=F64), ref_logp=ref, beta=1.0, kl=kl)
+    out.loss.backward()
+    assert_close(out.loss.detach(), torch.tensor(values, dtype=F64).mean(), rtol=0, atol=1e-10)
+    assert_close(3 * logp.grad, torch.tensor([gradients], dtype=F64), rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("variant", ["plain", "baseline"])
 def test_recipe(variant) -> None:
     old, ref = -torch.rand(8, 4, dtype=F64), -torch.rand(8, 4, dtype=F64)

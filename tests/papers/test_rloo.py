@@ -91,8 +91,11 @@ def test_recipe() -> None:
     logp = (old + 0.2 * torch.randn(8, 4, dtype=F64)).requires_grad_()
     rollout = Rollout(REWARDS, GROUP, MASK, old, ref)
     a = rloo.advantages(REWARDS, GROUP, old_logp=old, ref_logp=ref, mask=MASK, beta=0.05)
-    batch = load_recipe("rloo").prepare(rollout)
+    batch = load_recipe("rloo", beta=0.05).prepare(rollout)
     assert_close(load_recipe("rloo").loss(logp, batch).loss, rloo.loss(logp, old, a, MASK).loss, rtol=1e-12, atol=0)
+    entropy = torch.rand(8, 4, dtype=F64).masked_fill(~MASK, torch.nan)
+    metrics = load_recipe("rloo").loss(logp, batch, entropy=entropy).metrics
+    assert_close(metrics["entropy"], entropy[MASK].mean(), rtol=1e-12, atol=0)
     token = load_recipe("rloo:level=token").loss(logp, batch).loss
     assert_close(token, policy_loss(logp, old, a, MASK).loss, rtol=1e-12, atol=0)
 
@@ -118,7 +121,7 @@ def test_recipe() -> None:
             lambda: rloo.RLOO(level="word").loss(torch.zeros(2, 3), {"advantages": torch.ones(2)}),
             "level is 'word'; accepted: 'sequence', 'token'",
         ),
-        (lambda: load_recipe("rloo").prepare(Rollout(REWARDS, GROUP, MASK)), "beta 0.05 needs both log-probs"),
+        (lambda: load_recipe("rloo:beta=0.05").prepare(Rollout(REWARDS, GROUP, MASK)), "beta 0.05 needs both log-probs"),
     ],
 )
 def test_refused(call, message) -> None:

@@ -7,12 +7,16 @@ A module offers the paper's functions, `about`, and where the paper is an object
 """
 
 from . import (
+    cgpo,
     cispo,
+    copg,
     dagrpo,
     dapo,
     dgpo,
+    disco,
     dr_grpo,
     etr,
+    gcpo,
     gdpo,
     gigpo,
     gmpo,
@@ -23,11 +27,14 @@ from . import (
     mo_grpo,
     ngrpo,
     opo,
+    otc,
     ppo,
     reg_grpo,
     reinforce_pp,
     rloo,
     sapo,
+    tppo,
+    trpa,
 )
 from ._about import EVIDENCE, About
 from ._recipe import Batch, Recipe, Rollout, take_rows
@@ -41,12 +48,16 @@ __all__ = [
     "Recipe",
     "Rollout",
     "about",
+    "cgpo",
     "cispo",
+    "copg",
     "dagrpo",
     "dapo",
     "dgpo",
+    "disco",
     "dr_grpo",
     "etr",
+    "gcpo",
     "gdpo",
     "gigpo",
     "gmpo",
@@ -59,6 +70,7 @@ __all__ = [
     "module",
     "ngrpo",
     "opo",
+    "otc",
     "ppo",
     "recipes",
     "reg_grpo",
@@ -66,4 +78,6 @@ __all__ = [
     "rloo",
     "sapo",
     "take_rows",
+    "tppo",
+    "trpa",
 ]

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..ops import LossOutput, policy_loss
+from ..ops import LossOutput, masked_aggregate, policy_loss
 
 Batch = dict[str, Tensor]
 
@@ -85,6 +85,8 @@ class Recipe:
     """Names in `extra` that are passed through to the loss."""
     needs_entropy: ClassVar[bool] = False
     """Whether `loss` needs the current policy's token entropies."""
+    takes_token_weight: ClassVar[bool] = True
+    """Whether its loss has a place for token weights; `prepare` raises if it has none and is given some."""
     whole_groups: ClassVar[bool] = False
     """Whether a minibatch must hold whole groups, since the loss itself compares the members of a group."""
 
@@ -123,16 +125,25 @@ class Recipe:
         )  # fmt: skip
 
     def check(self, rollout: Rollout) -> None:
-        """ValueError if the rollout lacks what this recipe needs."""
+        """ValueError if the rollout lacks what this recipe needs, or has what it cannot use."""
         for key in self.needs:
             if rollout.get(key) is None:
                 place = key if key in Rollout.__dataclass_fields__ else f"extra[{key!r}]"
                 raise ValueError(f"recipe {self.name!r} needs rollout.{place}, which is None")
+        if rollout.token_weight is not None and not self.takes_token_weight:
+            raise ValueError(f"rollout.token_weight is given; recipe {self.name!r} has no place for token weights")
 
     def checked_entropy(self, entropy: Tensor | None) -> Tensor | None:
         if entropy is None and self.needs_entropy:
             raise ValueError(f"entropy is None; recipe {self.name!r} needs the policy's token entropies")
         return None if entropy is None else entropy.detach()
+
+    def with_entropy(self, out: LossOutput, batch: Batch, entropy: Tensor | None) -> LossOutput:
+        """The same with the mean token entropy among its metrics, for losses that do not see tokens."""
+        if entropy is None:
+            return out
+        mean = masked_aggregate(entropy.detach(), batch.get("mask"), cu_seqlens=batch.get("cu_seqlens"))
+        return LossOutput(out.loss, {**out.metrics, "entropy": mean})
 
     def options(self) -> dict[str, Any]:
         """The options and their values."""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..ops import GroupAdvantages, LossOutput, group_advantages, policy_loss
 from ..ops._call import choice
+from ..ops.policy import Aggregation
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
 
@@ -66,7 +67,7 @@ def loss(
     cap: float = 5.0,
     eps_low: float = 0.2,
     eps_high: float = 0.2,
-    agg: str = "token-mean",
+    agg: Aggregation = "token-mean",
     norm: float | Tensor | None = None,
 ) -> LossOutput:
     """The objective. logp, old_logp: [B, T] with a bool mask, or packed [N] with cu_seqlens. advantages: [B] or like logp.
@@ -90,7 +91,7 @@ class CISPO(Recipe):
     eps_low: float = 0.2
     eps_high: float = 0.2
     beta: float = 0.0
-    agg: str = "token-mean"
+    agg: Aggregation = "token-mean"
 
     def advantages(self, rollout: Rollout) -> Tensor:
         return advantages(rollout.rewards, rollout.group, eps=self.eps).advantages

@@ -37,9 +37,10 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from ..ops import LossOutput, PairMaskedAdvantages, group_advantages, group_reduce, pair_masked_advantages, policy_loss
+from ..ops.policy import Aggregation
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
-from ._rows import looks_at_data
+from ._shared import may_look
 
 about = About(
     name="DaGRPO",
@@ -77,7 +78,7 @@ def dagrpo_advantages(
     renormalise: scale up for the rows that are not. is_anchor: bool [B], only to check (on the CPU, or under validation)
     that each anchor's reward is above its group's mean: it must be a positive.
     """
-    if is_anchor is not None and looks_at_data(rewards, is_anchor):
+    if is_anchor is not None and may_look(rewards, is_anchor):
         bad = is_anchor & (group_advantages(rewards, group, estimator="dr_grpo").advantages <= 0)
         if bool(bad.any()):
             i = int(bad.nonzero()[0, 0])
@@ -99,7 +100,7 @@ def mixed_policy_loss(
     eps_high: float = 0.2,
     anchor_gamma: float = 0.1,
     anchor_loss: Literal["shaped", "nll"] = "shaped",
-    agg: str = "token-mean",
+    agg: Aggregation = "token-mean",
 ) -> LossOutput:
     """The clipped objective of sampled rows, and the anchors'. What old_logp holds for an anchor's tokens is not looked at.
 
@@ -113,7 +114,7 @@ def mixed_policy_loss(
 
 
 def _check_anchors(advantages: Tensor, is_anchor: Tensor) -> None:
-    if looks_at_data(advantages, is_anchor) and advantages.shape == is_anchor.shape:
+    if may_look(advantages, is_anchor) and advantages.shape == is_anchor.shape:
         bad = is_anchor & (advantages < 0)
         if bool(bad.any()):
             i = int(bad.nonzero()[0, 0])
@@ -138,7 +139,7 @@ class DaGRPO(Recipe):
     anchor_gamma: float = 0.1
     anchor_loss: Literal["shaped", "nll"] = "shaped"
     beta: float = 0.0
-    agg: str = "token-mean"
+    agg: Aggregation = "token-mean"
 
     def advantages(self, rollout: Rollout) -> Tensor:
         scores = rollout.get("scores")

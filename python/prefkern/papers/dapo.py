@@ -27,9 +27,10 @@ from torch import Tensor
 
 from ..ops import GroupAdvantages, LossOutput, group_advantages, group_reduce, policy_loss
 from ..ops._call import choice
+from ..ops.policy import Aggregation
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
-from ._rows import per_token
+from ._shared import per_token
 
 about = About(
     name="DAPO",
@@ -127,7 +128,7 @@ class DAPO(Recipe):
     cache: int = 4096
     factor: float = 1.0
     overlong: Literal["trl", "verl"] = "trl"
-    agg: str = "token-mean"
+    agg: Aggregation = "token-mean"
 
     def advantages(self, rollout: Rollout) -> Tensor:
         rewards = rollout.rewards

@@ -38,9 +38,10 @@ import torch
 from torch import Tensor
 
 from ..ops import group_advantages, question_weights
+from ..ops.policy import Aggregation
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
-from ._rows import check_finite
+from ._shared import check_finite
 
 about = About(
     name="DGPO",
@@ -128,7 +129,7 @@ class DGPO(Recipe):
     eps_low: float = 0.2
     eps_high: float = 0.2
     beta: float = 0.0
-    agg: str = "token-mean"
+    agg: Aggregation = "token-mean"
 
     def advantages(self, rollout: Rollout) -> Tensor:
         return dgpo_advantages(

@@ -34,9 +34,10 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from ..ops import LossOutput, group_advantages
+from ..ops.policy import Aggregation
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
-from ._rows import check_finite
+from ._shared import check_finite
 
 about = About(
     name="ETR",
@@ -139,7 +140,7 @@ class ETR(Recipe):
     s_min: float = 0.25
     s_max: float = 2.0
     reward_range: float = 1.0
-    agg: str = "token-mean"
+    agg: Aggregation = "token-mean"
 
     def advantages(self, rollout: Rollout) -> Tensor:
         return group_advantages(rollout.rewards, rollout.group, eps=self.eps).advantages

@@ -35,6 +35,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from ..ops import group_advantages
+from ..ops.policy import Aggregation
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
 
@@ -101,7 +102,7 @@ class GDPO(Recipe):
     eps_low: float = 0.2
     eps_high: float = 0.2
     beta: float = 0.0
-    agg: str = "token-mean"
+    agg: Aggregation = "token-mean"
 
     def advantages(self, rollout: Rollout) -> Tensor:
         lengths = rollout.token_counts() if self.batch_norm == "token" else None

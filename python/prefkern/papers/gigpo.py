@@ -26,7 +26,8 @@ the std); alone with its anchor, :math:`A^S = 0`.
 An invalid action takes `invalid_coef` off both R and G of its row, G after discounting, so that earlier steps do not pay
 for it. With gamma 1 and a reward at the end only, an episode that visits a state twice learns nothing from comparing the
 visits. Defaults: gamma 0.95, w 1, eps 1e-6, penalty 0.1. Defaults of the paper's F and of the similarity differ by task;
-see :func:`anchor_groups`. """
+see :func:`anchor_groups`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,9 +39,10 @@ from torch import Tensor
 
 from ..ops import group_advantages, group_reduce, segmented_returns
 from ..ops._call import choice
+from ..ops.policy import Aggregation
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
-from ._rows import check_finite
+from ._shared import check_finite
 
 about = About(
     name="GiGPO",
@@ -123,7 +125,7 @@ def gigpo_advantages(
         invalid: bool [B], which actions were; each costs invalid_coef. row_mask: bool [B], False for rows that only pad the
         batch: left out of all statistics, advantage 0."""
     rows_count = EPISODE_STATS[choice("episode_stats", episode_stats, EPISODE_STATS)] == "rows"
-    estimator: Literal["grpo", "dr_grpo"] = ("dr_grpo", "grpo")[choice("mode", mode, MODES)]  # type: ignore[assignment]
+    estimator: Literal["grpo", "dr_grpo"] = ("dr_grpo", "grpo")[choice("mode", mode, MODES)]
     returns, rewards = episode_return.detach(), step_rewards.detach()
     if row_mask is not None:
         returns, rewards = returns.where(row_mask, 0.0), rewards.where(row_mask, 0.0)
@@ -194,7 +196,7 @@ class GiGPO(Recipe):
     eps_low: float = 0.2
     eps_high: float = 0.2
     beta: float = 0.0
-    agg: str = "token-mean"
+    agg: Aggregation = "token-mean"
 
     def advantages(self, rollout: Rollout) -> Tensor:
         rewards, traj, step, anchors = (rollout.get(name) for name in self.needs)

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from ..ops import GroupAdvantages, LossOutput, group_advantages, policy_loss
+from ..ops.policy import Aggregation
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
 
@@ -52,7 +53,7 @@ def loss(
     cu_seqlens: Tensor | None = None,
     eps_low: float = 0.4,
     eps_high: float = 0.4,
-    agg: str = "trl-grpo",
+    agg: Aggregation = "trl-grpo",
 ) -> LossOutput:
     """The objective over completions. logp, old_logp: [B, T] with a bool mask, or packed [N] with cu_seqlens.
 
@@ -73,7 +74,7 @@ class GMPO(Recipe):
     eps_low: float = 0.4
     eps_high: float = 0.4
     beta: float = 0.0
-    agg: str = "trl-grpo"
+    agg: Aggregation = "trl-grpo"
 
     def advantages(self, rollout: Rollout) -> Tensor:
         return advantages(rollout.rewards, rollout.group, eps=self.eps).advantages

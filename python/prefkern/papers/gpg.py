@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..ops import LossOutput, group_advantages, policy_loss
 from ..ops._call import choice
+from ..ops.policy import Aggregation
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
 
@@ -67,7 +68,7 @@ def loss(
     mask: Tensor | None = None,
     *,
     cu_seqlens: Tensor | None = None,
-    agg: str = "token-mean",
+    agg: Aggregation = "token-mean",
 ) -> LossOutput:
     """-A log pi over the tokens. logp: [B, T] with a bool mask, or packed [N] with cu_seqlens. advantages: [B] or like logp."""
     return policy_loss(logp, None, advantages, mask, cu_seqlens=cu_seqlens, kind="reinforce", agg=agg)
@@ -81,7 +82,7 @@ class GPG(Recipe):
     alpha: Literal["scores", "signals", "none"] = "scores"
     f_norm: float = 1.0
     singleton: Literal["zero", "reward"] = "reward"
-    agg: str = "token-mean"
+    agg: Aggregation = "token-mean"
 
     def advantages(self, rollout: Rollout) -> Tensor:
         return advantages(rollout.rewards, rollout.group, alpha=self.alpha, f_norm=self.f_norm, singleton=self.singleton)

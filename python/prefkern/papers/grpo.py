@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from ..ops import GroupAdvantages, LossOutput, group_advantages, policy_loss
+from ..ops.policy import Aggregation
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
 
@@ -88,7 +89,7 @@ class GRPO(Recipe):
     eps_low: float = 0.2
     eps_high: float = 0.2
     beta: float = 0.0
-    agg: str = "seq-mean-token-mean"
+    agg: Aggregation = "seq-mean-token-mean"
 
     def advantages(self, rollout: Rollout) -> Tensor:
         return advantages(rollout.rewards, rollout.group, eps=self.eps, scale=self.scale).advantages

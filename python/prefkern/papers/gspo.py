@@ -16,7 +16,8 @@ token t alone. With one advantage per completion both have the same loss and gra
 
 Defaults: :math:`\epsilon_l` 3e-4 and :math:`\epsilon_h` 4e-4 from the paper, no KL, no clamp of :math:`\log s`. verl's
 `gspo` is `token=True, ratio_clamp=(None, 10.0)`: log s is capped at 10, and above it there is no gradient. Completions
-without tokens are left out of the mean (`agg="trl-grpo"`: counted, as in TRL)."""
+without tokens are left out of the mean (`agg="trl-grpo"`: counted, as in TRL).
+"""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -24,6 +25,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from ..ops import GroupAdvantages, LossOutput, group_advantages, policy_loss
+from ..ops.policy import Aggregation
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
 
@@ -58,7 +60,7 @@ def loss(
     eps_high: float = 4e-4,
     token: bool = False,
     ratio_clamp: Clamp = None,
-    agg: str = "seq-mean-token-mean",
+    agg: Aggregation = "seq-mean-token-mean",
 ) -> LossOutput:
     """The clipped objective over completions. logp, old_logp: [B, T] with a bool mask, or packed [N] with cu_seqlens.
 
@@ -81,7 +83,7 @@ class GSPO(Recipe):
     token: bool = False
     ratio_clamp: Clamp = None
     beta: float = 0.0
-    agg: str = "seq-mean-token-mean"
+    agg: Aggregation = "seq-mean-token-mean"
 
     def advantages(self, rollout: Rollout) -> Tensor:
         return advantages(rollout.rewards, rollout.group, eps=self.eps).advantages

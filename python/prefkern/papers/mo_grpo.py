@@ -18,7 +18,8 @@ its mask are inferred).
 Choices of this library: weights come before the statistics; scores are not rescaled, but on the CPU a warning says if the
 range of one aspect is ten times another's, since the sum is then the larger one's; safety is a summand like others, not a
 constraint. Defaults: weights 1/K, eps 1e-4, ddof 1. Groups of one and constant sums get 0, even if the aspects differ: two
-that cancel give no signal, which `frac_zero_std` counts."""
+that cancel give no signal, which `frac_zero_std` counts.
+"""
 
 import warnings
 from collections.abc import Sequence
@@ -30,9 +31,10 @@ from torch import Tensor
 
 from ..ops import group_advantages, group_reduce
 from ..ops._call import choice
+from ..ops.policy import Aggregation
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
-from ._rows import looks_at_data
+from ._shared import may_look
 
 about = About(
     name="MO-GRPO",
@@ -85,14 +87,14 @@ def multi_objective_advantage(
     z = z if z.dtype == torch.float64 else z.float()
     w = _weights(weights, z)
     there = ~z.isnan()
-    if looks_at_data(z):
+    if may_look(z):
         _check_scores(z, drop)
     present = torch.where(there, z, 0.0)
     reward, scale = (present * w).sum(1), None
     if drop:
         left = (there * w).sum(1)
         scale = torch.where(there.all(1), 1.0, w.sum() / left)
-        if looks_at_data(z) and not bool((usable := left != 0).all()):
+        if may_look(z) and not bool((usable := left != 0).all()):
             raise ValueError(f"scores[{int((~usable).nonzero()[0, 0])}]: the weights of the aspects it has sum to 0")
         reward = reward * scale
     if combine == "sum_then_normalize":
@@ -114,7 +116,7 @@ def _weights(weights: Sequence[float] | Tensor | None, z: Tensor) -> Tensor:
     )
     if w.shape != (aspects,):
         raise ValueError(f"weights is {list(w.shape)}; [{aspects}] is expected, one per aspect")
-    if looks_at_data(w) and not (bool(w.isfinite().all()) and bool((w != 0).any())):
+    if may_look(w) and not (bool(w.isfinite().all()) and bool((w != 0).any())):
         raise ValueError(f"weights is {w.tolist()}; finite numbers are expected, at least one of them not 0")
     return w
 
@@ -160,7 +162,7 @@ def multilabel_regression_loss(pred: Tensor, target: Tensor, label_mask: Tensor 
         raise ValueError(
             f"pred is {list(pred.shape)} and label_mask {list(mask.shape)}; {list(target.shape)} is expected, as target"
         )
-    if looks_at_data(mask) and not bool(mask.any()):
+    if may_look(mask) and not bool(mask.any()):
         raise ValueError("label_mask has no labels; at least one labelled entry is expected")
     difference = torch.where(mask, pred, 0.0) - torch.where(mask, target.detach(), 0.0)
     return difference.square().sum() / mask.sum()
@@ -178,7 +180,7 @@ class MOGRPO(Recipe):
     eps_low: float = 0.2
     eps_high: float = 0.2
     beta: float = 0.0
-    agg: str = "token-mean"
+    agg: Aggregation = "token-mean"
 
     def advantages(self, rollout: Rollout) -> Tensor:
         return multi_objective_advantage(

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from ..ops import LossOutput, group_advantages, group_reduce, policy_loss
+from ..ops.policy import Aggregation
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
 
@@ -83,7 +84,7 @@ def ngrpo_loss(
     cu_seqlens: Tensor | None = None,
     eps_neg: float = 0.16,
     eps_pos: float = 0.24,
-    agg: str = "token-mean",
+    agg: Aggregation = "token-mean",
 ) -> LossOutput:
     """The asymmetrically clipped objective. An empty mask gives loss 0 and gradient 0 (the release: NaN).
 
@@ -128,7 +129,7 @@ class NGRPO(Recipe):
     singleton: Literal["raw", "zero", "calibrate"] = "raw"
     eps_neg: float = 0.16
     eps_pos: float = 0.24
-    agg: str = "token-mean"
+    agg: Aggregation = "token-mean"
 
     def advantages(self, rollout: Rollout) -> Tensor:
         return ngrpo_advantages(

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from ..ops import GroupAdvantages, LossOutput, group_advantages, policy_loss
+from ..ops.policy import Aggregation
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
 
@@ -50,7 +51,7 @@ def loss(
     cu_seqlens: Tensor | None = None,
     eps_low: float = 0.2,
     eps_high: float = 0.2,
-    agg: str = "token-mean",
+    agg: Aggregation = "token-mean",
 ) -> LossOutput:
     """The clipped objective.
 
@@ -67,7 +68,7 @@ class OPO(Recipe):
     singleton: Literal["reward", "zero"] = "reward"
     eps_low: float = 0.2
     eps_high: float = 0.2
-    agg: str = "token-mean"
+    agg: Aggregation = "token-mean"
 
     def advantages(self, rollout: Rollout) -> Tensor:
         return advantages(rollout.rewards, rollout.group, rollout.token_counts(), singleton=self.singleton).advantages

@@ -1,7 +1,8 @@
 r"""PPO: the clipped objective, with generalised advantage estimates from a critic.
 
 Schulman et al., "Proximal Policy Optimization Algorithms", arXiv:1707.06347; GAE is arXiv:1506.02438.
-Evidence: code. Formulas and defaults agree with verl's and TRL's implementations; where those differ it is said below.
+Evidence: code. The clipped loss agrees with verl's and TRL's implementations; recursion, whitening and the critic's loss
+follow verl's code. Where the two differ it is said below.
 
 The score of a completion, with a penalty per token for leaving the reference model, becomes rewards of tokens
 (:func:`token_rewards`); a critic's values V make advantages of them, which are whitened over all tokens that count:
@@ -22,7 +23,8 @@ Where a clip holds the loss the gradient is 0; at the bound it flows.
 Defaults are verl's: clip 0.2, the dual clip c = 3 always on, the log-ratio clamped to 20, the mean over tokens, gamma and
 lambda 1, :math:`\epsilon_V` 0.5, no KL in the reward. TRL: `dual_clip=None, ratio_clamp=None`, lambda 0.95,
 :math:`\epsilon_V` 0.2, beta 0.05 with k1 (or k3). The paper has no dual clip. Tokens outside the mask, such as those of a
-tool, are passed over by the recursion. A completion without tokens gets no reward. Whitening needs two tokens. """
+tool, are passed over by the recursion. A completion without tokens gets no reward. Whitening needs two tokens.
+"""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -33,9 +35,10 @@ from torch import Tensor
 from ..ops import GaeOutput, LossOutput, gae, masked_aggregate, policy_loss
 from ..ops import whiten as whitened
 from ..ops._call import choice
+from ..ops.policy import Aggregation
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
-from ._rows import last_tokens, per_token
+from ._shared import last_tokens, per_token
 
 about = About(
     name="PPO",
@@ -119,7 +122,7 @@ def loss(
     dual_clip: float | None = 3.0,
     delta: float | None = None,
     ratio_clamp: float | None = 20.0,
-    agg: str = "token-mean",
+    agg: Aggregation = "token-mean",
 ) -> LossOutput:
     """The clipped objective.
 
@@ -140,7 +143,7 @@ def value_loss(
     *,
     cu_seqlens: Tensor | None = None,
     clip: float | None = 0.5,
-    agg: str = "token-mean",
+    agg: Aggregation = "token-mean",
 ) -> LossOutput:
     """The clipped regression of the critic; gradient to `values` only.
 
@@ -181,7 +184,7 @@ class PPO(Recipe):
     dual_clip: float | None = 3.0
     ratio_clamp: float | None = 20.0
     value_clip: float | None = 0.5
-    agg: str = "token-mean"
+    agg: Aggregation = "token-mean"
 
     def estimates(self, rollout: Rollout) -> GaeOutput:
         """Advantages and returns, like the tokens."""

@@ -14,7 +14,7 @@ For a group of G completions with advantages A (ordinary ones, constant) and log
 the mean over groups of that; no ratio, no clip. Where it comes from: the optimum of the KL-regularised objective has
 :math:`r = \beta x + \beta\log Z`, and normalising both sides in the group cancels :math:`\beta` and Z. Version 2 of the
 paper has a coefficient c and no KL; the camera-ready has c = 1 and a KL, k3 per token here, the mean over tokens, then over
-rows.
+rows; a summary prints it with a minus sign inside what is minimised, here it is a penalty [inferred].
 
 .. math::
     \frac{\partial L}{\partial x_j} = -\frac{2c}{G} \frac{u_j - \mathrm{mean}(u)}{\mathrm{std}(x) + e}, \qquad u = A - c z
@@ -31,8 +31,8 @@ What to know before using it:
 - Constant rewards: A = 0. With `sigma_grad` there is no gradient but through e; without, all log-ratios are drawn to their
   mean.
 
-A group of one adds 0 but counts in the mean over groups. A completion without tokens has x = 0. Nothing is exponentiated but in
-the KL. Defaults: c 1, e 1e-6, ddof 1, beta 0; advantages with eps 1e-4.
+A group of one adds 0 but counts in the mean over groups. A completion without tokens has x = 0. Nothing is exponentiated
+but in the KL. Defaults: c 1, e 1e-6, ddof 1, beta 0; advantages with eps 1e-4.
 
 The paper's augmentation by difficulty is no loss: :func:`difficulty_shift` and :func:`augmentation` give its numbers.
 """
@@ -55,7 +55,7 @@ from ..ops import (
 )
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
-from ._rows import check_finite
+from ._shared import check_finite
 
 about = About(
     name="Reg-GRPO",
@@ -129,7 +129,7 @@ def reg_grpo_loss(
     size = sequence_sum(torch.ones_like(logp, dtype=x.dtype, requires_grad=False), mask, cu_seqlens=cu_seqlens)
     metrics = {
         "log_ratio_mean": x.detach().mean(),
-        "log_ratio_abs_max": x.detach().abs().amax(),
+        "log_ratio_abs_max": x.detach().abs().max() if len(x) else x.new_zeros(()),
         "error": square.detach().mean(),
         "kl": kl.detach(),
         "tokens": size.sum(),
@@ -184,11 +184,12 @@ class RegGRPO(Recipe):
         return reg_grpo_advantages(rollout.rewards, rollout.group, eps=self.adv_eps)
 
     def loss(self, logp: Tensor, batch: Batch, *, entropy: Tensor | None = None) -> LossOutput:
-        return reg_grpo_loss(
+        out = reg_grpo_loss(
             logp, batch.get("old_logp", logp.detach()), batch["advantages"], batch.get("mask"), batch["group"],
             cu_seqlens=batch.get("cu_seqlens"), c=self.c, eps=self.eps, sigma_grad=self.sigma_grad,
             ref_logp=batch.get("ref_logp"), beta=self.beta, length_norm=self.length_norm, row_weight=batch.get("token_weight"),
         )  # fmt: skip
+        return self.with_entropy(out, batch, entropy)
 
 
 recipe = RegGRPO()

@@ -32,6 +32,7 @@ from torch import Tensor
 from ..ops import LossOutput, discounted_returns, group_advantages, policy_loss
 from ..ops import whiten as whitened
 from ..ops._call import choice
+from ..ops.policy import Aggregation, Kl
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
 from .ppo import token_rewards
@@ -89,8 +90,8 @@ def loss(
     eps_high: float = 0.2,
     ref_logp: Tensor | None = None,
     beta: float = 0.0,
-    kl: str = "k2",
-    agg: str = "token-mean",
+    kl: Kl = "k2",
+    agg: Aggregation = "token-mean",
 ) -> LossOutput:
     """The clipped objective, plus beta times an estimate of KL(policy || reference) if asked for.
 
@@ -118,7 +119,7 @@ class ReinforcePP(Recipe):
     """None: k1 in the reward, k2 in the loss."""
     eps_low: float = 0.2
     eps_high: float = 0.2
-    agg: str = "token-mean"
+    agg: Aggregation = "token-mean"
 
     def is_plain(self) -> bool:
         return VARIANTS[choice("variant", self.variant, VARIANTS)] == "plain"

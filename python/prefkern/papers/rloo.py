@@ -19,9 +19,10 @@ A completion is one action: the ratio is that of its probabilities, the exponent
 Everything but :math:`\log\pi` is constant. On-policy the gradient is REINFORCE's, :math:`-A_i/B` for every token of row i.
 Completions without tokens count in B.
 
-Defaults are TRL's: beta 0.05, clip 0.2, no whitening (`whiten=True` whitens the advantages over the whole batch, eps 1e-4).
-verl has no KL in the reward unless it is put there, and uses its token-level loss (`level="token"`). A group of one gets 0,
-as in TRL and verl's vectorised form; `singleton="reward"` is verl's loop."""
+Defaults are TRL's but for beta, which is 0 here and 0.05 there: clip 0.2, no whitening (`whiten=True` whitens the advantages
+over the whole batch, eps 1e-4). verl has no KL in the reward unless it is put there, and uses its token-level loss
+(`level="token"`). A group of one gets 0, as in TRL and verl's vectorised form; `singleton="reward"` is verl's loop.
+"""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from ..ops import LossOutput, group_advantages, policy_loss, sequence_sum
 from ..ops._call import choice
+from ..ops.policy import Aggregation
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
 
@@ -120,15 +122,15 @@ class RLOO(Recipe):
     """Leave-one-out baseline; whole completions as actions, or tokens."""
 
     name: ClassVar[str] = "rloo"
-    beta: float = 0.05
-    """Weight of the KL in the reward; needs ref_logp unless 0."""
+    beta: float = 0.0
+    """Weight of the KL in the reward; needs old_logp and ref_logp. TRL: 0.05."""
     whiten: bool = False
     eps: float = 1e-4
     singleton: Literal["zero", "reward"] = "zero"
     level: Literal["sequence", "token"] = "sequence"
     eps_low: float = 0.2
     eps_high: float = 0.2
-    agg: str = "token-mean"
+    agg: Aggregation = "token-mean"
     """Of `level="token"`."""
 
     def advantages(self, rollout: Rollout) -> Tensor:
@@ -143,11 +145,12 @@ class RLOO(Recipe):
     def loss(self, logp: Tensor, batch: Batch, *, entropy: Tensor | None = None) -> LossOutput:
         if LEVELS[choice("level", self.level, LEVELS)] == "token":
             return super().loss(logp, batch, entropy=entropy)
-        return loss(
+        out = loss(
             logp, batch.get("old_logp", logp.detach()), batch["advantages"], batch.get("mask"),
             cu_seqlens=batch.get("cu_seqlens"), eps_low=self.eps_low, eps_high=self.eps_high,
             token_weight=batch.get("token_weight"),
         )  # fmt: skip
+        return self.with_entropy(out, batch, entropy)
 
 
 recipe = RLOO()

@@ -8,9 +8,9 @@ Evidence: code. Loss and gradient agree with TRL's and verl's `sapo`.
     \frac{\partial l}{\partial \log\pi} = -4 A\, \sigma (1 - \sigma)\, \rho
 
 with :math:`\rho = \pi/\pi_\mathrm{old}` of the token and GRPO's advantages, constant. At :math:`\rho = 1` the gradient is
-exactly -A; it falls off smoothly on both sides and never is 0 while A is not, until the sigmoid saturates (in float32 for
-ratios above some 20, in float64 some 35). Averaged over the tokens of a completion, then over completions; `agg="trl-grpo"`
-counts those without tokens, as TRL.
+exactly -A; it falls off smoothly on both sides and never is 0 while A is not, until it underflows (in float64 for ratios
+above some 35, in float32 earlier). Averaged over the tokens of a completion, then over completions; `agg="trl-grpo"` counts
+those without tokens, as TRL.
 """
 
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from ..ops import GroupAdvantages, LossOutput, group_advantages, policy_loss
+from ..ops.policy import Aggregation
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
 
@@ -49,7 +50,7 @@ def loss(
     cu_seqlens: Tensor | None = None,
     tau_pos: float = 1.0,
     tau_neg: float = 1.05,
-    agg: str = "seq-mean-token-mean",
+    agg: Aggregation = "seq-mean-token-mean",
 ) -> LossOutput:
     """The gated objective.
 
@@ -69,7 +70,7 @@ class SAPO(Recipe):
     tau_pos: float = 1.0
     tau_neg: float = 1.05
     beta: float = 0.0
-    agg: str = "seq-mean-token-mean"
+    agg: Aggregation = "seq-mean-token-mean"
 
     def advantages(self, rollout: Rollout) -> Tensor:
         return advantages(rollout.rewards, rollout.group, eps=self.eps).advantages
