@@ -347,5 +347,5 @@ def test_the_recipe_says_what_it_needs() -> None:
             recipe.prepare(make_rollout(**{key: None}))
     with pytest.raises(ValueError, match=r"recipe 'cgpo' needs rollout\.extra\['judge_pass'\]"):
         recipe.prepare(make_rollout(extra={"r_base": ZERO}))
-    with pytest.raises(ValueError, match="norm is 'mean'"):
+    with pytest.raises(ValueError, match="'norm'.* is 'mean'"):
         load_recipe("cgpo:kl_max=4,norm=mean").loss(torch.zeros(4, 3), recipe.prepare(make_rollout()))
