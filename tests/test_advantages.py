@@ -193,7 +193,8 @@ def test_tables_of_rewards(device, estimator, combine, dtype):
         lengths, weights = torch.randint(1, 9, (size,)), torch.tensor([1.0, -0.5, 3.0], dtype=F64)
         for singleton, ddof in (("zero", 1), ("reward", 0)):
             options = dict(
-                estimator=estimator, combine=combine, singleton=singleton, ddof=ddof, eps=1e-4, outputs=ALL_STATS, weights=weights,
+                estimator=estimator, combine=combine, singleton=singleton, ddof=ddof, eps=1e-4, outputs=ALL_STATS,
+                weights=weights,
             )  # fmt: skip
             out = group_advantages(rewards.to(device), group.to(device), lengths=lengths.to(device), **options)
             expected = exactly(rewards, group, lengths=lengths, **options)
@@ -211,8 +212,8 @@ def test_tables_of_rewards(device, estimator, combine, dtype):
 
 @pytest.mark.parametrize("estimator", OWN_SUMS)
 def test_estimators_with_sums_of_their_own(device, estimator):
-    for layout in LAYOUTS:
-        rewards, group = torch.randint(0, 4, (200,)).float() / 3, LAYOUTS[layout](200)
+    for layout in LAYOUTS.values():
+        rewards, group = torch.randint(0, 4, (200,)).float() / 3, layout(200)
         lengths = torch.randint(0, 9, (200,)) + (torch.arange(200) % 2)
         lengths[group == group[0]] += 1
         options = dict(estimator=estimator, eps=1e-4, singleton="reward", outputs=("max", "count"))
@@ -327,8 +328,8 @@ def test_virtual_samples_are_samples(values, count, estimator):
 
 
 def test_virtual_samples_in_every_walk(device):
-    for layout in LAYOUTS:
-        rewards, group = torch.randn(300), LAYOUTS[layout](300)
+    for layout in LAYOUTS.values():
+        rewards, group = torch.randn(300), layout(300)
         for singleton in ("zero", "reward", "calibrate"):
             options = dict(virtual_value=2.0, virtual_count=3, singleton=singleton, outputs=ALL_STATS)
             out = group_advantages(rewards.to(device), group.to(device), **options)
@@ -574,14 +575,14 @@ BAD = {
     "eps tensor": (dict(eps=torch.ones(())), TypeError, r"eps is tensor"),
     "ddof": (dict(ddof=2), ValueError, r"ddof is 2; accepted: 0, 1"),
     "ddof float": (dict(ddof=1.0), TypeError, r"ddof is 1.0; an integer"),
-    "weights length": (dict(rewards=T, weights=[1.0]), ValueError, r"weights has shape \[1\]; rewards has shape \[4, 2\], so \[2\]"),
+    "weights length": (dict(rewards=T, weights=[1.0]), ValueError, r"weights has shape \[1\]; .*\[4, 2\], so \[2\]"),
     "weights of one": (dict(weights=(1, 2)), ValueError, r"weights has shape \[2\]; rewards has shape \[4\], so \[1\]"),
     "weights nan": (dict(rewards=T, weights=[1.0, NAN]), ValueError, r"weights\[1\] is nan; every weight must be finite"),
     "weights string": (dict(rewards=T, weights="11"), TypeError, r"weights is '11'; a sequence of numbers"),
     "weights number": (dict(rewards=T, weights=2.0), TypeError, r"weights is 2.0; a sequence of numbers"),
     "weights of strings": (dict(rewards=T, weights=[1.0, "a"]), TypeError, r"weights\[1\] is 'a'; a number"),
     "weights 2-d": (dict(rewards=T, weights=torch.ones(1, 2)), ValueError, r"weights has shape \[1, 2\]"),
-    "weights int": (dict(rewards=T, weights=torch.ones(2).int()), TypeError, r"weights has dtype Int; accepted: float32|weights has dtype Int"),
+    "weights int": (dict(rewards=T, weights=torch.ones(2).int()), TypeError, r"weights has dtype Int.*float32"),
     "combine": (dict(combine="sum"), ValueError, r"combine is 'sum'; accepted: 'sum_then_normalize', 'normalize_then_sum'"),
     "nan": (dict(nan="drop"), ValueError, r"nan is 'drop'; accepted: 'error', 'zero', 'ignore'"),
     "lengths list": (dict(lengths=[1] * 4), TypeError, r"lengths is a list; a torch\.Tensor"),
@@ -592,7 +593,7 @@ BAD = {
     "opo without lengths": (dict(estimator="opo"), ValueError, r"lengths is None; estimator 'opo' and batch 'token' need it"),
     "opo without tokens": (dict(estimator="opo", lengths=N * 0), ValueError, r"lengths of the group of row 0 add up to 0"),
     "tokens without lengths": (dict(batch="token"), ValueError, r"lengths is None"),
-    "one token": (dict(batch="token", lengths=torch.tensor([0, 0, 1, 0])), ValueError, r"lengths add up to 1; .*at least 2 tokens"),
+    "one token": (dict(batch="token", lengths=torch.tensor([0, 0, 1, 0])), ValueError, r"lengths add up to 1; .*least 2 tokens"),
     "virtual value": (dict(virtual_value=INF, virtual_count=1), ValueError, r"virtual_value is inf; it must be finite"),
     "virtual value string": (dict(virtual_value="1"), TypeError, r"virtual_value is '1'; a number"),
     "virtual count": (dict(virtual_count=-1), ValueError, r"virtual_count is -1; it must not be negative"),
@@ -646,7 +647,8 @@ def test_a_reward_of_a_table_is_named_by_row_and_column(bad):
 def test_they_are_exported():
     assert prefkern.group_advantages is group_advantages
     names = {
-        "batch_moments", "batch_normalize", "group_advantages", "merge_moments", "pair_masked_advantages", "question_weights", "whiten",
+        "batch_moments", "batch_normalize", "group_advantages", "merge_moments", "pair_masked_advantages", "question_weights",
+        "whiten",
     }  # fmt: skip
     assert names <= set(prefkern.__all__)
     assert names <= set(reference.__all__)

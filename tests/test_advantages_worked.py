@@ -37,7 +37,8 @@ BASELINES = {
     ),
     "gpg": (dict(estimator="dr_grpo", batch="nonzero"), [1.2, *[-0.4] * 3, 0.2, 0.2, -0.6, 0.2], 1e-15),
     "scaled by the batch": (
-        dict(eps=1e-4, batch="std"), [1.5132695444, *[-0.5044231815] * 3, *[0.2522115907] * 2, -0.7566347722, 0.2522115907], 6e-11,
+        dict(eps=1e-4, batch="std"),
+        [1.5132695444, *[-0.5044231815] * 3, *[0.2522115907] * 2, -0.7566347722, 0.2522115907], 6e-11,
     ),
     "reinforce++ baseline": (
         dict(estimator="dr_grpo", batch="token", lengths=LENGTHS),

@@ -277,6 +277,75 @@ def test_structs_start_empty():
     _C.cpu_fold_logits(_C.FoldArgs())  # no rows, nothing to do
 
 
+@pytest.mark.parametrize("name", ["float32", "float64"])
+@pytest.mark.parametrize("ids", ["ascending", "mixed"])
+@pytest.mark.parametrize("size", [8, 4, 16, 5])
+def test_group_advantages_of_raw_pointers(name, ids, size):
+    """The walk over adjacent groups several at a time, the one over scattered ids, and the one for any rule."""
+    suffix, real = ("64", torch.float64) if name == "float64" else ("", torch.float32)
+    rows = 61 * size
+    rewards, group = torch.randn(rows, dtype=real), torch.arange(rows) // size
+    group = group if ids == "ascending" else group[torch.randperm(rows)]
+    results = {}
+    for estimator in ("grpo", "mad"):
+        out = {field: torch.full((rows,), torch.nan, dtype=real) for field in ("advantages", "mean", "std")}
+        sizes, a = torch.zeros(rows, dtype=torch.int64), getattr(_C, "GroupArgs" + suffix)()
+        a.rule.estimator, a.count = getattr(_C.AdvantageEstimator, estimator), rows
+        a.rewards, a.group, a.advantages = address(rewards), address(group), address(out["advantages"])
+        fault = getattr(_C, "cpu_group_advantages" + suffix)(a)
+        assert (fault.kind, fault.at) == (_C.GroupFaultKind.none, -1)
+        alone = out["advantages"].clone()
+        a.mean, a.std, a.sizes = address(out["mean"]), address(out["std"]), address(sizes)
+        getattr(_C, "cpu_group_advantages" + suffix)(a)
+        assert torch.equal(alone, out["advantages"])
+        results[estimator] = reference.group_advantages(
+            rewards.double(), group, estimator=estimator, outputs=("mean", "std", "count")
+        )
+        for field, tensor in out.items():
+            torch.testing.assert_close(tensor.double(), getattr(results[estimator], field), rtol=2e-7, atol=tolerance(name))
+        assert torch.equal(sizes, results[estimator].count)
+    rewards[size + 1] = torch.inf
+    assert getattr(_C, "cpu_group_advantages" + suffix)(a).at == size + 1
+
+
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_moments_of_raw_pointers(name):
+    suffix, real = ("64", torch.float64) if name == "float64" else ("", torch.float32)
+    values, three, out = torch.randn(20_000, dtype=real), torch.empty(3, dtype=torch.float64), torch.empty(20_000, dtype=real)
+    a = getattr(_C, "MomentsArgs" + suffix)()
+    a.count, a.values, a.moments = 20_000, address(values), address(three)
+    getattr(_C, "cpu_batch_moments" + suffix)(a)
+    torch.testing.assert_close(three, reference.batch_moments(values), rtol=1e-11, atol=1e-12)
+    n = getattr(_C, "NormalizeArgs" + suffix)()
+    n.count, n.values, n.moments, n.out = 20_000, address(values), address(three), address(out)
+    n.mode, n.eps = _C.MomentsMode.token, 1e-8
+    getattr(_C, "cpu_batch_normalize" + suffix)(n)
+    torch.testing.assert_close(out, reference.whiten(values), rtol=1e-6, atol=tolerance(name))
+
+
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_questions_and_pairs_of_raw_pointers(name):
+    suffix, real = ("64", torch.float64) if name == "float64" else ("", torch.float32)
+    rewards, scores, group = torch.randint(0, 3, (90,)).to(real), torch.rand(90, dtype=real), torch.arange(90) % 11
+    weights, scale, valid = torch.empty(90, dtype=real), torch.empty(1, dtype=real), torch.empty(90, dtype=torch.bool)
+    q = getattr(_C, "QuestionArgs" + suffix)()
+    q.count, q.rewards, q.main, q.group = 90, address(rewards), address(rewards), address(group)
+    q.weights, q.scale, q.valid = address(weights), address(scale), address(valid)
+    assert getattr(_C, "cpu_question_weights" + suffix)(q)
+    expected = reference.question_weights(rewards.double(), group)
+    torch.testing.assert_close(weights.double(), expected.weights, rtol=2e-7, atol=0)
+    assert torch.equal(valid, expected.valid)
+    out, values = torch.empty(90, dtype=real), torch.empty(90, dtype=torch.float64)
+    kept, masked = torch.empty(90, dtype=torch.bool), torch.empty(90, dtype=torch.int64)
+    p = getattr(_C, "PairArgs" + suffix)()
+    p.count, p.rewards, p.scores, p.group, p.values = 90, address(rewards), address(scores), address(group), address(values)
+    p.advantages, p.kept, p.masked, p.mode = address(out), address(kept), address(masked), _C.PairMode.abs
+    getattr(_C, "cpu_masked_pairs" + suffix)(p)
+    pairs = reference.pair_masked_advantages(rewards.double(), scores.double(), group, mode="abs")
+    torch.testing.assert_close(out.double(), pairs.advantages, rtol=2e-7, atol=tolerance(name))
+    assert torch.equal(masked, pairs.masked_pairs)
+
+
 def test_a_wrong_struct_is_a_type_error():
     with pytest.raises(TypeError, match="cpu_fold_logits"):
         _C.cpu_fold_logits(_C.GradArgs())

@@ -22,9 +22,6 @@ inline namespace PK_ISA {
 namespace {
 
 // ---- vectors of double ----------------------------------------------------------------------------------------------
-constexpr int kWide = kLanes / 2;
-typedef double VecD __attribute__((vector_size(kWide * 8)));
-
 PK_HD VecD splat_wide(double x) { return x - VecD{}; }
 
 // Loads and stores of the first n lanes, 0 < n <= kWide; lanes that are not loaded are 0.
@@ -175,42 +172,48 @@ PK_HD void finish(const AdvantageRule& rule, Batch& b, int64_t from, int64_t gro
   else each([](const AdvantageRule& r, double n, double m, double q) { return group_moments(r, n, m, q); });
 }
 
-// As many runs of N rewards as a vector has lanes, with the sums and the formula of solve<N>.
+// Runs of N rewards one after another, by as many as a vector has lanes, with the sums and the formula of solve<N>. One
+// step for all runs before the next: the latencies of a run's sums, root and divisions then overlap with those of others.
 constexpr bool side_by_side(int n) { return n > 0 && n % kWide == 0 && n <= 16; }
-template <int N> PK_HD bool solve_side_by_side(const GroupArgs<float>& a, int64_t first) {
+template <int N> bool solve_side_by_side(const GroupArgs<float>& a, int64_t first, int64_t groups) {
   constexpr int parts = N / kWide;
-  VecD x[kWide][parts], sums[kWide];
-  alignas(64) double mean[kWide], squares[kWide], center[kWide], scale[kWide];
-  for (int j = 0; j < kWide; j++) {
-    sums[j] = VecD{};
-    for (int p = 0; p < parts; p++) {
-      x[j][p] = load_wide(a.rewards + first + j * N + p * kWide, kWide);
-      sums[j] += x[j][p];
+  const VecD n = splat_wide(N);
+  const float* r = a.rewards + first;
+  float* out = a.advantages + first;
+  alignas(64) double mean[kBatch], squares[kBatch], center[kBatch], scale[kBatch];
+  const auto each_sum = [&](int64_t k, auto&& value) {
+    VecD sums[kWide];
+    for (int j = 0; j < kWide; j++) {
+      sums[j] = VecD{};
+      for (int p = 0; p < parts; p++) value(sums[j], k + j, load_wide(r + (k + j) * N + p * kWide, kWide));
     }
+    return sum_each(sums);
+  };
+  VecD check = {};
+  for (int64_t k = 0; k < groups; k += kWide) {
+    const VecD m = group_mean(each_sum(k, [](VecD& sum, int64_t, VecD x) { sum += x; }), n);
+    __builtin_memcpy(mean + k, &m, sizeof m);
+    check += 0.0 * m;
   }
-  const VecD total = sum_each(sums);
-  __builtin_memcpy(mean, &total, sizeof mean);
-  for (int j = 0; j < kWide; j++) mean[j] = group_mean(mean[j], double(N));
-  for (int j = 0; j < kWide; j++) {
-    sums[j] = VecD{};
-    for (int p = 0; p < parts; p++) {
-      const VecD d = x[j][p] - mean[j];
-      sums[j] += d * d;
-    }
+  for (int64_t k = 0; k < groups; k += kWide) {
+    const VecD q = each_sum(k, [&](VecD& sum, int64_t j, VecD x) {
+      const VecD d = x - mean[j];
+      sum += d * d;
+    });
+    __builtin_memcpy(squares + k, &q, sizeof q);
   }
-  const VecD total_squares = sum_each(sums);
-  __builtin_memcpy(squares, &total_squares, sizeof squares);
-  double check = 0;
-  for (int j = 0; j < kWide; j++) {
-    const GroupMoments g = group_moments(a.rule, double(N), mean[j], squares[j]);
-    center[j] = g.center;
-    scale[j] = g.scale;
-    check += 0.0 * mean[j];
+  for (int64_t k = 0; k < groups; k += kWide) {
+    VecD m, q;
+    __builtin_memcpy(&m, mean + k, sizeof m);
+    __builtin_memcpy(&q, squares + k, sizeof q);
+    const MomentsOf<VecD> g = group_moments(a.rule, n, m, q);
+    __builtin_memcpy(center + k, &g.center, sizeof g.center);
+    __builtin_memcpy(scale + k, &g.scale, sizeof g.scale);
   }
-  for (int j = 0; j < kWide; j++)
+  for (int64_t j = 0; j < groups; j++)
     for (int p = 0; p < parts; p++)
-      store_wide(a.advantages + first + j * N + p * kWide, (x[j][p] - center[j]) * scale[j], kWide);
-  return check == 0;
+      store_wide(out + j * N + p * kWide, (load_wide(r + j * N + p * kWide, kWide) - center[j]) * scale[j], kWide);
+  return sum_lanes(check) == 0;
 }
 
 // From the boundaries of k runs to their results. N: the length of all of them, known when compiling; 0: any lengths.
@@ -219,7 +222,7 @@ template <int N, class S> bool solve(const GroupArgs<S>& a, Batch& b, int64_t k)
   bool finite = true;
   if constexpr (sizeof(S) == 4 && side_by_side(N)) {
     if (!a.mean && !a.std && !a.sizes && a.rule.virtual_count == 0)
-      for (; from + kWide <= k; from += kWide) finite &= solve_side_by_side<N>(a, b.first[from]);
+      finite = solve_side_by_side<N>(a, b.first[0], from = k / kWide * kWide);
   }
   const auto run = [&](int64_t j) { return a.rewards + b.first[j]; };
   const auto size = [&](int64_t j) { return N > 0 ? int64_t(N) : b.first[j + 1] - b.first[j]; };
@@ -375,7 +378,7 @@ template <class S> bool scattered(const GroupArgs<S>& a) {
     g.center += a.rewards[i];
     g.size++;
   }
-  for (int64_t k = 0; k < groups; k++) group[k].center = group_mean(group[k].center, group[k].size);
+  for (int64_t k = 0; k < groups; k++) group[k].center = group_mean(group[k].center, double(group[k].size));
   if (sizeof(S) == 8) {
     for (int64_t i = 0; i < count; i++) group[slot[i]].scale += a.rewards[i] - group[slot[i]].center;
     for (int64_t k = 0; k < groups; k++) {

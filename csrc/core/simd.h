@@ -23,6 +23,8 @@ typedef float VecF __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t HalfBits __attribute__((vector_size(kLanes * 2)));
+constexpr int kWide = kLanes / 2;
+typedef double VecD __attribute__((vector_size(kWide * 8)));
 
 struct bf16_t {
   uint16_t bits;
@@ -301,6 +303,15 @@ PK_HD double vlog2(double x) { return __builtin_log2(x); }
 PK_HD double vlog(double x) { return __builtin_log(x); }
 PK_HD double vlog1p(double x) { return __builtin_log1p(x); }
 PK_HD double vsqrt(double x) { return __builtin_sqrt(x); }
+PK_HD VecD vsqrt(VecD x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecD>(_mm512_sqrt_pd(reinterpret_cast<__m512d>(x)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<VecD>(_mm256_sqrt_pd(reinterpret_cast<__m256d>(x)));
+#else
+  return VecD{vsqrt(x[0]), vsqrt(x[1])};
+#endif
+}
 
 // ---- across lanes, always in the same order -------------------------------------------------------------------------
 PK_HD float reduce_add(VecF v) {

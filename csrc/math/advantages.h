@@ -37,30 +37,36 @@ inline namespace PK_ISA {
 
 constexpr double kInfinity = __builtin_huge_val();
 
-// A group's statistics, and its advantages as (r - center) * scale.
-struct GroupMoments {
-  double mean, std, center, scale;
+// A group's statistics, and its advantages as (r - center) * scale. V: double, or a vector with a group in each lane.
+template <class V> struct MomentsOf {
+  V mean, std, center, scale;
 };
+using GroupMoments = MomentsOf<double>;
 
 // NaN when the sum is infinite: no plausible number comes of an infinite reward.
-PK_HD double group_mean(double sum, double n) { return sum / n + 0.0 * sum; }
+template <class V> PK_HD V group_mean(V sum, V n) { return sum / n + 0.0 * sum; }
 
 // Second step of the mean, for rewards whose sum rounds: the deviations from `mean` are small, and exact where they cancel.
 PK_HD double refine_mean(double mean, double sum_of_deviations, double n) { return mean + sum_of_deviations / n; }
 
 // max(n - ddof, 1)
-PK_HD double freedom(double n, double ddof) { return n - ddof > 1 ? n - ddof : 1.0; }
+template <class V> PK_HD V freedom(V n, double ddof) {
+  const V free = n - ddof, one = V{} + 1.0;
+  return free > 1.0 ? free : one;
+}
 
 // grpo, dr_grpo and rloo without virtual samples. n as a number. No branches: over an array of groups this becomes vector
 // code.
-PK_HD GroupMoments group_moments(const AdvantageRule& rule, double n, double mean, double sum_sq_deviations) {
+template <class V> PK_HD MomentsOf<V> group_moments(const AdvantageRule& rule, V n, V mean, V sum_sq_deviations) {
   const bool grpo = rule.estimator == AdvantageEstimator::grpo, rloo = rule.estimator == AdvantageEstimator::rloo;
-  const bool reward = (n == 1) & (rule.singleton == SingletonRule::reward);
-  const double std = vsqrt(sum_sq_deviations / freedom(n, rule.ddof));
-  const double divisor = grpo ? (reward ? 1.0 : std) + rule.eps : rloo ? freedom(n, 1) : 1.0;
-  const double scale = (rloo ? n : 1.0) / divisor;
-  const bool equal = (sum_sq_deviations == 0) & !reward;
-  return {mean, std, reward ? 0.0 * mean : mean, equal ? 0.0 : scale};  // eps may be 0; NaN stays NaN
+  const bool keep = rule.singleton == SingletonRule::reward;  // what a group of one gets
+  const V zero = V{}, one = V{} + 1.0, no_mean = 0.0 * mean;  // NaN stays NaN
+  const V std = vsqrt(sum_sq_deviations * (1.0 / freedom(n, rule.ddof))), own_std = n == 1.0 ? one : std;
+  const V divisor = grpo ? (keep ? own_std : std) + rule.eps : rloo ? freedom(n, 1) : one;
+  const V scale = (rloo ? n : one) / divisor;
+  const V spread = sum_sq_deviations == 0.0 ? zero : scale;  // eps may be 0
+  const V kept_center = n == 1.0 ? no_mean : mean, kept_scale = n == 1.0 ? scale : spread;
+  return {mean, std, keep ? kept_center : mean, keep ? kept_scale : spread};
 }
 
 // grpo and dr_grpo with virtual samples.

@@ -57,8 +57,8 @@ def group_advantages(
     - ``"rloo"``: :math:`r` minus the mean of the other n - 1, which is :math:`n / (n - 1) \cdot (r - m)`
     - ``"opo"``: :math:`r - \sum l r / \sum l`, l the lengths
     - ``"mad"``: :math:`n (r - m) / (\sum |r - m| + \epsilon)`
-    - ``"pass_at_k"``: the best sample, the first of equals, gets :math:`(r - r_\mathrm{second}) / (s + \epsilon)`, the others 0;
-      ``"pass_at_k_no_std"`` does not divide
+    - ``"pass_at_k"``: the best sample, the first of equals, gets :math:`(r - r_\mathrm{second}) / (s + \epsilon)`, the others
+      0; ``"pass_at_k_no_std"`` does not divide
 
     Args:
         rewards: ``[B]``, or ``[B, K]`` for K <= 64 rewards per sample; float32, bfloat16 or float16 (float64 on the CPU).
@@ -84,8 +84,8 @@ def group_advantages(
             tokens, see :func:`whiten`; a group of equal rewards then gets the negative mean, not 0. ``"nonzero"`` (GPG): times
             B over the number of rewards that are not 0. ``"std"`` and ``"nonzero"`` need one reward per sample.
         batch_eps: :math:`\epsilon_B`; None: ``eps`` for ``"std"`` and ``"seq"``, 1e-8, inside the root, for ``"token"``.
-        outputs: any of ``"mean"``, ``"std"``, ``"count"``, ``"min"`` and ``"max"``, the statistics of a row's group. What is not
-            named is not computed.
+        outputs: any of ``"mean"``, ``"std"``, ``"count"``, ``"min"`` and ``"max"``, the statistics of a row's group. What is
+            not named is not computed.
 
     Returns:
         GroupAdvantages(advantages ``[B]``, mean, std, count, min, max). Statistics are None where not asked for; ``[B]``, of
@@ -209,13 +209,13 @@ def pair_masked_advantages(
         tau: any number; ``-inf`` masks nothing in mode ``"gap"``.
         eps: :math:`\epsilon \ge 0`.
         ddof: 0 or 1, of :math:`\sigma`.
-        sigma: the standard deviation of ``"all"`` rewards of the group, or of those of samples with k = 1: ``"kept"``; 1 if they
-            are fewer than two.
+        sigma: the standard deviation of ``"all"`` rewards of the group, or of those of samples with k = 1: ``"kept"``; 1 if
+            they are fewer than two.
         renormalise: times B over the number of samples that are not masked out, for losses that divide by all of them.
             Masked out is who has partners of another reward, none of which counts.
 
     Returns:
-        PairMaskedAdvantages(advantages ``[B]``, kept bool ``[B]``: k, masked_pairs int64 ``[B]``: how many pairs a sample lost).
+        PairMaskedAdvantages(advantages ``[B]``, kept bool ``[B]``: k, masked_pairs int64 ``[B]``: how many a sample lost).
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what is accepted. A reward or score that is not finite is
@@ -246,8 +246,8 @@ def batch_moments(values: Tensor, weights: Tensor | None = None) -> Tensor:
             the value is not looked at. None: everything counts once.
 
     Returns:
-        float64 ``[3]``: :math:`n = \sum w`, :math:`\mu = \sum w v / n`, :math:`M_2 = \sum w (v - \mu)^2`, in two passes; zeros if n
-        is 0. Where the batch is spread over ranks, each calls this, gathers what the others have, and takes
+        float64 ``[3]``: :math:`n = \sum w`, :math:`\mu = \sum w v / n`, :math:`M_2 = \sum w (v - \mu)^2`, in two passes; zeros
+        if n is 0. Where the batch is spread over ranks, each calls this, gathers what the others have, and takes
         :func:`merge_moments` of it.
 
     Raises:
@@ -275,8 +275,8 @@ def batch_normalize(
     r"""Values normalised by moments (n, mean, M2), which may be those of a larger batch.
 
     - ``"seq"``: :math:`(v - \mu) / (s + \epsilon)` with :math:`s = \sqrt{M_2 / (n - 1)}`, 0 for n < 2
-    - ``"token"`` (verl's whitening): :math:`(v - \mu') / \sqrt{\sigma^2 + \epsilon}` with :math:`\mu' = n \mu / (n + 10^{-8})` and
-      :math:`\sigma^2 = \frac{\sum (v - \mu')^2}{n + 10^{-8}} \frac{n}{n - 1}`
+    - ``"token"`` (verl's whitening): :math:`(v - \mu') / \sqrt{\sigma^2 + \epsilon}` with
+      :math:`\mu' = n \mu / (n + 10^{-8})` and :math:`\sigma^2 = \frac{\sum (v - \mu')^2}{n + 10^{-8}} \frac{n}{n - 1}`
 
     Args:
         values: any shape; float32, bfloat16 or float16 (float64 on the CPU).

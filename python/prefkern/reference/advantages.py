@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -58,7 +59,8 @@ def group_advantages(
             and is left out of the batch stage.
         lengths: int [B], token counts: for opo, and for batch="token".
         virtual_value, virtual_count: for grpo and dr_grpo, that many samples of that reward join each group's m and s:
-            with d = value - m, m' = m + d count / (G + count) and s' = sqrt((M2 + d^2 G count / (G + count)) / (G + count - ddof)).
+            with d = value - m and M2 the sum of squares about m, m' = m + d count / (G + count) and
+            s' = sqrt((M2 + d^2 G count / (G + count)) / (G + count - ddof)).
         batch: what follows, over the advantages a of all B samples:
             std      (r - m) / (std_B(r) + batch_eps), instead of the group's own s; for grpo and dr_grpo
             seq      (a - mean_B) / (std_B + batch_eps)
@@ -71,32 +73,7 @@ def group_advantages(
     A group whose rewards are all equal (after the combination) has exactly this mean, standard deviation 0 and, without
     virtual samples, advantages 0, whatever rounding would have made of it. Rewards are constants: no gradient.
     """
-    for name, value, accepted in (
-        ("estimator", estimator, ESTIMATORS),
-        ("singleton", singleton, SINGLETONS),
-        ("combine", combine, COMBINES),
-        ("nan", nan, NAN_RULES),
-        ("batch", batch, BATCHES),
-        ("ddof", ddof, (0, 1)),
-    ):
-        if value not in accepted:
-            raise ValueError(f"{name}: got {value!r}, accepted are {list(accepted)}")
-    for value in outputs:
-        if value not in STATISTICS:
-            raise ValueError(f"outputs: got {value!r}, accepted are {list(STATISTICS)}")
-    if not eps >= 0 or (batch_eps is not None and not batch_eps >= 0):
-        raise ValueError(f"eps, batch_eps: got {eps}, {batch_eps}, must not be negative")
-    if virtual_count < 0 or (virtual_count > 0 and estimator not in ("grpo", "dr_grpo")):
-        raise ValueError(f"virtual_count: got {virtual_count}, must not be negative, and 0 for {estimator!r}")
-    if batch == "std" and estimator not in ("grpo", "dr_grpo"):
-        raise ValueError(f"batch: got 'std' with {estimator!r}, accepted with 'grpo' and 'dr_grpo'")
-    if batch in ("std", "nonzero") and combine == "normalize_then_sum":
-        raise ValueError(f"batch: got {batch!r} with 'normalize_then_sum', accepted with 'sum_then_normalize'")
-    if batch_eps is not None and batch in ("none", "nonzero"):
-        raise ValueError(f"batch_eps: got {batch_eps} with batch {batch!r}, which has none")
-    if lengths is None and (estimator == "opo" or batch == "token"):
-        raise ValueError("lengths: needed by estimator 'opo' and batch 'token'")
-
+    _check_options(estimator, eps, ddof, singleton, combine, nan, lengths, virtual_count, batch, batch_eps, outputs)
     r = _widened(rewards)
     table = r if r.dim() == 2 else r[:, None]
     _check_rewards(table, nan)
@@ -133,6 +110,37 @@ def group_advantages(
         return values if combine == "normalize_then_sum" and r.dim() == 2 else values[:, 0]
 
     return GroupAdvantages(advantages, *(statistic(name) for name in STATISTICS))
+
+
+def _check_options(
+    estimator: str, eps: float, ddof: int, singleton: str, combine: str, nan: str, lengths: Tensor | None, virtual_count: int,
+    batch: str, batch_eps: float | None, outputs: Sequence[str],
+) -> None:  # fmt: skip
+    for name, value, accepted in (
+        ("estimator", estimator, ESTIMATORS),
+        ("singleton", singleton, SINGLETONS),
+        ("combine", combine, COMBINES),
+        ("nan", nan, NAN_RULES),
+        ("batch", batch, BATCHES),
+        ("ddof", ddof, (0, 1)),
+    ):
+        if value not in accepted:
+            raise ValueError(f"{name}: got {value!r}, accepted are {list(accepted)}")
+    for value in outputs:
+        if value not in STATISTICS:
+            raise ValueError(f"outputs: got {value!r}, accepted are {list(STATISTICS)}")
+    if not eps >= 0 or (batch_eps is not None and not batch_eps >= 0):
+        raise ValueError(f"eps, batch_eps: got {eps}, {batch_eps}, must not be negative")
+    if virtual_count < 0 or (virtual_count > 0 and estimator not in ("grpo", "dr_grpo")):
+        raise ValueError(f"virtual_count: got {virtual_count}, must not be negative, and 0 for {estimator!r}")
+    if batch == "std" and estimator not in ("grpo", "dr_grpo"):
+        raise ValueError(f"batch: got 'std' with {estimator!r}, accepted with 'grpo' and 'dr_grpo'")
+    if batch in ("std", "nonzero") and combine == "normalize_then_sum":
+        raise ValueError(f"batch: got {batch!r} with 'normalize_then_sum', accepted with 'sum_then_normalize'")
+    if batch_eps is not None and batch in ("none", "nonzero"):
+        raise ValueError(f"batch_eps: got {batch_eps} with batch {batch!r}, which has none")
+    if lengths is None and (estimator == "opo" or batch == "token"):
+        raise ValueError("lengths: needed by estimator 'opo' and batch 'token'")
 
 
 class _Groups:
@@ -311,7 +319,7 @@ def pair_masked_advantages(
     ):
         if value not in accepted:
             raise ValueError(f"{name}: got {value!r}, accepted are {list(accepted)}")
-    if tau != tau or not eps >= 0:
+    if math.isnan(tau) or not eps >= 0:
         raise ValueError(f"tau, eps: got {tau}, {eps}, must be a number and not negative")
     r, q = _widened(rewards), _widened(scores)
     _check_rewards(r[:, None], "error")
