@@ -317,6 +317,11 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const PolicyGradArgs
     a.grad[i] = policy_grad(a.unnormalised[i], upstream, inverse_norm);
 }
 
+template <PolicyKind KIND> void launch(const PolicyArgs<float>& a, dim3 grid, cudaStream_t s) {
+  if constexpr (ratio_of_sequence(KIND)) PK_LAUNCH(row_kernel<KIND>, grid, dim3(kThreads), s, a);
+  PK_LAUNCH((policy_kernel<KIND, Penalty::any, true>), grid, dim3(kThreads), s, a);
+}
+
 }  // namespace
 
 int cuda_policy_loss(const PolicyArgs<float>& a, void* stream) {
@@ -329,20 +334,14 @@ int cuda_policy_loss(const PolicyArgs<float>& a, void* stream) {
     return static_cast<int>(cudaGetLastError());
   }
   switch (a.options.kind) {
-#define PK_KIND(KIND)                                                                                              \
-  case PolicyKind::KIND:                                                                                           \
-    if constexpr (ratio_of_sequence(PolicyKind::KIND)) PK_LAUNCH(row_kernel<PolicyKind::KIND>, grid, block, s, a); \
-    PK_LAUNCH((policy_kernel<PolicyKind::KIND, Penalty::any, true>), grid, block, s, a);                           \
-    break;
-    PK_KIND(clip)
-    PK_KIND(cispo)
-    PK_KIND(reinforce)
-    PK_KIND(sapo)
-    PK_KIND(gspo)
-    PK_KIND(gspo_token)
-    PK_KIND(gmpo)
-    PK_KIND(none)
-#undef PK_KIND
+    case PolicyKind::clip: launch<PolicyKind::clip>(a, grid, s); break;
+    case PolicyKind::cispo: launch<PolicyKind::cispo>(a, grid, s); break;
+    case PolicyKind::reinforce: launch<PolicyKind::reinforce>(a, grid, s); break;
+    case PolicyKind::sapo: launch<PolicyKind::sapo>(a, grid, s); break;
+    case PolicyKind::gspo: launch<PolicyKind::gspo>(a, grid, s); break;
+    case PolicyKind::gspo_token: launch<PolicyKind::gspo_token>(a, grid, s); break;
+    case PolicyKind::gmpo: launch<PolicyKind::gmpo>(a, grid, s); break;
+    case PolicyKind::none: launch<PolicyKind::none>(a, grid, s); break;
     default: return static_cast<int>(cudaErrorInvalidValue);
   }
   return static_cast<int>(cudaGetLastError());
