@@ -12,91 +12,32 @@ from torch.library import opcheck
 from torch.testing import assert_close
 
 import prefkern
+from policy_helpers import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    INF,
+    NAN,
+    boundaries,
+    close,
+    compare,
+    f64,
+    make,
+    names,
+    only_cuda,
+    per_token,
+    value_and_gradient,
+)  # fmt: skip
 from prefkern import policy_loss, reference
 
-F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-AGGREGATIONS = ("token-mean", "seq-mean-token-mean")
-NAN, INF = math.nan, math.inf
+AGGREGATIONS = ("token-mean", "seq-mean-token-mean")  # the others: tests/test_policy_kinds.py
 OPS = torch.ops.prefkern
 
-only_cuda = pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
 each_agg = pytest.mark.parametrize("agg", AGGREGATIONS)
 
 
-def names(value):
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
-
-
-def f64(*values):
-    return torch.tensor(values, dtype=F64)
-
-
-def close(actual, expected, tolerance=1e-9):
-    assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=0, atol=tolerance)
-
-
-def value_and_gradient(logp, *args, upstream=1.0, function=policy_loss, **options):
-    leaf = logp.detach().clone().requires_grad_()
-    out = function(leaf, *args, **options)
-    (gradient,) = torch.autograd.grad(out.loss * upstream, leaf)
-    return out, gradient
-
-
-def make(shape=(5, 37), dtype=F32, device="cpu", spread=0.4, per_token=False):
-    """logp, old_logp, ref_logp, advantages; about a third of the ratios are outside of [0.8, 1.2]."""
-    logp = -3 * torch.rand(shape, dtype=F64)
-    old, ref = (logp + spread * torch.randn(shape, dtype=F64) for _ in range(2))
-    advantages = torch.randn(shape if per_token else shape[:1], dtype=F64)
-    return [t.to(dtype).to(device) for t in (logp, old, ref, advantages)]
-
-
-def boundaries(lengths, device="cpu"):
-    return torch.tensor([0, *torch.as_tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
-
-
-def exactly(logp, old, advantages, mask=None, cu_seqlens=None, ref_logp=None, **options):
-    """The definition, on the same numbers, in float64 on the CPU: LossOutput, gradient."""
-    wide = [None if t is None else t.detach().cpu().double() for t in (logp, old, advantages, ref_logp)]
-    mask, cu_seqlens = (None if t is None else t.cpu() for t in (mask, cu_seqlens))
-    return value_and_gradient(
-        *wide[:3], mask, cu_seqlens=cu_seqlens, ref_logp=wide[3], function=reference.policy_loss, **options
-    )
-
-
-def compare(logp, old, advantages, mask=None, *, tolerance=None, **options):
-    """Ours against the definition, gradient of 3 times the loss included."""
-    out, gradient = value_and_gradient(logp, old, advantages, mask, **options)
-    expected, expected_gradient = exactly(logp, old, advantages, mask, upstream=3.0, **options)
-    _, gradient = value_and_gradient(logp, old, advantages, mask, upstream=3.0, **options)
-    tolerance = tolerance or (1e-12 if logp.dtype == F64 else 2e-6)
-    close_to(out.loss, expected.loss, tolerance)
-    assert list(out.metrics) == list(expected.metrics)
-    for name, metric in out.metrics.items():
-        assert metric.shape == () and metric.dtype == out.loss.dtype and not metric.requires_grad, name
-        assert_close(metric.cpu().double(), expected.metrics[name].double(), rtol=tolerance, atol=tolerance, msg=name)
-    assert gradient.shape == logp.shape and gradient.dtype == logp.dtype
-    if logp.dtype in (F32, F64):
-        largest = expected_gradient.abs().max().item() if logp.numel() else 0.0
-        assert_close(gradient.cpu().double(), expected_gradient, rtol=tolerance, atol=tolerance * largest)
-    else:
-        assert_close(gradient.cpu(), expected_gradient.to(logp.dtype), rtol=2**-7, atol=1e-6)
-    return out, gradient
-
-
-def close_to(actual, expected, tolerance):
-    assert_close(actual.detach().cpu().double(), expected.detach().double(), rtol=tolerance, atol=tolerance)
-
-
 # ------------------------------------------------------------------------------------------------------- worked numbers
-
-
-def per_token(logp, old, advantages, **options):
-    """Loss and gradient of each token: every one a sequence of its own."""
-    out = [
-        value_and_gradient(lp.view(1, 1), o.view(1, 1), a.view(1), **options)
-        for lp, o, a in zip(logp, old, advantages, strict=True)
-    ]
-    return torch.stack([o.loss.detach() for o, _ in out]), torch.cat([g.view(1) for _, g in out])
 
 
 def test_clipped_losses_and_gradients():
@@ -325,7 +266,7 @@ def test_an_empty_mask_gives_zeros(device, agg, shape):
     )
     assert out.loss.item() == 0
     assert gradient.eq(0).all()
-    assert [m.item() for m in out.metrics.values()] == [0] * 9
+    assert [m.item() for m in out.metrics.values()] == [0] * 11
     packed = policy_loss(logp.view(-1)[:0], logp.view(-1)[:0], advantages[:0], cu_seqlens=boundaries([], device), agg=agg)
     assert packed.loss.item() == 0
 
@@ -526,7 +467,8 @@ def op_arguments(device, dtype=F32, packed=False, masked=True, ref=True, require
     return (
         logp.requires_grad_(requires_grad), old, advantages, mask if masked else None,
         boundaries([4, 0, 17], device) if packed else None, reference_logp if ref else None,
-        0, int(packed), 0, 0.2, 0.3, INF, 0.1 if ref else 0.0, 20.0, True,
+        None, None, None, None, None, None, 0, int(packed), 3, 0,
+        0.2, 0.3, INF, INF, 1.0, 1.05, -20.0, 20.0, 0.1 if ref else 0.0, INF, 0.1, 0.0, -1.0, True,
     )  # fmt: skip
 
 
@@ -597,7 +539,7 @@ def test_meta_tensors():
     logp = torch.empty(3, 4, device="meta", requires_grad=True)
     out = policy_loss(logp, logp, torch.empty(3, device="meta"))
     out.loss.backward()
-    assert (out.loss.shape, logp.grad.shape, len(out.metrics)) == ((), (3, 4), 9)
+    assert (out.loss.shape, logp.grad.shape, len(out.metrics)) == ((), (3, 4), 11)
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
@@ -618,7 +560,8 @@ BAD = {
     "old_logp shape": (dict(old_logp=torch.zeros(2, 4)), ValueError, r"old_logp has shape \[2, 4\]; logp has shape \[2, 3\]"),
     "old_logp rank": (dict(old_logp=torch.zeros(6)), ValueError, r"old_logp has shape \[6\]"),
     "old_logp int": (dict(old_logp=LP.long()), TypeError, r"old_logp has dtype Long"),
-    "old_logp none": (dict(old_logp=None), TypeError, r"old_logp is a NoneType; a torch\.Tensor"),
+    "old_logp none": (dict(old_logp=None), TypeError, r"old_logp is None; kind 'clip' needs a torch\.Tensor"),
+    "old_logp list": (dict(old_logp=[[0.0]]), TypeError, r"old_logp is a list; a torch\.Tensor"),
     "old_logp device": (dict(old_logp=LP.to("meta")), ValueError, r"old_logp is on meta but logp is on cpu"),
     "ref_logp shape": (dict(ref_logp=torch.zeros(3, 2)), ValueError, r"ref_logp has shape \[3, 2\]"),
     "ref_logp bool": (dict(ref_logp=LP.bool()), TypeError, r"ref_logp has dtype Bool"),
@@ -643,14 +586,14 @@ BAD = {
     "cu_seqlens end": (dict(**PACKED, cu_seqlens=cu(0, 3, 5)), ValueError, r"cu_seqlens ends at 5; logp has 6 tokens"),
     "cu_seqlens descends": (dict(**PACKED, cu_seqlens=cu(0, 7, 6)), ValueError, r"cu_seqlens\[2\] is 6 after 7"),
     "cu_seqlens list": (dict(**PACKED, cu_seqlens=[0, 3, 6]), TypeError, r"cu_seqlens is a list"),
-    "kind": (dict(kind="ppo"), ValueError, r"kind is 'ppo'; accepted: 'clip'"),
+    "kind": (dict(kind="ppo"), ValueError, r"kind is 'ppo'; accepted: 'clip', 'cispo', .*'none'"),
     "kind none": (dict(kind=None), ValueError, r"kind is None; accepted: 'clip'"),
-    "agg": (dict(agg="mean"), ValueError, r"agg is 'mean'; accepted: 'token-mean', 'seq-mean-token-mean'"),
-    "kl": (dict(kl="k9"), ValueError, r"kl is 'k9'; accepted: 'k3'"),
-    "eps_low negative": (dict(eps_low=-0.1), ValueError, r"eps_low is -0\.1; it must be at least 0 and less than 1"),
-    "eps_low one": (dict(eps_low=1.0), ValueError, r"eps_low is 1;"),
+    "agg": (dict(agg="mean"), ValueError, r"agg is 'mean'; accepted: 'token-mean', 'seq-mean-token-mean', .*'trl-dr_grpo'"),
+    "kl": (dict(kl="k9"), ValueError, r"kl is 'k9'; accepted: 'k1', 'abs', 'k2', 'k3', 'k1\+'"),
+    "eps_low negative": (dict(eps_low=-0.1), ValueError, r"eps_low is -0\.1; it must be between 0 and 1"),
+    "eps_low large": (dict(eps_low=1.5), ValueError, r"eps_low is 1\.5; it must be between 0 and 1"),
     "eps_low nan": (dict(eps_low=NAN), ValueError, r"eps_low is nan"),
-    "eps_low string": (dict(eps_low="0.2"), TypeError, r"eps_low is '0\.2'; a number"),
+    "eps_low string": (dict(eps_low="0.2"), TypeError, r"eps_low is '0\.2'; a number or a torch\.Tensor"),
     "eps_high negative": (dict(eps_high=-1.0), ValueError, r"eps_high is -1; it must be finite and not negative"),
     "eps_high nan": (dict(eps_high=NAN), ValueError, r"eps_high is nan"),
     "eps_high inf": (dict(eps_high=INF), ValueError, r"eps_high is inf"),
@@ -661,9 +604,12 @@ BAD = {
     "beta negative": (dict(beta=-0.1, ref_logp=LP), ValueError, r"beta is -0\.1; it must be finite and not negative"),
     "beta nan": (dict(beta=NAN, ref_logp=LP), ValueError, r"beta is nan"),
     "beta alone": (dict(beta=0.1), ValueError, r"beta is 0\.1 but ref_logp is None"),
-    "ratio_clamp zero": (dict(ratio_clamp=0.0), ValueError, r"ratio_clamp is 0; it must be positive, or None"),
-    "ratio_clamp negative": (dict(ratio_clamp=-20), ValueError, r"ratio_clamp is -20"),
-    "ratio_clamp nan": (dict(ratio_clamp=NAN), ValueError, r"ratio_clamp is nan"),
+    "ratio_clamp zero": (dict(ratio_clamp=0.0), ValueError, r"ratio_clamp is \(-0, 0\); it must be positive, a negative and"),
+    "ratio_clamp negative": (dict(ratio_clamp=-20), ValueError, r"ratio_clamp is \(20, -20\)"),
+    "ratio_clamp nan": (dict(ratio_clamp=NAN), ValueError, r"ratio_clamp is \(-?nan, nan\)"),
+    "ratio_clamp pair": (dict(ratio_clamp=(0.5, 1.0)), ValueError, r"ratio_clamp is \(0\.5, 1\)"),
+    "ratio_clamp three": (dict(ratio_clamp=(1, 2, 3)), ValueError, r"ratio_clamp is \(1, 2, 3\); a number, a pair or None"),
+    "ratio_clamp string": (dict(ratio_clamp="20"), TypeError, r"ratio_clamp is '20'; a number or None"),
 }
 
 
@@ -678,11 +624,11 @@ def test_errors(case, requires_grad):
         policy_loss(**arguments)
 
 
-@pytest.mark.parametrize(("position", "value"), [(6, 1), (7, 2), (8, 1)])
+@pytest.mark.parametrize(("position", "value"), [(12, 8), (13, 7), (14, 7), (15, 4), (12, -1)])
 def test_the_op_itself_refuses_unknown_options(position, value):
     arguments = list(op_arguments("cpu"))
     arguments[position] = value
-    with pytest.raises(RuntimeError, match=r"(kind|agg|kl) is"):
+    with pytest.raises(RuntimeError, match=r"(kind|agg|kl|flags) is"):
         OPS.policy_loss_fwd(*arguments)
 
 

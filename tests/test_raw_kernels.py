@@ -351,3 +351,64 @@ def test_a_wrong_struct_is_a_type_error():
         _C.cpu_fold_logits(_C.GradArgs())
     with pytest.raises(TypeError, match="cpu_grad_logits64"):
         _C.cpu_grad_logits64(_C.GradArgs())
+
+
+@pytest.mark.parametrize("name", ["float32", "float64"])
+@pytest.mark.parametrize("kind", ["clip", "cispo", "reinforce", "sapo", "gspo", "gspo_token", "gmpo", "none"])
+def test_policy_loss_of_numpy_arrays(name, kind):
+    """Weights per token, a bound per sequence, an anchor, k2."""
+    suffix, real = ("64", np.float64) if name == "float64" else ("", np.float32)
+    rng = np.random.default_rng(0)
+    logp = -rng.random((3, 50)).astype(real)
+    old, ref = ((logp + 0.3 * rng.normal(size=logp.shape)).astype(real) for _ in range(2))
+    advantages, weights, high = rng.normal(size=3).astype(real), rng.random((3, 50)).astype(real), rng.random(3).astype(real)
+    mask, anchor = rng.random((3, 50)) < 0.7, np.array([False, True, False])
+    a = getattr(_C, "PolicyArgs" + suffix)()
+    a.layout.sequences, a.layout.padded_length, a.layout.tokens = 3, 50, 150
+    a.options.kind, a.options.agg, a.options.kl = getattr(_C.PolicyKind, kind), _C.Aggregation.trl_grpo, _C.KlKind.k2
+    a.options.beta, a.options.dual_clip, a.options.anchor_gamma = 0.2, 1.5, 0.3
+    grad, loss, inverse_norm, metrics = (np.empty(n, real) for n in (150, 1, 1, _C.POLICY_METRICS))
+    arrays = {
+        "logp": logp, "old_logp": old, "ref_logp": ref, "advantages": advantages, "weights": weights, "eps_high": high,
+        "mask": mask, "grad": grad, "loss": loss, "inverse_norm": inverse_norm, "metrics": metrics,
+    }  # fmt: skip
+    if kind != "none":
+        arrays["anchor"] = anchor
+    for field, array in arrays.items():
+        setattr(a, field, address(array))
+    a.token_weights = True
+    getattr(_C, "cpu_policy_loss" + suffix)(a)
+    x = torch.from_numpy(logp).double().requires_grad_()
+    clipped = kind in ("clip", "gspo", "gspo_token")
+    expected = reference.policy_loss(
+        x, *(torch.from_numpy(t).double() for t in (old, advantages)), torch.from_numpy(mask), kind=kind, agg="trl-grpo",
+        kl="k2", beta=0.2, ref_logp=torch.from_numpy(ref).double(), dual_clip=1.5 if clipped else None, anchor_gamma=0.3,
+        token_weight=torch.from_numpy(weights).double(), eps_high=torch.from_numpy(high).double(),
+        anchor=torch.from_numpy(anchor) if kind != "none" else None,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(expected.loss, x)
+    np.testing.assert_allclose(loss[0], expected.loss.item(), rtol=tolerance(name), atol=tolerance(name))
+    np.testing.assert_allclose(metrics, [m.item() for m in expected.metrics.values()], rtol=0, atol=tolerance(name))
+    np.testing.assert_allclose(grad.reshape(3, 50) * inverse_norm, gradient.numpy(), rtol=0, atol=tolerance(name))
+
+
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_importance_weights_of_numpy_arrays(name):
+    suffix, real = ("64", np.float64) if name == "float64" else ("", np.float32)
+    rng = np.random.default_rng(0)
+    old, rollout = (-rng.random((3, 50)).astype(real) for _ in range(2))
+    mask, weights = rng.random((3, 50)) < 0.7, np.empty((3, 50), real)
+    a = getattr(_C, "WeightArgs" + suffix)()
+    a.layout.sequences, a.layout.padded_length, a.layout.tokens = 3, 50, 150
+    a.old_logp, a.rollout_logp, a.mask, a.weights = map(address, (old, rollout, mask, weights))
+    a.options.clip_max = 1.5
+    getattr(_C, "cpu_importance_weights" + suffix)(a)
+    expected = np.where(mask, np.minimum(np.exp(old.astype(np.float64) - rollout), 1.5), 0)
+    np.testing.assert_allclose(weights, expected, rtol=0, atol=tolerance(name))
+    keep, advantages = np.full(3, 7, np.uint8), np.array([-1, -1, 1], real)
+    o = getattr(_C, "OffPolicyArgs" + suffix)()
+    o.layout, o.threshold = a.layout, 0.01
+    o.advantages, o.logp, o.rollout_logp, o.mask, o.keep = map(address, (advantages, old, rollout, mask, keep))
+    getattr(_C, "cpu_off_policy_mask" + suffix)(o)
+    mean = ((rollout.astype(np.float64) - old) * mask).sum(1) / mask.sum(1)
+    assert keep.tolist() == [int(a >= 0 or m <= 0.01) for a, m in zip(advantages, mean, strict=True)]

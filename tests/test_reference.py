@@ -265,7 +265,9 @@ def test_metrics_of_the_clipped_loss():
             "ratio_max": 4.0,
             "approx_kl": (RHO - 1 - d).mean().item(),
             "kl": 0.0,
+            "entropy": 0.0,
             "tokens": 5,
+            "sequences": 1,
         }
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,10 +11,16 @@ from torch import Tensor
 from prefkern import reference
 from simt.harness import INF, NAN, close, pointer, same_bits, same_bits_in_every_order, tensor_like
 
+KINDS = ("clip", "cispo", "reinforce", "sapo", "gspo", "gspo_token", "gmpo", "none")
+AGGREGATIONS = (
+    "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-sum", "trl-grpo",
+    "trl-dr_grpo",
+)  # fmt: skip
 METRICS = (
     "clip_fraction_low", "clip_fraction_high", "clip_fraction_dual", "ratio_mean", "ratio_min", "ratio_max",
-    "approx_kl", "kl", "tokens",
+    "approx_kl", "kl", "entropy", "tokens", "sequences",
 )  # fmt: skip
+BOUNDS = ("dual_clip", "delta", "kl_clamp")
 
 
 def policy_loss(
@@ -28,12 +36,28 @@ def policy_loss(
     args.layout.sequences = logp.shape[0] if lengths is None else len(lengths) - 1
     args.layout.padded_length = logp.shape[1] if lengths is None else 0
     args.layout.cu_seqlens = pointer(lengths)
-    args.options.agg = getattr(simt.Aggregation, options.pop("agg", "token-mean").replace("-", "_"))
-    args.options.kl = simt.KlKind.none if ref_logp is None else simt.KlKind.k3
-    for name, value in options.items():
-        setattr(args.options, name, INF if value is None else value)
+    args.options.kind = getattr(simt.PolicyKind, options.get("kind", "clip"))
+    args.options.agg = getattr(simt.Aggregation, options.get("agg", "token-mean").replace("-", "_"))
+    kl = options.get("kl", "k3").replace("+", "_plus")
+    args.options.kl = simt.KlKind.none if ref_logp is None else getattr(simt.KlKind, kl)
+    clamp = options.get("ratio_clamp", 20.0)
+    args.options.clamp_low, args.options.clamp_high = (-INF, INF) if clamp is None else (-clamp, clamp)
+    args.options.anchor_nll = options.get("anchor_loss") == "nll"
+    for name in ("eps_low", "eps_high", "beta", "kl_ratio", "scale", "norm", "anchor_gamma", *BOUNDS):
+        value = options.get(name)
+        if value is not None and not isinstance(value, Tensor):
+            setattr(args.options, name, value)
     args.logp, args.old_logp, args.ref_logp, args.mask = map(pointer, (logp, old_logp, ref_logp, mask))
-    args.advantages, args.token_advantages = pointer(advantages), advantages.shape == logp.shape
+    each = {
+        "advantages": advantages, "weights": options.get("token_weight"), "eps_low": options.get("eps_low"),
+        "eps_high": options.get("eps_high"),
+    }  # fmt: skip
+    for name, values in each.items():
+        if isinstance(values, Tensor):
+            setattr(args, name, pointer(values))
+            setattr(args, f"token_{name}", values.shape == logp.shape)
+    args.entropy, args.anchor = pointer(options.get("entropy")), pointer(options.get("anchor"))
+    args.norm = pointer(options["norm"]) if isinstance(options.get("norm"), Tensor) else 0
     args.slices = slices or simt.policy_slices(args.layout)
 
     unnormalised = tensor_like(logp) if into is None else into
@@ -41,10 +65,12 @@ def policy_loss(
     scalars = {name: torch.full((), NAN) for name in ("loss", "inverse_norm")}
     metrics = torch.full((simt.POLICY_METRICS,), NAN)
     partials = torch.full((args.layout.sequences * args.slices, simt.POLICY_SUMS), NAN)
+    row_partials = torch.full((args.layout.sequences * args.slices, simt.POLICY_ROW_SUMS), NAN)
     finished = torch.zeros(1, dtype=torch.int32)
     args.grad = pointer(unnormalised) if with_grad else 0
     args.loss, args.inverse_norm = pointer(scalars["loss"]), pointer(scalars["inverse_norm"])
     args.metrics, args.partials, args.finished = map(pointer, (metrics, partials, finished))
+    args.row_partials = pointer(row_partials)
     simt.cuda_policy_loss(args)
     result = {"loss": scalars["loss"], "metrics": metrics}
     if with_grad:
@@ -65,12 +91,12 @@ def check_policy_loss(simt, logp, old_logp, advantages, mask=None, **options):
     out = same_bits_in_every_order(simt, compute)
     options.pop("slices", None)
     leaf = logp.double().requires_grad_()
-    options["ref_logp"] = options["ref_logp"].double() if options.get("ref_logp") is not None else None
-    expected = reference.policy_loss(leaf, old_logp.double(), advantages.double(), mask, **options)
+    wide = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in options.items()}
+    expected = reference.policy_loss(leaf, old_logp.double(), advantages.double(), mask, **wide)
     (3.0 * expected.loss).backward()
-    close(out["loss"], expected.loss.detach(), atol=1e-6)
+    close(out["loss"], expected.loss.detach(), atol=1e-6, rtol=2e-6)
     close(out["metrics"], torch.stack([expected.metrics[name].double() for name in METRICS]), atol=1e-6, rtol=2e-6)
-    close(out["grad"], leaf.grad, atol=1e-7, rtol=1e-5)
+    close(out["grad"], leaf.grad, atol=1e-7 * max(1.0, leaf.grad.abs().max().item() if leaf.grad.numel() else 1.0), rtol=1e-5)
     return out
 
 
@@ -221,3 +247,178 @@ def test_backward_of_more_tokens_than_the_grid_has_threads(simt):
 def test_no_rows_launch_nothing(simt):
     simt.cuda_policy_loss(simt.PolicyArgs())
     simt.cuda_policy_loss_backward(simt.PolicyGradArgs())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("slices", [None, 3])
+def test_every_kind_with_every_option(simt, kind, packed, slices):
+    shape, rows = ((sum(LENGTHS),), len(LENGTHS)) if packed else ((5, 83), 5)
+    logp, old_logp, ref_logp, mask = sample_policy(shape)
+    garbage = ~mask
+    for variant, agg in enumerate(AGGREGATIONS):
+        each = variant % 2 == 0 and kind not in ("gspo", "gmpo")  # one value per token
+        options = {
+            "kind": kind, "agg": agg, "ref_logp": ref_logp, "beta": 0.2, "slices": slices,
+            "kl": ("k1", "abs", "k2", "k3", "k1+", "abs+", "k3+")[variant], "kl_clamp": 0.15 if variant > 3 else None,
+            "kl_ratio": variant in (1, 2, 4) and kind != "gmpo", "norm": torch.tensor(7.0) if variant == 3 else None,
+            "scale": 11.0 if "norm" in agg or "dr" in agg else None, "eps_low": torch.rand(shape if each else rows) / 2,
+            "eps_high": 0.1 if variant == 5 else torch.rand(rows) / 2, "token_weight": torch.rand(shape if each else rows),
+            "ratio_clamp": 0.3 if variant == 4 else 20.0,
+        }  # fmt: skip
+        if kind in ("clip", "gspo", "gspo_token"):
+            options |= {"delta": 1.1, "dual_clip": 1.3}
+        if kind != "none" and variant != 6:
+            options |= {"anchor": torch.rand(rows) < 0.4, "anchor_loss": ("shaped", "nll")[variant % 2], "anchor_gamma": 0.2}
+        if packed:
+            options["cu_seqlens"] = torch.tensor((0, *LENGTHS)).cumsum(0).int()
+        entropy = torch.rand(shape)
+        entropy[garbage] = NAN
+        options["entropy"] = entropy
+        for name in ("token_weight", "eps_low"):
+            if options[name].shape == shape:
+                options[name][garbage] = NAN
+        advantages = torch.randn(shape if each else rows)
+        check_policy_loss(simt, logp, old_logp, advantages, mask, **options)
+
+
+@pytest.mark.parametrize("kind", ["gspo", "gspo_token", "gmpo"])
+def test_a_ratio_of_a_sequence_that_several_blocks_share(simt, kind):
+    logp, old_logp, ref_logp, mask = sample_policy((2, 5003))
+    check_policy_loss(
+        simt, logp, old_logp, torch.tensor([1.0, -0.5]), mask, kind=kind, ref_logp=ref_logp, beta=0.1, eps_low=0.01,
+        eps_high=0.01, agg="trl-grpo",
+    )  # fmt: skip
+
+
+def test_a_sequence_whose_slices_are_mostly_empty_counts(simt):
+    logp, old_logp, mask = torch.randn(3, 90), torch.randn(3, 90), torch.zeros(3, 90, dtype=torch.bool)
+    mask[0, 80], mask[2, :2] = True, True
+    for agg in AGGREGATIONS[:6]:
+        options = {"scale": 2.0} if "norm" in agg else {}
+        out = check_policy_loss(simt, logp, old_logp, torch.ones(3), mask, agg=agg, slices=5, **options)
+        assert out["metrics"][METRICS.index("sequences")] == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_bounds_make_their_tokens_nan(simt, kind):
+    logp, old_logp = torch.randn(3, 40), torch.randn(3, 40)
+    bad = torch.tensor([0.1, -0.1, 0.2])
+    out = policy_loss(simt, logp, old_logp, torch.ones(3), kind=kind, eps_low=bad, ref_logp=old_logp)
+    assert out["loss"].isnan()
+    assert torch.equal(out["grad"].isnan().any(1), torch.tensor([False, True, False]))
+    if kind in ("gspo", "none"):
+        return
+    each = torch.full((3, 40), 0.1)
+    each[1, 7] = INF
+    out = policy_loss(simt, logp, old_logp, torch.ones(3), kind=kind, eps_high=each)
+    assert out["loss"].isnan()
+    assert out["grad"][1, 7].isnan()
+    assert out["grad"][[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [-1.0, NAN, INF])
+def test_a_wrong_norm_makes_everything_nan(simt, value):
+    out = policy_loss(simt, torch.randn(3, 40), torch.randn(3, 40), torch.ones(3), norm=torch.tensor(value))
+    assert out["loss"].isnan()
+    assert out["grad"].isnan().all()
+
+
+WRONG_LAYOUTS = [(0, 20, 10, 40), (1, 20, 40), (0, 20, 39), (0, 20, 41), (0, -5, 40), (0, 2**30, 40), (-1, 20, 40)]
+
+
+@pytest.mark.parametrize("lengths", WRONG_LAYOUTS)
+@pytest.mark.parametrize("kind", ["gspo", "gmpo", "none"])
+def test_every_kernel_finds_a_wrong_layout(simt, lengths, kind):
+    logp, old_logp = torch.randn(40), torch.randn(40)
+    options = {"cu_seqlens": torch.tensor(lengths, dtype=torch.int32), "kind": kind, "ref_logp": old_logp, "agg": "trl-grpo"}
+    out = policy_loss(simt, logp, old_logp, torch.ones(len(lengths) - 1), **options)
+    assert all(tensor.isnan().all() for tensor in out.values())
+
+
+# -------------------------------------------------------------------------------------------------- importance weights
+
+
+def importance_weights(simt, old_logp, rollout_logp, mask=None, *, cu_seqlens=None, slices=None, **options):
+    args = simt.WeightArgs()
+    args.layout.tokens = old_logp.numel()
+    args.layout.sequences = old_logp.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    args.layout.padded_length = old_logp.shape[1] if cu_seqlens is None else 0
+    args.layout.cu_seqlens = pointer(cu_seqlens)
+    args.options.level = getattr(simt.WeightLevel, options.pop("level", "token"))
+    args.options.mode = getattr(simt.WeightMode, options.pop("mode", "truncate"))
+    for name, value in options.items():
+        setattr(args.options, name, value)
+    args.slices = slices or simt.policy_slices(args.layout)
+    weights = tensor_like(old_logp)
+    partials = torch.full((args.layout.sequences * args.slices, 2), NAN)
+    row_weights, finished = torch.full((args.layout.sequences + 2,), NAN), torch.zeros(1, dtype=torch.int32)
+    args.old_logp, args.rollout_logp, args.mask = map(pointer, (old_logp, rollout_logp, mask))
+    args.weights, args.partials, args.row_weights, args.finished = map(pointer, (weights, partials, row_weights, finished))
+    simt.cuda_importance_weights(args)
+    return weights
+
+
+def off_policy_mask(simt, advantages, logp, rollout_logp, mask=None, *, threshold, cu_seqlens=None, slices=None):
+    args = simt.OffPolicyArgs()
+    args.layout.tokens, args.layout.sequences = logp.numel(), len(advantages)
+    args.layout.padded_length = logp.shape[1] if cu_seqlens is None else 0
+    args.layout.cu_seqlens, args.threshold = pointer(cu_seqlens), threshold
+    args.slices = slices or simt.policy_slices(args.layout)
+    keep = torch.full((len(advantages),), 7, dtype=torch.uint8)
+    partials, finished = torch.full((len(advantages) * args.slices, 2), NAN), torch.zeros(1, dtype=torch.int32)
+    args.advantages, args.logp, args.rollout_logp, args.mask = map(pointer, (advantages, logp, rollout_logp, mask))
+    args.keep, args.partials, args.finished = map(pointer, (keep, partials, finished))
+    simt.cuda_off_policy_mask(args)
+    return keep
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_importance_weights(simt, level, packed, masked):
+    shape = (sum(LENGTHS),) if packed else (5, 83)
+    old_logp, rollout_logp, _, mask = sample_policy(shape)
+    if not masked:
+        old_logp, rollout_logp = all_kept(old_logp, rollout_logp)
+    mask = mask if masked else None
+    cu_seqlens = torch.tensor((0, *LENGTHS)).cumsum(0).int() if packed else None
+    for mode, normalize, slices in itertools.product(("truncate", "mask"), (False, True), (None, 3)):
+        options = {"level": level, "mode": mode, "normalize": normalize, "clip_min": 0.8, "clip_max": 1.3, "log_clamp": 2.0}
+        options["cu_seqlens"] = cu_seqlens
+        weights = same_bits_in_every_order(
+            simt, lambda o=options, n=slices: importance_weights(simt, old_logp, rollout_logp, mask, slices=n, **o)
+        )
+        close(weights, reference.importance_weights(old_logp.double(), rollout_logp.double(), mask, **options))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_off_policy_mask(simt, packed):
+    shape, rows = ((sum(LENGTHS),), len(LENGTHS)) if packed else ((9, 83), 9)
+    logp, rollout_logp, _, mask = sample_policy(shape)
+    rollout_logp.view(-1)[1] = NAN
+    cu_seqlens = torch.tensor((0, *LENGTHS)).cumsum(0).int() if packed else None
+    for slices, threshold in itertools.product((None, 4), (-0.05, 0.0, 0.05)):
+        advantages = torch.randn(rows)
+        options = {"threshold": threshold, "cu_seqlens": cu_seqlens}
+        keep = same_bits_in_every_order(
+            simt,
+            lambda a=advantages, n=slices, o=options: off_policy_mask(simt, a, logp, rollout_logp, mask, slices=n, **o),
+        )
+        expected = reference.off_policy_mask(advantages.double(), logp.double(), rollout_logp.double(), mask, **options)
+        assert torch.equal(keep.bool(), expected)
+        assert keep.le(1).all()
+
+
+@pytest.mark.parametrize("lengths", WRONG_LAYOUTS)
+def test_weights_and_choices_of_a_wrong_layout(simt, lengths):
+    logp, ends = torch.zeros(40), torch.tensor(lengths, dtype=torch.int32)
+    for level in ("sequence", "geometric"):
+        assert importance_weights(simt, logp, logp, cu_seqlens=ends, level=level).isnan().all()
+    assert not off_policy_mask(simt, torch.ones(len(lengths) - 1), logp, logp, threshold=0.0, cu_seqlens=ends).any()
+
+
+def test_no_tokens_weigh_nothing(simt):
+    simt.cuda_importance_weights(simt.WeightArgs())
+    simt.cuda_off_policy_mask(simt.OffPolicyArgs())
+    assert off_policy_mask(simt, -torch.ones(3), torch.empty(3, 0), torch.empty(3, 0), threshold=-1.0).tolist() == [0, 0, 0]

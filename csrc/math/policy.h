@@ -332,7 +332,7 @@ template <class S> PK_HD void policy_finish(const double* sum, double norm, S* l
   metrics[kKl] = S(sum[kSumKl] * per_token);
   metrics[kEntropy] = S(sum[kSumEntropy] * per_token);
   metrics[kTokens] = S(tokens);
-  metrics[kSequences] = S(sum[kSumSequences]);
+  metrics[kSequences] = S(tokens == tokens ? sum[kSumSequences] : tokens);
 }
 
 // The gradient of one token: its unnormalised gradient g times upstream / norm. What was 0 stays 0 whatever comes from

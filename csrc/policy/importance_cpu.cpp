@@ -14,23 +14,40 @@ PK_HD double lane_sum(VecF v) {
   return s;
 }
 
-// Calls f(i, a, b, keep, count) with the values of tokens [i, i + count), count lanes of them, and which of them count.
-template <class V, class S, class F> PK_HD void each_vector(const S* a, const S* b, const uint8_t* mask, int64_t n,
-                                                            const F& f) {
-  constexpr int64_t L = Lanes<V>::count;
+// Calls f(i, a, b, keep, count) with the values of tokens [i, i + count), count lanes of them, and which of them count;
+// after every tile, and at the end, flush().
+template <class V, class S, class F, class G>
+PK_HD void each_vector(const S* a, const S* b, const uint8_t* mask, int64_t n, const F& f, const G& flush) {
+  constexpr int64_t L = Lanes<V>::count, tile = 4096;
   int64_t i = 0;
   uint8_t flags[L];
   for (int64_t j = 0; j < L; j++) flags[j] = 1;
-  for (; i + L <= n; i += L) f(i, Mem<V>::load(a + i), Mem<V>::load(b + i), Keep<V>::load(mask ? mask + i : flags), L);
-  if (i == n) return;
-  S some_a[L] = {}, some_b[L] = {};
-  for (int64_t j = 0; j < L; j++) {
-    flags[j] = j < n - i && (!mask || mask[i + j]);
-    some_a[j] = j < n - i ? a[i + j] : 0;
-    some_b[j] = j < n - i ? b[i + j] : 0;
+  for (; i + L <= n; i += L) {
+    f(i, Mem<V>::load(a + i), Mem<V>::load(b + i), Keep<V>::load(mask ? mask + i : flags), L);
+    if ((i + L) % tile == 0) flush();
   }
-  f(i, Mem<V>::load(some_a), Mem<V>::load(some_b), Keep<V>::load(flags), n - i);
+  if (i < n) {
+    S some_a[L] = {}, some_b[L] = {};
+    for (int64_t j = 0; j < L; j++) {
+      flags[j] = j < n - i && (!mask || mask[i + j]);
+      some_a[j] = j < n - i ? a[i + j] : 0;
+      some_b[j] = j < n - i ? b[i + j] : 0;
+    }
+    f(i, Mem<V>::load(some_a), Mem<V>::load(some_b), Keep<V>::load(flags), n - i);
+  }
+  flush();
 }
+
+// Sums in double of what is added up in vectors.
+template <class V> struct Sums {
+  V sum = {}, tokens = {};
+  double total = 0, count = 0;
+  PK_HD void flush() {
+    total += lane_sum(sum);
+    count += lane_sum(tokens);
+    sum = tokens = V{};
+  }
+};
 
 template <class V, class S> PK_HD void store_some(S* to, V v, int64_t count) {
   constexpr int64_t L = Lanes<V>::count;
@@ -51,22 +68,27 @@ void weights(const WeightArgs<typename Lanes<V>::Scalar>& a, double* sums, int64
     const S *old = a.old_logp + begin, *rollout = a.rollout_logp + begin;
     const uint8_t* mask = a.mask ? a.mask + begin : nullptr;
     S* out = a.weights + begin;
-    double sum = 0, tokens = 0;
+    Sums<V> sums_of;
     const bool each = a.options.level == WeightLevel::token;
-    each_vector<V>(old, rollout, mask, n, [&](int64_t i, V x, V y, Mask keep, int64_t count) {
-      V u = keep ? x - y : zero;
-      if (each) {
-        u = keep ? importance_weight(rule, u) : zero;
-        store_some(out + i, u, count);
-      }
-      sum += lane_sum(u);
-      tokens += lane_sum(keep ? one : zero);
-    });
+    each_vector<V>(
+        old, rollout, mask, n,
+        [&](int64_t i, V x, V y, Mask keep, int64_t count) {
+          V u = keep ? x - y : zero;
+          if (each) {
+            u = keep ? importance_weight(rule, u) : zero;
+            store_some(out + i, u, count);
+          }
+          sums_of.sum += u;
+          sums_of.tokens += keep ? one : zero;
+        },
+        [&] { sums_of.flush(); });
+    double sum = sums_of.total, tokens = sums_of.count;
     if (!each) {
       const S w = importance_weight(rule, S(sequence_log_weight(a.options.level, sum, tokens)));
       const V of_all = splat<V>(w);
-      each_vector<V>(old, rollout, mask, n,
-                     [&](int64_t i, V, V, Mask keep, int64_t count) { store_some(out + i, keep ? of_all : zero, count); });
+      each_vector<V>(
+          old, rollout, mask, n,
+          [&](int64_t i, V, V, Mask keep, int64_t count) { store_some(out + i, keep ? of_all : zero, count); }, [] {});
       sum = tokens > 0 ? double(w) : 0;
       tokens = tokens > 0 ? 1 : 0;
     }
@@ -85,13 +107,15 @@ template <class V> void keep(const OffPolicyArgs<typename Lanes<V>::Scalar>& a, 
   const V zero = {}, one = splat<V>(1);
   for (int64_t b = first; b < last; b++) {
     const int64_t begin = sequence_begin(a.layout, b), n = sequence_end(a.layout, b) - begin;
-    double sum = 0, tokens = 0;
-    each_vector<V>(a.logp + begin, a.rollout_logp + begin, a.mask ? a.mask + begin : nullptr, n,
-                   [&](int64_t, V x, V y, Mask counts, int64_t) {
-                     sum += lane_sum(counts ? mismatch(x, y) : zero);
-                     tokens += lane_sum(counts ? one : zero);
-                   });
-    a.keep[b] = keep_sequence(double(a.advantages[b]), sum, tokens, a.threshold);
+    Sums<V> sums;
+    each_vector<V>(
+        a.logp + begin, a.rollout_logp + begin, a.mask ? a.mask + begin : nullptr, n,
+        [&](int64_t, V x, V y, Mask counts, int64_t) {
+          sums.sum += counts ? mismatch(x, y) : zero;
+          sums.tokens += counts ? one : zero;
+        },
+        [&] { sums.flush(); });
+    a.keep[b] = keep_sequence(double(a.advantages[b]), sums.total, sums.count, a.threshold);
   }
 }
 

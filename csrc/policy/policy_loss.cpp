@@ -163,6 +163,7 @@ PolicyOutputs policy_loss(const Tensor& logp, OptTensor old_logp, OptTensor adva
   const bool none = options.kind == PolicyKind::none, needs_little = none || options.kind == PolicyKind::reinforce;
   check_value(ref_logp || beta == 0, "beta is ", beta, " but ref_logp is None; a penalty needs a reference");
   check_value(ref_logp || !(none || options.kl_ratio), "ref_logp is None; kind 'none' and kl_ratio need it");
+  check_value(!none || !anchor, "anchor is given but kind is 'none', which has no policy term");
   check_value(!options.kl_ratio || options.kind != PolicyKind::gmpo,
               "kl_ratio is True but kind is 'gmpo', which has no ratio of a token");
   check_type(old_logp || (needs_little && !options.kl_ratio), "old_logp is None; kind '", name, "'",

@@ -107,7 +107,12 @@ template <PolicyKind KIND, Penalty PENALTY, bool GENERAL, class V> struct Walk {
   }
   PK_HD bool with_ref() const { return PENALTY == Penalty::any ? shared.rule.kl != KlKind::none : PENALTY == Penalty::k3; }
 
-  template <bool MASKED> PK_HD PolicyToken<V> load(const Tokens<S>& at, int64_t i) const {
+  using Mask = typename Keep<V>::Type;
+  template <bool MASKED> PK_HD Mask keep(const Tokens<S>& at, int64_t i) const {
+    return MASKED ? Keep<V>::load(at.mask + i) : Mask{};
+  }
+
+  template <bool MASKED> PK_HD PolicyToken<V> load(const Tokens<S>& at, int64_t i, Mask keep) const {
     PolicyToken<V> t;
     t.logp = Mem<V>::load(at.of[kLogp] + i);
     t.d = is_anchor(KIND) ? V{} : t.logp - Mem<V>::load(at.of[kOldLogp] + i);
@@ -119,7 +124,6 @@ template <PolicyKind KIND, Penalty PENALTY, bool GENERAL, class V> struct Walk {
     t.weight = value(at, kWeight, i, shared.token_weight);
     if (MASKED) {  // lanes that do not count get d = A = x = 0, which adds nothing but a ratio of 1
       const V zero = {};
-      const typename Keep<V>::Type keep = Keep<V>::load(at.mask + i);
       t.d = keep ? t.d : zero;
       t.to_ref = keep ? t.to_ref : zero;
       t.advantage = keep ? t.advantage : zero;
@@ -134,7 +138,8 @@ template <PolicyKind KIND, Penalty PENALTY, bool GENERAL, class V> struct Walk {
   }
 
   template <bool MASKED> PK_HD void step(const Tokens<S>& at, int64_t i) {
-    const PolicyTerm<V> t = policy_term<KIND, PENALTY, GENERAL>(shared.rule, shared.row, load<MASKED>(at, i));
+    const Mask keeps = keep<MASKED>(at, i);
+    const PolicyTerm<V> t = policy_term<KIND, PENALTY, GENERAL>(shared.rule, shared.row, load<MASKED>(at, i, keeps));
     const V infinity = splat<V>(__builtin_inff()), zero = {};
     if (!MASKED) {
       sums.add(t, t.ratio, is_anchor(KIND) ? infinity : t.ratio);
@@ -142,15 +147,14 @@ template <PolicyKind KIND, Penalty PENALTY, bool GENERAL, class V> struct Walk {
       if (at.grad) Mem<V>::store(at.grad + i, t.grad * shared.weight);
       return;
     }
-    const typename Keep<V>::Type keep = Keep<V>::load(at.mask + i);
-    sums.add(t, keep ? t.ratio : zero, keep && !is_anchor(KIND) ? t.ratio : infinity);
-    if (GENERAL && at.of[kEntropyOf]) sums.entropy += keep ? Mem<V>::load(at.of[kEntropyOf] + i) : zero;
-    if (at.grad) Mem<V>::store(at.grad + i, keep ? t.grad * shared.weight : zero);
+    sums.add(t, keeps ? t.ratio : zero, is_anchor(KIND) ? infinity : (keeps ? t.ratio : infinity));
+    if (GENERAL && at.of[kEntropyOf]) sums.entropy += keeps ? Mem<V>::load(at.of[kEntropyOf] + i) : zero;
+    if (at.grad) Mem<V>::store(at.grad + i, keeps ? t.grad * shared.weight : zero);
   }
 
   // Sums of the sequence's ratio: [kRowLogRatio, kRowWeight, kRowKl].
   template <bool MASKED> PK_HD void row_step(const Tokens<S>& at, int64_t i, V* row) const {
-    const PolicyToken<V> t = load<MASKED>(at, i);
+    const PolicyToken<V> t = load<MASKED>(at, i, keep<MASKED>(at, i));
     row[kRowLogRatio] += sequence_log_ratio<KIND>(t.d, t.advantage, t.eps_low, t.eps_high);
     row[kRowWeight] += t.weight;
     if (!shared.rule.kl_ratio) return;
@@ -213,8 +217,9 @@ template <PolicyKind KIND, Penalty PENALTY, bool GENERAL, class V> struct Walk {
 };
 
 template <PolicyKind KIND, Penalty PENALTY, bool GENERAL, class V>
-void walk(const Shared<typename Lanes<V>::Scalar>& shared, const Tokens<typename Lanes<V>::Scalar>& at, int64_t n,
+void walk(const Shared<typename Lanes<V>::Scalar>& shared, const Tokens<typename Lanes<V>::Scalar>& tokens, int64_t n,
           double* sums) {
+  const auto at = tokens;  // a copy: what is stored could otherwise change the pointers
   Walk<KIND, PENALTY, GENERAL, V> walk{shared, {}};
   if constexpr (ratio_of_sequence(KIND)) {
     double row[kPolicyRowSums] = {};

@@ -1,9 +1,12 @@
-// The CUDA walk of token_loss.h: one launch forward, one backward, no atomics on results.
+// The CUDA walk of token_loss.h: one launch forward, one backward, no atomics on results. A kind with a ratio of the
+// sequence has a launch before, in which the same blocks leave the sums of their slices.
 //
 // A block takes a sequence, or, where sequences are few and long, a slice of one; threads read four tokens at a time. The
 // block adds up its sums in a fixed order and leaves them in a row of `partials`. The block that finishes last (an integer
 // counter tells) adds the rows, again in a fixed order, and writes loss and metrics: no second launch, equal bits every
 // time. A block that needs its sequence's token count reads the whole mask of the sequence first, one byte per token.
+// What a token may have of its own (advantage, weight, bounds, entropy) is known by its pointer: a branch that no two
+// threads take differently.
 #include "core/cuda.cuh"
 #include "policy/token_loss.h"
 
@@ -65,52 +68,97 @@ __device__ __forceinline__ int64_t count_tokens(const uint8_t* mask, int64_t beg
   return block_reduce<kThreads>(count, 0, Add());
 }
 
-// One block's part of a sequence: adds to `v`, writes the gradient.
-template <PolicyKind KIND, KlKind KL> struct Walk {
-  const PolicyArgs<float>& a;
-  const PolicyRule<float> rule;
-  const float advantage, weight;
-  float (&v)[kPolicySums];
+// The arrays that have one value per token, null where there is none.
+enum TokenArray : int { kLogp, kOldLogp, kRefLogp, kAdvantage, kWeight, kEpsLow, kEpsHigh, kEntropyOf, kTokenArrays };
 
-  __device__ __forceinline__ float token(float logp, float old_logp, float ref_logp, float token_advantage, bool keep) {
-    if (!keep) return 0.0f;
-    const float adv = a.token_advantages ? token_advantage : advantage;
-    const PolicyTerm<float> t = policy_term<KIND, KL>(rule, logp - old_logp, adv, ref_logp - logp);
-    v[kSumLoss] += t.loss;
-    v[kSumLow] += t.low;
-    v[kSumHigh] += t.high;
-    v[kSumDual] += t.dual;
-    v[kSumRatio] += t.ratio;
-    v[kSumApproxKl] += t.approx_kl;
-    v[kSumKl] += t.kl;
-    v[kSumTokens] += 1;
-    v[kMinRatio] = vmin(t.ratio, v[kMinRatio]);
-    v[kMaxRatio] = vmax(t.ratio, v[kMaxRatio]);
-    return t.grad * weight;
+// What a block's tokens share: their sequence, or a slice of it.
+struct Block {
+  const float* of[kTokenArrays];
+  PolicyRule<float> rule;
+  PolicyRow<float> row;
+  float advantage, token_weight;  // where tokens have none of their own
+  PolicyKind kind;
+  bool bounds_valid;
+  int64_t begin, n;       // of the sequence
+  int64_t first, last;    // of the slice
+};
+
+__device__ __forceinline__ Block make_block(const PolicyArgs<float>& a, int64_t sequence, int64_t slice) {
+  const auto own = [](const float* p, bool per_token) { return per_token ? p : nullptr; };
+  Block b = {{a.logp, a.old_logp, a.ref_logp, own(a.advantages, a.token_advantages), own(a.weights, a.token_weights),
+              own(a.eps_low, a.token_eps_low), own(a.eps_high, a.token_eps_high), a.entropy}};
+  const PolicyOptions options = sequence_options(a, sequence);
+  b.rule = policy_rule<float>(options);
+  b.row = PolicyRow<float>();
+  b.kind = options.kind;
+  b.bounds_valid = bounds_valid(options.kind, options.eps_low, options.eps_high);
+  b.advantage = a.advantages && !a.token_advantages ? a.advantages[sequence] : -1.0f;
+  b.token_weight = a.weights && !a.token_weights ? a.weights[sequence] : 1.0f;
+  b.begin = sequence_begin(a.layout, sequence);
+  b.n = sequence_end(a.layout, sequence) - b.begin;
+  const int64_t share = ceil_div(ceil_div(b.n, a.slices), kPack) * kPack;
+  const int64_t first = slice * share < b.n ? slice * share : b.n, last = first + share < b.n ? first + share : b.n;
+  b.first = b.begin + first;
+  b.last = b.begin + last;
+  return b;
+}
+
+// A walk over the tokens of a block that count: calls token(values, keep) of DERIVED, which returns the gradient.
+template <PolicyKind KIND, Penalty PENALTY, bool GENERAL, class DERIVED> struct Walk {
+  const PolicyArgs<float>& a;
+  const Block& block;
+
+  __device__ __forceinline__ bool has(int k) const {
+    if (k == kLogp) return true;
+    if (k == kOldLogp) return !is_anchor(KIND);
+    if (k == kRefLogp) return PENALTY == Penalty::k3 || (PENALTY == Penalty::any && block.of[k]);
+    return GENERAL && block.of[k];
+  }
+  __device__ __forceinline__ PolicyToken<float> make_token(const float (&value)[kTokenArrays]) const {
+    PolicyToken<float> t;
+    t.logp = value[kLogp];
+    t.d = is_anchor(KIND) ? 0.0f : value[kLogp] - value[kOldLogp];
+    t.to_ref = value[kRefLogp] - value[kLogp];
+    t.advantage = has(kAdvantage) ? value[kAdvantage] : block.advantage;
+    t.weight = has(kWeight) ? value[kWeight] : block.token_weight;
+    t.own_bounds = has(kEpsLow) || has(kEpsHigh);
+    t.eps_low = has(kEpsLow) ? value[kEpsLow] : block.rule.eps_low;
+    t.eps_high = has(kEpsHigh) ? value[kEpsHigh] : block.rule.eps_high;
+    if (t.own_bounds && !bounds_valid(KIND, t.eps_low, t.eps_high)) t.advantage = __builtin_nanf("");
+    return t;
+  }
+  __device__ __forceinline__ float call(const float (&value)[kTokenArrays], bool keep) {
+    return keep ? static_cast<DERIVED*>(this)->token(value) : 0.0f;
   }
   __device__ __forceinline__ void one(int64_t i) {
-    const bool keep = !a.mask || a.mask[i] != 0;
-    const float g = token(a.logp[i], a.old_logp[i], KL != KlKind::none ? a.ref_logp[i] : 0.0f,
-                          a.token_advantages ? a.advantages[i] : 0.0f, keep);
-    if (a.grad) a.grad[i] = g;
+    float value[kTokenArrays];
+#pragma unroll
+    for (int k = 0; k < kTokenArrays; k++) value[k] = has(k) ? block.of[k][i] : 0.0f;
+    const float g = call(value, !a.mask || a.mask[i] != 0);
+    if (DERIVED::writes && a.grad) a.grad[i] = g;
   }
   __device__ __forceinline__ void four(int64_t i) {
     Pack<uint8_t, kPack> mask = {{1, 1, 1, 1}};
     if (a.mask) mask = load4(a.mask + i);
-    Pack<float, kPack> out = {}, none = {};
+    Pack<float, kPack> out = {}, packs[kTokenArrays] = {};
     if (mask.v[0] | mask.v[1] | mask.v[2] | mask.v[3]) {
-      const Pack<float, kPack> logp = load_pack(a.logp + i), old_logp = load_pack(a.old_logp + i);
-      const Pack<float, kPack> ref_logp = KL != KlKind::none ? load_pack(a.ref_logp + i) : none;
-      const Pack<float, kPack> advantages = a.token_advantages ? load_pack(a.advantages + i) : none;
 #pragma unroll
-      for (int j = 0; j < kPack; j++)
-        out.v[j] = token(logp.v[j], old_logp.v[j], ref_logp.v[j], advantages.v[j], mask.v[j] != 0);
+      for (int k = 0; k < kTokenArrays; k++)
+        if (has(k)) packs[k] = load_pack(block.of[k] + i);
+#pragma unroll
+      for (int j = 0; j < kPack; j++) {
+        float value[kTokenArrays];
+#pragma unroll
+        for (int k = 0; k < kTokenArrays; k++) value[k] = packs[k].v[j];
+        out.v[j] = call(value, mask.v[j] != 0);
+      }
     }
-    if (a.grad) *reinterpret_cast<Pack<float, kPack>*>(a.grad + i) = out;
+    if (DERIVED::writes && a.grad) *reinterpret_cast<Pack<float, kPack>*>(a.grad + i) = out;
   }
-  __device__ __forceinline__ void run(int64_t begin, int64_t end) {
-    const bool packed = aligned16(a.logp) && aligned16(a.old_logp) && aligned16(a.ref_logp) && aligned(a.mask, kPack) &&
-                        (!a.token_advantages || aligned16(a.advantages)) && aligned16(a.grad);
+  __device__ __forceinline__ void run() {
+    const int64_t begin = block.first, end = block.last;
+    bool packed = aligned(a.mask, kPack) && aligned16(a.grad);
+    for (int k = 0; k < kTokenArrays; k++) packed = packed && (!has(k) || aligned16(block.of[k]));
     // Packs are those of the whole array: a packed sequence may begin anywhere.
     const int64_t first_pack = ceil_div(begin, kPack), last_pack = end / kPack;
     if (!packed || first_pack >= last_pack) {
@@ -123,23 +171,103 @@ template <PolicyKind KIND, KlKind KL> struct Walk {
   }
 };
 
-template <PolicyKind KIND, KlKind KL> __global__ void __launch_bounds__(kThreads) policy_kernel(const PolicyArgs<float> a) {
+// Adds to `v`, writes the gradient times `weight`.
+template <PolicyKind KIND, Penalty PENALTY, bool GENERAL>
+struct LossWalk : Walk<KIND, PENALTY, GENERAL, LossWalk<KIND, PENALTY, GENERAL>> {
+  static constexpr bool writes = true;
+  const float weight;
+  float (&v)[kPolicySums];
+
+  __device__ __forceinline__ LossWalk(const PolicyArgs<float>& a, const Block& block, float weight, float (&v)[kPolicySums])
+      : Walk<KIND, PENALTY, GENERAL, LossWalk>{a, block}, weight(weight), v(v) {}
+  __device__ __forceinline__ float token(const float (&value)[kTokenArrays]) {
+    const PolicyTerm<float> t = policy_term<KIND, PENALTY, GENERAL>(this->block.rule, this->block.row, this->make_token(value));
+    v[kSumLoss] += t.loss;
+    v[kSumLow] += t.low;
+    v[kSumHigh] += t.high;
+    v[kSumDual] += t.dual;
+    v[kSumRatio] += t.ratio;
+    v[kSumApproxKl] += t.approx_kl;
+    v[kSumKl] += t.kl;
+    v[kSumEntropy] += value[kEntropyOf];
+    v[kSumTokens] += 1;
+    if (!is_anchor(KIND)) {
+      v[kSumRatioTokens] += 1;
+      v[kMinRatio] = vmin(t.ratio, v[kMinRatio]);
+      v[kMaxRatio] = vmax(t.ratio, v[kMaxRatio]);
+    }
+    return t.grad * weight;
+  }
+};
+
+// Adds up what a ratio of the sequence is made of.
+template <PolicyKind KIND> struct RowWalk : Walk<KIND, Penalty::any, true, RowWalk<KIND>> {
+  static constexpr bool writes = false;
+  float sums[kPolicyRowSums] = {};
+
+  __device__ __forceinline__ RowWalk(const PolicyArgs<float>& a, const Block& block)
+      : Walk<KIND, Penalty::any, true, RowWalk>{a, block} {}
+  __device__ __forceinline__ float token(const float (&value)[kTokenArrays]) {
+    const PolicyToken<float> t = this->make_token(value);
+    sums[kRowLogRatio] += sequence_log_ratio<KIND>(t.d, t.advantage, t.eps_low, t.eps_high);
+    sums[kRowWeight] += t.weight;
+    sums[kRowTokens] += 1;
+    if (this->block.rule.kl_ratio) {
+      float kl, grad;
+      kl_term<Penalty::any>(this->block.rule, t.to_ref, kl, grad);
+      sums[kRowKl] += kl;
+    }
+    return 0;
+  }
+};
+
+template <PolicyKind KIND> __global__ void __launch_bounds__(kThreads) row_kernel(const PolicyArgs<float> a) {
+  const int64_t sequence = blockIdx.x / a.slices, slice = blockIdx.x % a.slices;
+  if (!sequence_valid(a.layout, sequence)) return;
+  const Block block = make_block(a, sequence, slice);
+  if (is_anchor(block.kind)) return;
+  RowWalk<KIND> walk(a, block);
+  walk.run();
+#pragma unroll
+  for (int k = 0; k < kPolicyRowSums; k++) {
+    const float sum = block_reduce<kThreads>(walk.sums[k], 0.0f, Add());
+    if (threadIdx.x == 0) a.row_partials[int64_t(blockIdx.x) * kPolicyRowSums + k] = sum;
+  }
+}
+
+// The sums of all slices of a sequence; every thread gets them. There are no more slices than threads.
+__device__ __forceinline__ PolicyRow<float> read_row(const PolicyArgs<float>& a, PolicyKind kind, int64_t sequence) {
+  double sums[kPolicyRowSums];
+#pragma unroll
+  for (int k = 0; k < kPolicyRowSums; k++) {
+    const bool mine = threadIdx.x < a.slices;
+    const double x = mine ? a.row_partials[(sequence * a.slices + threadIdx.x) * kPolicyRowSums + k] : 0.0;
+    sums[k] = block_reduce<kThreads>(x, 0.0, Add());
+  }
+  return policy_row<float>(kind, sums);
+}
+
+template <PolicyKind KIND, Penalty PENALTY, bool GENERAL>
+__global__ void __launch_bounds__(kThreads) policy_kernel(const PolicyArgs<float> a) {
   const int64_t sequence = blockIdx.x / a.slices, slice = blockIdx.x % a.slices;
   float v[kPolicySums];
   clear_sums(v);
   if (sequence_valid(a.layout, sequence)) {
-    const int64_t begin = sequence_begin(a.layout, sequence), n = sequence_end(a.layout, sequence) - begin;
-    const int64_t share = ceil_div(ceil_div(n, a.slices), kPack) * kPack;
-    const int64_t first = slice * share < n ? slice * share : n, last = first + share < n ? first + share : n;
-    int64_t tokens = n;
-    if (a.mask && a.options.agg == Aggregation::seq_mean_token_mean) tokens = count_tokens(a.mask, begin, begin + n);
-    const float advantage = a.token_advantages ? 0.0f : a.advantages[sequence];
-    const float weight = sequence_weight<float>(a.options.agg, double(tokens));
-    Walk<KIND, KL>{a, policy_rule<float>(a.options), advantage, weight, v}.run(begin + first, begin + last);
-    v[kSumLoss] *= weight;
-    if (threadIdx.x == 0) v[kSumSequences] = slice == 0 && tokens > 0 ? 1.0f : 0.0f;
+    Block block = make_block(a, sequence, slice);
+    int64_t tokens = block.n;
+    if (a.mask && weight_needs_count(a.options.agg)) tokens = count_tokens(a.mask, block.begin, block.begin + block.n);
+    const float weight = block.bounds_valid ? sequence_weight<float>(a.options.agg, double(tokens)) : __builtin_nanf("");
+    if (GENERAL && block.kind == PolicyKind::anchor_shaped) {
+      LossWalk<PolicyKind::anchor_shaped, PENALTY, GENERAL>(a, block, weight, v).run();
+    } else if (GENERAL && block.kind == PolicyKind::anchor_nll) {
+      LossWalk<PolicyKind::anchor_nll, PENALTY, GENERAL>(a, block, weight, v).run();
+    } else {
+      if (ratio_of_sequence(KIND)) block.row = read_row(a, KIND, sequence);
+      LossWalk<KIND, PENALTY, GENERAL>(a, block, weight, v).run();
+    }
+    v[kSumLoss] = v[kSumTokens] > 0 ? v[kSumLoss] * weight : 0.0f;
   } else {
-    v[kSumTokens] = v[kSumSequences] = __builtin_nanf("");
+    v[kSumTokens] = v[kSumRatioTokens] = __builtin_nanf("");
   }
   const float mine = reduce_sums(v);
   if (threadIdx.x < kPolicySums) a.partials[int64_t(blockIdx.x) * kPolicySums + threadIdx.x] = mine;
@@ -161,14 +289,18 @@ template <PolicyKind KIND, KlKind KL> __global__ void __launch_bounds__(kThreads
       const double x = partials[b * kPolicySums + k];
       if (k == kMinRatio) total[k] = x < total[k] ? x : total[k];
       else if (k == kMaxRatio) total[k] = x > total[k] ? x : total[k];
-      else total[k] += x;
+      else if (k != kSumSequences) total[k] += x;
     }
+    if (b % a.slices != 0) continue;
+    int64_t slices_seen = 0;  // a sequence has tokens if one of its slices has
+    while (slices_seen < a.slices && partials[(b + slices_seen) * kPolicySums + kSumTokens] == 0) slices_seen++;
+    total[kSumSequences] += slices_seen < a.slices;
   }
   const double all = reduce_sums(total);
   PK_SMEM(double, sums, kPolicySums);
   if (threadIdx.x < kPolicySums) sums[threadIdx.x] = all;
   __syncthreads();
-  if (threadIdx.x == 0) policy_finish(sums, a.options.agg, a.loss, a.metrics, a.inverse_norm);
+  if (threadIdx.x == 0) policy_finish(sums, norm_of(a, sums), a.loss, a.metrics, a.inverse_norm);
 }
 
 __global__ void __launch_bounds__(kThreads) backward_kernel(const PolicyGradArgs<float> a) {
@@ -185,14 +317,33 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const PolicyGradArgs
     a.grad[i] = policy_grad(a.unnormalised[i], upstream, inverse_norm);
 }
 
+template <PolicyKind KIND> void launch(const PolicyArgs<float>& a, dim3 grid, cudaStream_t s) {
+  if constexpr (ratio_of_sequence(KIND)) PK_LAUNCH(row_kernel<KIND>, grid, dim3(kThreads), s, a);
+  PK_LAUNCH((policy_kernel<KIND, Penalty::any, true>), grid, dim3(kThreads), s, a);
+}
+
 }  // namespace
 
 int cuda_policy_loss(const PolicyArgs<float>& a, void* stream) {
   if (a.layout.sequences == 0) return 0;
   const auto s = static_cast<cudaStream_t>(stream);
-  const dim3 grid(static_cast<unsigned>(a.layout.sequences * a.slices));
-  if (a.options.kl == KlKind::k3) PK_LAUNCH((policy_kernel<PolicyKind::clip, KlKind::k3>), grid, dim3(kThreads), s, a);
-  else PK_LAUNCH((policy_kernel<PolicyKind::clip, KlKind::none>), grid, dim3(kThreads), s, a);
+  const dim3 grid(static_cast<unsigned>(a.layout.sequences * a.slices)), block(kThreads);
+  if (is_plain(a)) {
+    if (a.options.kl == KlKind::none) PK_LAUNCH((policy_kernel<PolicyKind::clip, Penalty::none, false>), grid, block, s, a);
+    else PK_LAUNCH((policy_kernel<PolicyKind::clip, Penalty::k3, false>), grid, block, s, a);
+    return static_cast<int>(cudaGetLastError());
+  }
+  switch (a.options.kind) {
+    case PolicyKind::clip: launch<PolicyKind::clip>(a, grid, s); break;
+    case PolicyKind::cispo: launch<PolicyKind::cispo>(a, grid, s); break;
+    case PolicyKind::reinforce: launch<PolicyKind::reinforce>(a, grid, s); break;
+    case PolicyKind::sapo: launch<PolicyKind::sapo>(a, grid, s); break;
+    case PolicyKind::gspo: launch<PolicyKind::gspo>(a, grid, s); break;
+    case PolicyKind::gspo_token: launch<PolicyKind::gspo_token>(a, grid, s); break;
+    case PolicyKind::gmpo: launch<PolicyKind::gmpo>(a, grid, s); break;
+    case PolicyKind::none: launch<PolicyKind::none>(a, grid, s); break;
+    default: return static_cast<int>(cudaErrorInvalidValue);
+  }
   return static_cast<int>(cudaGetLastError());
 }
 

@@ -154,7 +154,8 @@ def policy_loss(
         (A < 0, the dual bound or delta holds the loss), ``ratio_mean``, ``ratio_min``, ``ratio_max`` (of :math:`\rho`), and
         ``approx_kl`` (mean of :math:`e^d - 1 - d`). Over all: ``kl`` (mean, without kl_ratio's factor; 0 without ``ref_logp``),
         ``entropy`` (mean; 0 if not given), ``tokens`` and ``sequences``, how many count. If none does, everything is 0. NaN
-        inside the mask makes the loss NaN, and the gradient of that token (for losses of a sequence, of all its tokens).
+        inside the mask makes the loss NaN, and the gradient of that token (for losses of a sequence, of all its tokens that
+        have one).
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what is accepted. Wrong ``cu_seqlens``, bounds in a tensor

@@ -115,7 +115,7 @@ def policy_loss(
     without anchors; `kl` (mean of KL without the factor rho; 0 without ref_logp), `entropy`, `tokens` and `sequences`
     (how many count).
     """
-    _check_options(kind, agg, kl, old_logp, advantages, dual_clip, delta, beta, ref_logp, kl_ratio, scale, cu_seqlens)
+    _check_options(kind, agg, kl, old_logp, advantages, dual_clip, delta, beta, ref_logp, kl_ratio, anchor, scale, cu_seqlens)
     every_row, rows = _row_of_each_token(logp, cu_seqlens)
     keep = torch.ones_like(every_row, dtype=torch.bool) if mask is None else mask.reshape(-1)
     row = every_row[keep]
@@ -386,6 +386,7 @@ def _check_options(
     beta: float,
     ref_logp: Tensor | None,
     kl_ratio: bool,
+    anchor: Tensor | None,
     scale: float | None,
     cu_seqlens: Tensor | None,
 ) -> None:
@@ -406,6 +407,8 @@ def _check_options(
         raise ValueError(f"delta: got {delta}, must be positive")
     if ref_logp is None and (beta != 0 or kl_ratio or kind == "none"):
         raise ValueError(f"ref_logp: got None, but beta is {beta}, kl_ratio {kl_ratio} and kind {kind!r}")
+    if kind == "none" and anchor is not None:
+        raise ValueError("anchor: given, but kind none has no policy term")
     if kl_ratio and kind == "gmpo":
         raise ValueError("kl_ratio: got True, but gmpo has no ratio per token")
 
