@@ -187,7 +187,7 @@ def test_a_wrong_layout_leaves_other_groups_alone(simt):
 
 
 def test_weights_of_more_tokens_than_the_grid_has_threads(simt):
-    batch, length = 3, (1 << 24) // 3 + 9
+    batch, length = 3, (4096 * 256) // 3 + 9
     tokens = torch.zeros(batch, length, dtype=torch.int8)
     lengths = torch.tensor([length, 5, length - 1], dtype=torch.int32)
     runs = {"forward": torch.tensor([2, 5, 0]), "backward": torch.tensor([3, 0, 1]), "length": lengths}
