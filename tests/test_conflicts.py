@@ -12,6 +12,7 @@ from torch.library import opcheck
 
 import prefkern
 from prefkern import conflict_runs, conflict_weights, reference
+from prefkern.ops.conflicts import _validate
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 NAN, INF = math.nan, math.inf
@@ -406,6 +407,32 @@ def test_a_group_with_a_bad_row_is_unknown(device, validation, what):
     message = r"mask of row 8 has a token that counts behind" if what == "hole" else r"advantages\[8\] is nan"
     with pytest.raises(ValueError, match=message):
         conflict_runs(tokens, advantages, group, mask)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_what_validation_finds(validation, packed):
+    """What runs on CUDA tensors, on tensors of any device: the same errors as on the CPU."""
+    validation(True)
+    tokens, advantages, _, lengths = make(30, 40)
+    mask, cu_seqlens = prefix((lengths + 1) // 2, 40), None
+    if packed:
+        tokens, mask, cu_seqlens = tokens[prefix(lengths, 40)], mask[prefix(lengths, 40)], boundaries(lengths)
+    _validate(tokens, advantages, mask, cu_seqlens)
+    _validate(tokens, advantages, torch.ones_like(mask), cu_seqlens)
+    _validate(tokens, advantages, None, cu_seqlens)
+    start = int(lengths[:4].sum()) if packed else 4 * 40
+    for kept in ([True, False, True], [False, True, True]):
+        broken = mask.clone()
+        broken.view(-1)[start : start + 3] = torch.tensor(kept)
+        with pytest.raises(ValueError, match="mask of row 4 has a token that counts behind one that does not"):
+            _validate(tokens, advantages, broken, cu_seqlens)
+    with pytest.raises(ValueError, match=r"advantages\[7\] is nan; its sign is needed"):
+        _validate(tokens, advantages.index_fill(0, torch.tensor([7, 9]), NAN), mask, cu_seqlens)
+    if packed:
+        with pytest.raises(ValueError, match=r"cu_seqlens is \[1, .*it must ascend from 0 to the"):
+            _validate(tokens, advantages, mask, cu_seqlens + 1)
+    validation(False)
+    _validate(tokens, advantages * NAN, mask, cu_seqlens)
 
 
 @only_cuda

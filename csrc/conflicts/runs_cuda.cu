@@ -126,7 +126,7 @@ int cuda_conflict_runs(const ConflictArgs<int64_t>& a, void* stream) { return la
 
 int cuda_conflict_weights(const ConflictWeightArgs<float>& a, void* stream) {
   if (a.layout.tokens == 0) return 0;
-  const int64_t blocks = ceil_div(a.layout.tokens, kThreads), most = 1 << 16;
+  const int64_t blocks = ceil_div(a.layout.tokens, kThreads), most = 4096;
   PK_LAUNCH(weights_kernel, dim3(static_cast<unsigned>(blocks < most ? blocks : most)), dim3(kThreads),
             static_cast<cudaStream_t>(stream), a);
   return static_cast<int>(cudaGetLastError());

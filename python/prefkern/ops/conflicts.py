@@ -120,8 +120,8 @@ def _validate(tokens: Tensor, advantages: Tensor, mask: Tensor | None, cu_seqlen
         first = cu_seqlens.long()[row] == position
     if bool((bad := rises & ~first).any()):
         raise ValueError(
-            f"mask of row {int(row[bad.nonzero()[0]])} has a token that counts behind one that does not; accepted: a run of True "
-            "from the first token on"
+            f"mask of row {int(row[bad.nonzero()[0]])} has a token that counts behind one that does not; accepted: a run of "
+            "True from the first token on"
         )
 
 
