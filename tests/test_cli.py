@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import prefkern
-from prefkern.bench import peers, report, shapes, suites, timing
+from prefkern.bench import peers, report, shapes, suites, timing, workloads
 from prefkern.cli import app, demo
 
 OPS = ("linear_logprobs", "logits_logprobs", "group_advantages", "policy_loss")
@@ -432,7 +432,7 @@ def test_peak_memory_of_a_call():
 @pytest.mark.parametrize("dtype", list(shapes.DTYPES.values()))
 @pytest.mark.parametrize("shape", [(4, 64), (3, 5)])
 def test_a_plain_read_exists_for_every_type_and_size(dtype, shape):
-    about, read = suites.fastest_read(torch.ones(shape, dtype=dtype), "cpu")
+    about, read = workloads.fastest_read(torch.ones(shape, dtype=dtype), "cpu")
     assert about
     assert read() is not None
 

@@ -1,0 +1,134 @@
+"""Libraries that bring kernels of their own, through what they offer to others."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prefkern.bench.peers.base import Logprobs, Peer, Unavailable
+
+
+class Torch(Peer):
+    """PyTorch's own fused functions: F.linear_cross_entropy as it comes, and F.cross_entropy."""
+
+    name = "torch"
+    about = "F.linear_cross_entropy and F.cross_entropy, reduction none"
+
+    def options(self) -> dict[str, Any]:
+        return {}
+
+    def linear_logprobs(self, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
+        function = getattr(F, "linear_cross_entropy", None)
+        if function is None:
+            raise Unavailable(f"torch {torch.__version__} has no F.linear_cross_entropy")
+        _no_entropy(entropy)
+        return -function(hidden, weight, targets, reduction="none", **self.options()), None
+
+    def logits_logprobs(self, logits: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
+        _no_entropy(entropy)
+        return -F.cross_entropy(logits, targets, reduction="none"), None
+
+
+class TorchChunked(Torch):
+    """F.linear_cross_entropy with its options for little memory."""
+
+    name = "torch-chunked"
+    about = "F.linear_cross_entropy with LinearCrossEntropyOptions()"
+
+    def options(self) -> dict[str, Any]:
+        options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+        if options is None:
+            raise Unavailable(f"torch {torch.__version__} has no LinearCrossEntropyOptions")
+        return {"options": options()}
+
+    def logits_logprobs(self, logits: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
+        raise Unavailable("has no such op")
+
+
+class Liger(Peer):
+    """Liger Kernel's chunked selective log-probability: torch operations, no Triton kernel."""
+
+    name = "liger"
+    about = "liger_kernel.chunked_loss, the head of its policy losses"
+
+    def __init__(self) -> None:
+        module = _import("liger_kernel.chunked_loss.fused_linear_ppo", "liger_kernel")
+        self._function: Any = _member(module, "_ChunkedSelectiveLogProbFunction")
+        self._chunk: int = _member(module, "_SELECTIVE_LOGPROB_VOCAB_CHUNK_SIZE")
+
+    def linear_logprobs(self, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
+        _no_entropy(entropy)
+        return self._function.apply(hidden, weight, targets, None, 1.0, self._chunk), None
+
+
+class Trl(Peer):
+    """TRL's chunked head, and its functions over logits. Importing the latter takes the whole trainer along."""
+
+    name = "trl"
+    about = "trl.kernels.ChunkedLogProbFunction; selective_log_softmax and entropy_from_logits"
+    vocab_chunk = 32768  # what TRL's patched heads pass
+
+    def __init__(self) -> None:
+        self._function: Any = _member(_import("trl.kernels", "trl"), "ChunkedLogProbFunction")
+
+    def linear_logprobs(self, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
+        outputs = ("entropy",) if entropy else ()
+        arguments = (hidden, weight, None, targets, 1.0, self.vocab_chunk, None, 1.0, outputs)
+        return self._function.apply(*arguments)[:2]
+
+    def logits_logprobs(self, logits: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
+        utils = _import("trl.trainer.utils", "trl")
+        # These functions loop over sequences, so the rows are handed over as sequences of up to 256 tokens.
+        rows = 256 if len(targets) % 256 == 0 else len(targets)
+        sequences, index = logits.view(-1, rows, logits.shape[-1]), targets.view(-1, rows)
+        if not entropy:
+            return _member(utils, "selective_log_softmax")(sequences, index).view(-1), None
+        logp, both = _member(utils, "selective_log_softmax_and_entropy")(sequences, index)
+        return logp.view(-1), both.view(-1)
+
+
+class Cce(Peer):
+    """Apple's Cut Cross-Entropy; its torch.compile implementation where its kernels do not run."""
+
+    name = "cce"
+    about = "cut_cross_entropy, impl torch_compile on the CPU and cce on CUDA"
+
+    def __init__(self) -> None:
+        module = _import("cut_cross_entropy", "cut_cross_entropy")
+        self._function: Callable[..., Tensor] = _member(module, "linear_cross_entropy")
+        torch.compiler.reset()
+
+    def linear_logprobs(self, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
+        _no_entropy(entropy)
+        implementation = "cce" if hidden.is_cuda else "torch_compile"
+        return -self._function(hidden, weight, targets, reduction="none", impl=implementation), None
+
+
+def _no_entropy(entropy: bool) -> None:
+    if entropy:
+        raise Unavailable("gives no entropy")
+
+
+def _import(module: str, package: str) -> Any:
+    """The module, or `Unavailable`. A missing package and one that lacks something itself are told apart."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        raise Unavailable("not installed" if missing == package else f"needs {missing}") from None
+    except Exception as error:  # a library may fail to import in any way
+        raise Unavailable(f"does not import: {type(error).__name__}: {error}"[:160]) from error
+
+
+def _member(module: Any, name: str) -> Any:
+    if not hasattr(module, name):
+        raise Unavailable(f"this version has no {name}")
+    return getattr(module, name)

@@ -1,0 +1,27 @@
+"""What is run for each op: inputs, the calls of every peer, the floor, and how far the results are from float64.
+
+The floor is the least that an implementation of the same kind has to do, in plain PyTorch with buffers made before:
+
+    linear_logprobs   the bare torch.mm products in the type of the inputs: one forward; four with backward, of which
+                      the second recomputes the logits that are not kept
+    logits_logprobs   the fastest plain read of the logits; with backward two reads and one write
+    group_advantages  a copy of rewards and group ids
+    policy_loss       a copy of the inputs
+    overhead          x + 1 on a tiny tensor; all on one thread, since waking the others is not what is asked for
+"""
+
+from prefkern.bench.workloads.advantages import AdvantagesWorkload
+from prefkern.bench.workloads.base import Errors, Floor, Outputs, OutputsCall, Workload, fastest_read
+from prefkern.bench.workloads.logprobs import LinearWorkload, LogitsWorkload
+from prefkern.bench.workloads.overhead import OverheadWorkload
+from prefkern.bench.workloads.policy import PolicyWorkload
+
+WORKLOADS: dict[str, type[Workload]] = {
+    "linear_logprobs": LinearWorkload,
+    "logits_logprobs": LogitsWorkload,
+    "group_advantages": AdvantagesWorkload,
+    "policy_loss": PolicyWorkload,
+    "overhead": OverheadWorkload,
+}
+
+__all__ = ["WORKLOADS", "Errors", "Floor", "Outputs", "OutputsCall", "Workload", "fastest_read"]
