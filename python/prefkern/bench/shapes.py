@@ -39,8 +39,13 @@ OPS = {
     for op in (
         Op("linear_logprobs", ("N", "H", "V"), ((512, 1024, 32000),), tuple(DTYPES), MODES),
         Op("logits_logprobs", ("N", "V"), ((256, 128256),), tuple(DTYPES), MODES),
-        Op("group_advantages", ("B", "G"), ((65536, 8),), ("fp32", "fp64"), ("fwd",)),
+        Op("group_advantages", ("B", "G"), ((100000, 8),), ("fp32", "fp64"), ("fwd",)),
+        Op("group_reduce", ("B", "G"), ((100000, 8),), ("fp32", "fp64"), MODES),
+        Op("conflict_runs", ("G", "L", "V"), ((16, 1024, 128256),), ("fp32",), ("fwd",)),
         Op("policy_loss", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), MODES),
+        Op("top_quantile_mask", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), ("fwd",)),
+        Op("sequence_sum", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), MODES),
+        Op("gae", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), ("fwd",)),
         Op("overhead", (), ((),), ("fp32",), ("fwd",)),
     )
 }
@@ -133,7 +138,7 @@ def _fit(op: Op, shape: Shape) -> Shape:
         raise UsageError(f"{op.name} takes no shape, got {got}")
     if len(shape) != len(op.dims):
         raise UsageError(f"{op.name} takes shapes {op.pattern}, got {got}")
-    if op.name == "group_advantages" and shape[0] % shape[1]:
+    if op.dims == ("B", "G") and shape[0] % shape[1]:
         raise UsageError(f"{op.name} takes shapes BxG with B a multiple of the group size G, got {got}")
     return shape
 

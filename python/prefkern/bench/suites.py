@@ -37,6 +37,8 @@ class Row:
     cpu_ratio_floor: float | None = None
     cpu_ratio_eager: float | None = None
     peak_mib: float | None = None
+    launches: int | None = None
+    """Kernels that a call starts on the GPU; None on the CPU."""
     max_error: float | None = None
     """Largest absolute error of the results against float64."""
     grad_error: float | None = None
@@ -157,6 +159,7 @@ def _row(case: Case, variant: str, name: str, timing: Timing, timings: dict[str,
         cpu_ratio_floor=timing.cpu_ratio(floor),
         cpu_ratio_eager=timing.cpu_ratio(eager) if eager.wall_s else None,
         peak_mib=None if timing.peak_bytes is None else timing.peak_bytes / 2**20,
+        launches=timing.launches,
         max_error=probe.errors.forward if probe.errors else None,
         grad_error=probe.errors.gradient if probe.errors else None,
         bit_stable=probe.bit_stable,

@@ -2,7 +2,8 @@
 
 The calls run interleaved, in an order that rotates and turns round from one round to the next, so that a busy neighbour
 or a warm clock meets all of them alike. What is compared are then pairs: the ratio of two calls is the median, over the
-rounds, of the ratio of their times in the same round.
+rounds, of the ratio of their times in the same round. A call that takes over a second and over ten times as long as the
+quickest takes part in the first two rounds only: its ratio is not in doubt.
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ import torch
 
 SAMPLE_SECONDS = 5e-3  # shorter calls are repeated back to back until a sample takes about this long
 MAX_REPEATS = 2000
+SLOW_SECONDS, SLOW_FACTOR, SLOW_ROUNDS = 1.0, 10.0, 2
 
 Call = Callable[[], object]
 
 
 @dataclass
 class Timing:
-    """What was measured of one call: one entry per round, or why there is none."""
+    """What was measured of one call: one entry for each round that it took part in, or why there is none."""
 
     wall_s: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
+    launches: int | None = None
     error: str | None = None
 
     @property
@@ -63,6 +66,8 @@ def compare(
 ) -> dict[str, Timing]:
     """Times the calls against each other, for `rounds` rounds; after `min_rounds` the end of `budget_s` stops it, too.
 
+    The time of slow calls does not count towards the budget.
+
     A call that raises while it warms up is left out, and its `error` says why.
     """
     gc.collect()
@@ -78,25 +83,33 @@ def _compare(
 ) -> dict[str, Timing]:
     timings = {name: Timing() for name in calls}
     repeats: dict[str, int] = {}
+    seconds: dict[str, float] = {}
     for name, call in calls.items():
         try:
             for _ in range(warmup):
                 call()
             start = time.perf_counter()
             timings[name].peak_bytes = peak_extra_bytes(call, device)
-            long = time.perf_counter() - start > 50 * SAMPLE_SECONDS
+            seconds[name] = time.perf_counter() - start
+            long = seconds[name] > 50 * SAMPLE_SECONDS
             repeats[name] = 1 if long else _repeats(call, device)
+            timings[name].launches = count_launches(call, device)
         except Exception as error:  # a peer may fail in any way; the others are still worth measuring
             timings[name].error = describe(error)
     alive = list(repeats)
-    start = time.perf_counter()
+    quickest = min((seconds[name] for name in alive), default=0.0)
+    slow = {name for name in alive if seconds[name] > max(SLOW_SECONDS, SLOW_FACTOR * quickest)}
+    spent = 0.0
     for done in range(rounds):
-        if done >= min_rounds and time.perf_counter() - start > budget_s:
+        if done >= min_rounds and spent > budget_s:
             break
-        for name in _order(alive, done):
+        for name in _order([name for name in alive if done < SLOW_ROUNDS or name not in slow], done):
+            start = time.perf_counter()
             wall, cpu = _sample(calls[name], repeats[name], device)
             timings[name].wall_s.append(wall)
             timings[name].cpu_s.append(cpu)
+            if name not in slow:
+                spent += time.perf_counter() - start
     return timings
 
 
@@ -128,8 +141,33 @@ def peak_extra_bytes(call: Call, device: str = "cpu") -> int | None:
     return None if resident is None or peak is None else max(0, peak - resident)
 
 
+def free_bytes(device: str = "cpu") -> int | None:
+    """Memory that a call could still get; None where this cannot be told."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return _size_in("/proc/meminfo", "MemAvailable")
+
+
+def count_launches(call: Call, device: str) -> int | None:
+    """How many kernels the call starts on the GPU; None on the CPU and where the profiler does not say."""
+    if device != "cuda":
+        return None
+    try:
+        from torch.profiler import ProfilerActivity, profile
+
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+            call()
+            torch.cuda.synchronize()
+        launches = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
+        return sum(event.count for event in seen.key_averages() if event.key in launches) or None
+    except Exception:  # profiling needs permissions and a library that may be missing; times need neither
+        return None
+
+
 def _median_ratio(mine: list[float], theirs: list[float]) -> float:
-    return statistics.median(x / max(y, 1e-9) for x, y in zip(mine, theirs, strict=True))
+    """Over the rounds that both took part in."""
+    return statistics.median(x / max(y, 1e-9) for x, y in zip(mine, theirs, strict=False))
 
 
 def _order(names: list[str], done: int) -> list[str]:
@@ -191,9 +229,13 @@ def _reset_high_water_mark() -> bool:
 
 
 def _proc_status(key: str) -> int | None:
-    """A size from /proc/self/status, in bytes."""
+    return _size_in("/proc/self/status", key)
+
+
+def _size_in(path: str, key: str) -> int | None:
+    """A size in bytes from a file of /proc with lines such as "VmRSS: 1024 kB"."""
     try:
-        with open("/proc/self/status") as file:
+        with open(path) as file:
             sizes = [line.split()[1] for line in file if line.startswith(key + ":")]
     except OSError:
         return None

@@ -1,45 +1,60 @@
-"""Whom prefkern is compared with: one small adapter for each library.
+"""Whom prefkern is compared with: one small adapter for each library, or way of writing things.
 
 An adapter imports its library when it is made, and raises `Unavailable` with the reason if that does not work or if the
 library has no such op. Every method takes and returns tensors and is differentiable where the op is:
 
-    linear_logprobs(hidden [N, H], weight [V, H], targets [N], entropy)  -> logp [N], entropy [N] or None
-    logits_logprobs(logits [N, V], targets [N], entropy)                 -> logp [N], entropy [N] or None
-    group_advantages(rewards [B], group [B], size)                       -> advantages [B]
-    policy_loss(logp, old_logp, advantages, mask)                        -> loss and metrics; [B, T], advantages [B]
+    linear_logprobs(hidden [N, H], weight [V, H], targets [N], entropy)     -> logp [N], entropy [N] or None
+    logits_logprobs(logits [N, V], targets [N], entropy)                    -> logp [N], entropy [N] or None
+    group_advantages(rewards [B] or [B, K], group [B], size, estimator)     -> advantages [B]
+    group_reduce(values [B], group [B], size, reduce)                       -> [B]
+    conflict_runs(tokens [G, L], advantages [G], mask, vocab)               -> forward [G], backward [G]
+    policy_loss(logp, old_logp, advantages, mask, ref_logp, entropy, objective)   -> loss and metrics; [B, T], advantages [B]
+    top_quantile_mask(values [B, T], mask, rule)                            -> bool [B, T]
+    sequence_sum(values [B, T] or [N], mask, cu_seqlens)                    -> [B]
+    gae(rewards [B, T], values [B, T], mask)                                -> advantages, returns
 
-`size` is the size of the groups when they lie one behind the other, None when they do not.
+`size` is the size of the groups when they lie one behind the other, None when they do not. `estimator` and `objective`
+are names from `ESTIMATORS` and `OBJECTIVES`.
+
+base       the methods, the constants
+ours       this library
+plain      PyTorch as it is usually written, eager and compiled
+python     Python loops
+libraries  PyTorch's own fused functions, Liger, TRL, Cut Cross-Entropy
 """
 
-from prefkern.bench.peers.base import ADVANTAGE_EPS, DUAL_CLIP, EPS_HIGH, EPS_LOW, Logprobs, LossAndMetrics, Peer, Unavailable
+from prefkern.bench.peers.base import ESTIMATORS, OBJECTIVES, Estimator, Logprobs, LossAndMetrics, Objective, Peer, Unavailable
 from prefkern.bench.peers.libraries import Cce, Liger, Torch, TorchChunked, Trl
 from prefkern.bench.peers.ours import Prefkern, PrefkernFp32, PrefkernInplace
 from prefkern.bench.peers.plain import Compile, Eager
+from prefkern.bench.peers.python import Python
 
 PEERS: dict[str, type[Peer]] = {
-    peer.name: peer for peer in (Prefkern, PrefkernFp32, PrefkernInplace, Eager, Compile, Torch, TorchChunked, Liger, Trl, Cce)
+    peer.name: peer
+    for peer in (Prefkern, PrefkernFp32, PrefkernInplace, Eager, Compile, Torch, TorchChunked, Python, Liger, Trl, Cce)
 }
-AGAINST = ("eager", "compile", "torch", "liger", "trl", "cce")  # whom a run compares with if nobody is named
+AGAINST = ("eager", "compile", "torch", "python", "liger", "trl", "cce")  # whom a run compares with if nobody is named
 NAMEABLE = (*AGAINST, "torch-chunked")
 
 __all__ = [
-    "ADVANTAGE_EPS",
     "AGAINST",
-    "DUAL_CLIP",
-    "EPS_HIGH",
-    "EPS_LOW",
+    "ESTIMATORS",
     "NAMEABLE",
+    "OBJECTIVES",
     "PEERS",
     "Cce",
     "Compile",
     "Eager",
+    "Estimator",
     "Liger",
     "Logprobs",
     "LossAndMetrics",
+    "Objective",
     "Peer",
     "Prefkern",
     "PrefkernFp32",
     "PrefkernInplace",
+    "Python",
     "Torch",
     "TorchChunked",
     "Trl",

@@ -2,10 +2,54 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 from torch import Tensor
 
-EPS_LOW, EPS_HIGH, DUAL_CLIP = 0.2, 0.28, 3.0  # of the policy loss that is measured
 ADVANTAGE_EPS = 1e-6
+VIRTUAL_REWARD = 1.0  # of the one virtual sample of "ngrpo"
+GAMMA, LAMBDA = 0.99, 0.95  # of gae
+TOP_FRACTION = 0.2  # of top_quantile_mask
+BETA = 0.04  # of the policy loss with a KL term
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """Advantages as `prefkern.group_advantages` is asked for them."""
+
+    options: dict[str, Any]
+    rewards: int = 1
+    """How many rewards a sample has."""
+
+
+ESTIMATORS = {
+    "grpo": Estimator({}),
+    "gdpo": Estimator({"combine": "normalize_then_sum", "batch": "seq"}, rewards=2),
+    "ngrpo": Estimator({"virtual_value": VIRTUAL_REWARD, "virtual_count": 1, "singleton": "calibrate"}),
+    "mad": Estimator({"estimator": "mad"}),
+}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A policy loss as `prefkern.policy_loss` is asked for it."""
+
+    options: dict[str, Any]
+    reference: bool = False
+    """Whether it gets `ref_logp` and `entropy`, for a KL term and their metrics."""
+
+
+EPS_LOW, EPS_HIGH, DUAL_CLIP = 0.2, 0.28, 3.0
+TAU_POS, TAU_NEG = 1.0, 1.05
+CLIP: dict[str, Any] = {"eps_low": EPS_LOW, "eps_high": EPS_HIGH}
+OBJECTIVES = {
+    "clip": Objective(CLIP | {"dual_clip": DUAL_CLIP}),
+    "clip+k3": Objective(CLIP | {"dual_clip": DUAL_CLIP, "beta": BETA}, reference=True),
+    "gspo": Objective(CLIP | {"kind": "gspo", "agg": "seq-mean-token-mean"}),
+    "cispo": Objective(CLIP | {"kind": "cispo"}),
+    "sapo": Objective({"kind": "sapo", "tau_pos": TAU_POS, "tau_neg": TAU_NEG}),
+}
 
 Logprobs = tuple[Tensor, Tensor | None]
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
@@ -27,8 +71,32 @@ class Peer:
     def logits_logprobs(self, logits: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
         raise Unavailable("has no such op")
 
-    def group_advantages(self, rewards: Tensor, group: Tensor, size: int | None) -> Tensor:
+    def group_advantages(self, rewards: Tensor, group: Tensor, size: int | None, estimator: str) -> Tensor:
         raise Unavailable("has no such op")
 
-    def policy_loss(self, logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> LossAndMetrics:
+    def group_reduce(self, values: Tensor, group: Tensor, size: int | None, reduce: str) -> Tensor:
+        raise Unavailable("has no such op")
+
+    def conflict_runs(self, tokens: Tensor, advantages: Tensor, mask: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+        raise Unavailable("has no such op")
+
+    def policy_loss(
+        self,
+        logp: Tensor,
+        old_logp: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        ref_logp: Tensor | None,
+        entropy: Tensor | None,
+        objective: str,
+    ) -> LossAndMetrics:
+        raise Unavailable("has no such op")
+
+    def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: str) -> Tensor:
+        raise Unavailable("has no such op")
+
+    def sequence_sum(self, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        raise Unavailable("has no such op")
+
+    def gae(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         raise Unavailable("has no such op")

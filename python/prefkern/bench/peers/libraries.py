@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefkern.bench.peers.base import Logprobs, Peer, Unavailable
+from prefkern.bench.peers.base import TOP_FRACTION, Logprobs, Peer, Unavailable
 
 
 class Torch(Peer):
-    """PyTorch's own fused functions: F.linear_cross_entropy as it comes, and F.cross_entropy."""
+    """PyTorch's own functions for the purpose: F.linear_cross_entropy as it comes, F.cross_entropy, and others."""
 
     name = "torch"
-    about = "F.linear_cross_entropy and F.cross_entropy, reduction none"
+    about = "F.linear_cross_entropy and F.cross_entropy, reduction none; kthvalue; segment_reduce"
 
     def options(self) -> dict[str, Any]:
         return {}
@@ -34,6 +35,21 @@ class Torch(Peer):
         _no_entropy(entropy)
         return -F.cross_entropy(logits, targets, reduction="none"), None
 
+    def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: str) -> Tensor:
+        among = values[mask]
+        n = len(among)
+        if rule == "count":
+            return (values >= among.kthvalue(n + 1 - math.ceil(TOP_FRACTION * n)).values) & mask
+        place = (1 - TOP_FRACTION) * (n - 1)
+        below = math.floor(place)
+        low, high = (among.kthvalue(min(k, n)).values for k in (below + 1, below + 2))
+        return (values >= torch.lerp(low, high, place - below)) & mask
+
+    def sequence_sum(self, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        if cu_seqlens is None:
+            raise Unavailable("has no such op for padded sequences")
+        return torch.segment_reduce(values, "sum", lengths=cu_seqlens.diff())
+
 
 class TorchChunked(Torch):
     """F.linear_cross_entropy with its options for little memory."""
@@ -48,6 +64,12 @@ class TorchChunked(Torch):
         return {"options": options()}
 
     def logits_logprobs(self, logits: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
+        raise Unavailable("has no such op")
+
+    def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: str) -> Tensor:
+        raise Unavailable("has no such op")
+
+    def sequence_sum(self, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         raise Unavailable("has no such op")
 
 

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from prefkern.bench.peers.base import ADVANTAGE_EPS, DUAL_CLIP, EPS_HIGH, EPS_LOW, Logprobs, LossAndMetrics, Peer
+from prefkern.bench.peers.base import (
+    ADVANTAGE_EPS,
+    ESTIMATORS,
+    GAMMA,
+    LAMBDA,
+    OBJECTIVES,
+    TOP_FRACTION,
+    Logprobs,
+    LossAndMetrics,
+    Peer,
+)
 
 
 class Prefkern(Peer):
@@ -26,15 +38,56 @@ class Prefkern(Peer):
         out = prefkern.logits_logprobs(logits, targets, outputs=("entropy",) if entropy else ())
         return out.logp, out.entropy
 
-    def group_advantages(self, rewards: Tensor, group: Tensor, size: int | None) -> Tensor:
+    def group_advantages(self, rewards: Tensor, group: Tensor, size: int | None, estimator: str) -> Tensor:
         import prefkern
 
-        return prefkern.group_advantages(rewards, group, eps=ADVANTAGE_EPS).advantages
+        return prefkern.group_advantages(rewards, group, eps=ADVANTAGE_EPS, **ESTIMATORS[estimator].options).advantages
 
-    def policy_loss(self, logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> LossAndMetrics:
+    def group_reduce(self, values: Tensor, group: Tensor, size: int | None, reduce: str) -> Tensor:
         import prefkern
 
-        return prefkern.policy_loss(logp, old_logp, advantages, mask, eps_low=EPS_LOW, eps_high=EPS_HIGH, dual_clip=DUAL_CLIP)
+        return prefkern.group_reduce(values, group, reduce=reduce)
+
+    def conflict_runs(self, tokens: Tensor, advantages: Tensor, mask: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+        import prefkern
+
+        runs = prefkern.conflict_runs(tokens, advantages, self._one_group(len(tokens), tokens.device), mask)
+        return runs.forward, runs.backward
+
+    @staticmethod
+    @lru_cache
+    def _one_group(rows: int, device: torch.device) -> Tensor:
+        return torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def policy_loss(
+        self,
+        logp: Tensor,
+        old_logp: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        ref_logp: Tensor | None,
+        entropy: Tensor | None,
+        objective: str,
+    ) -> LossAndMetrics:
+        import prefkern
+
+        more = {} if ref_logp is None else {"ref_logp": ref_logp, "entropy": entropy}
+        return prefkern.policy_loss(logp, old_logp, advantages, mask, **OBJECTIVES[objective].options, **more)
+
+    def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: str) -> Tensor:
+        import prefkern
+
+        return prefkern.top_quantile_mask(values, mask, fraction=TOP_FRACTION, rule=rule)
+
+    def sequence_sum(self, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        import prefkern
+
+        return prefkern.sequence_sum(values, mask, cu_seqlens=cu_seqlens)
+
+    def gae(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        import prefkern
+
+        return prefkern.gae(rewards, values, mask, gamma=GAMMA, lam=LAMBDA)
 
 
 class PrefkernFp32(Prefkern):

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefkern.bench.peers.base import ADVANTAGE_EPS, DUAL_CLIP, EPS_HIGH, EPS_LOW, Logprobs, LossAndMetrics, Peer, Unavailable
+from prefkern.bench.peers.base import (
+    ADVANTAGE_EPS,
+    BETA,
+    DUAL_CLIP,
+    EPS_HIGH,
+    EPS_LOW,
+    GAMMA,
+    LAMBDA,
+    TAU_NEG,
+    TAU_POS,
+    TOP_FRACTION,
+    VIRTUAL_REWARD,
+    Logprobs,
+    LossAndMetrics,
+    Peer,
+    Unavailable,
+)
+from prefkern.bench.timing import free_bytes
 
 
 class Eager(Peer):
     """The usual plain PyTorch."""
 
     name = "eager"
-    about = "plain PyTorch: log_softmax, gather, exp"
+    about = "plain PyTorch: log_softmax, gather, exp; index_add over groups; bincount; torch.quantile"
 
     def linear_logprobs(self, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
         return self._of_log_softmax(F.log_softmax(_wide(hidden @ weight.T), dim=-1), targets, entropy)
@@ -26,10 +45,11 @@ class Eager(Peer):
         logp = log_p.gather(1, targets[:, None]).squeeze(1)
         return logp, -(log_p.exp() * log_p).sum(-1) if entropy else None
 
-    def group_advantages(self, rewards: Tensor, group: Tensor, size: int | None) -> Tensor:
+    def group_advantages(self, rewards: Tensor, group: Tensor, size: int | None, estimator: str) -> Tensor:
         if size is not None:
-            r = rewards.view(-1, size)
-            return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + ADVANTAGE_EPS)).view(-1)
+            return _advantages_of_view(rewards.view(-1, size, *rewards.shape[1:]), estimator).view(len(rewards))
+        if estimator != "grpo":
+            raise Unavailable("written for groups one behind the other")
         ids, index = torch.unique(group, return_inverse=True)
         zeros = rewards.new_zeros(len(ids))
         count = zeros.index_add(0, index, torch.ones_like(rewards))
@@ -37,27 +57,129 @@ class Eager(Peer):
         variance = zeros.index_add(0, index, centred.square()) / (count - 1).clamp_min(1)
         return centred / (variance.sqrt()[index] + ADVANTAGE_EPS)
 
-    def policy_loss(self, logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> LossAndMetrics:
+    def group_reduce(self, values: Tensor, group: Tensor, size: int | None, reduce: str) -> Tensor:
+        if size is not None:
+            v = values.view(-1, size)
+            result = v.sum(1, keepdim=True) if reduce == "sum" else v.logsumexp(1, keepdim=True)
+            return result.expand(-1, size).reshape(-1)
+        ids, index = torch.unique(group, return_inverse=True)
+        zeros = values.new_zeros(len(ids))
+        if reduce == "sum":
+            return zeros.index_add(0, index, values)[index]
+        highest = zeros.scatter_reduce(0, index, values.detach(), "amax", include_self=False)
+        return (highest + zeros.index_add(0, index, (values - highest[index]).exp()).log())[index]
+
+    def conflict_runs(self, tokens: Tensor, advantages: Tensor, mask: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+        """Counts of every token at every place, once for each sign: two tables of L x V numbers per direction."""
+        rows, length = tokens.shape
+        # bincount counts in int64; beside both tables there are their comparisons with zero and what joins them
+        needed, free = length * vocab * (2 * 8 + 3), free_bytes(tokens.device.type)
+        if free is not None and needed > free / 2:
+            raise Unavailable(f"needs {needed / 2**30:.1f} GiB, more than half of the free {free / 2**30:.1f} GiB")
+        place = torch.arange(length, device=tokens.device).expand(rows, length)
+        from_end = mask.sum(1, keepdim=True) - 1 - place  # negative behind the last token
+        backwards = tokens.gather(1, from_end.clamp_min(0))  # in the other direction the mask lies as it did
+        return self._leading_run(tokens, place, advantages, mask, vocab), self._leading_run(
+            backwards, place, advantages, mask, vocab
+        )
+
+    @staticmethod
+    def _leading_run(tokens: Tensor, place: Tensor, advantages: Tensor, mask: Tensor, vocab: int) -> Tensor:
+        cell = place * vocab + tokens
+        positive, negative = (
+            torch.bincount(cell[mask & sign[:, None]], minlength=tokens.shape[1] * vocab) > 0
+            for sign in (advantages > 0, advantages < 0)
+        )
+        conflict = (positive & negative)[cell] & mask & (advantages != 0)[:, None]
+        return conflict.long().cumprod(1).sum(1)
+
+    def policy_loss(
+        self,
+        logp: Tensor,
+        old_logp: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        ref_logp: Tensor | None,
+        entropy: Tensor | None,
+        objective: str,
+    ) -> LossAndMetrics:
         a, m = advantages[:, None], mask.to(logp.dtype)
-        tokens = m.sum()
-        d = (logp - old_logp).clamp(-20.0, 20.0)
-        ratio = d.exp()
-        plain, bounded = -a * ratio, -a * ratio.clamp(1 - EPS_LOW, 1 + EPS_HIGH)
-        clipped = torch.maximum(plain, bounded)
-        cap = -a * DUAL_CLIP
-        loss = (torch.where(a < 0, torch.minimum(clipped, cap), clipped) * m).sum() / tokens
+        lengths = m.sum(1)
+        tokens = lengths.sum()
+        d = logp - old_logp
+        if objective == "gspo":
+            clamped = ((d * m).sum(1) / lengths.clamp_min(1))[:, None].expand_as(d)
+        else:
+            clamped = d.clamp(-20.0, 20.0)
+        ratio = clamped.exp()
+        bounded = ratio.clamp(1 - EPS_LOW, 1 + EPS_HIGH)
+        plain, other = -a * ratio, -a * bounded
+        clipped, cap = torch.maximum(plain, other), -a * DUAL_CLIP
+        dual = torch.zeros_like(mask)
+        if objective == "cispo":
+            loss = -a * bounded.detach() * logp
+        elif objective == "sapo":
+            tau = torch.where(a > 0, TAU_POS, TAU_NEG)
+            loss = -a * (4 / tau) * torch.sigmoid(tau * (ratio - 1))
+        elif objective == "gspo":
+            loss = clipped
+        else:
+            loss = torch.where(a < 0, torch.minimum(clipped, cap), clipped)
+            dual = (clipped > cap) & (a < 0)
+        k3 = torch.zeros_like(logp)
+        if ref_logp is not None:
+            to_ref = ref_logp - logp
+            k3 = to_ref.exp() - to_ref - 1
+            loss = loss + BETA * k3
+        if objective == "gspo":
+            sequences = (lengths > 0).sum()
+            total = ((loss * m).sum(1) / (lengths + 1e-8)).sum() / sequences
+        else:
+            total = (loss * m).sum() / tokens
         with torch.no_grad():
-            clips = (bounded > plain).to(m.dtype) * m
+            clips = (other > plain).to(m.dtype) * m if objective != "sapo" else torch.zeros_like(m)
             metrics = {
                 "clip_fraction_low": (clips * (a < 0)).sum() / tokens,
                 "clip_fraction_high": (clips * (a > 0)).sum() / tokens,
-                "clip_fraction_dual": (((clipped > cap) & (a < 0)) * m).sum() / tokens,
+                "clip_fraction_dual": (dual * m).sum() / tokens,
                 "ratio_mean": (ratio * m).sum() / tokens,
                 "ratio_min": ratio.masked_fill(~mask, torch.inf).min(),
                 "ratio_max": ratio.masked_fill(~mask, -torch.inf).max(),
-                "approx_kl": ((ratio - 1 - d) * m).sum() / tokens,
+                "approx_kl": ((d.exp() - 1 - d) * m).sum() / tokens,
+                "kl": (k3 * m).sum() / tokens,
+                "tokens": tokens,
+                "sequences": (lengths > 0).sum(),
             }
-        return loss, metrics
+            if entropy is not None:
+                metrics["entropy"] = (entropy * m).sum() / tokens
+        return total, metrics
+
+    def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: str) -> Tensor:
+        if rule == "trl":
+            return (values >= torch.quantile(values[mask], 1 - TOP_FRACTION)) & mask
+        count = math.ceil(TOP_FRACTION * int(mask.sum()))
+        top = values.masked_fill(~mask, -torch.inf).view(-1).topk(count).indices
+        return torch.zeros_like(mask).view(-1).index_fill(0, top, True).view_as(mask)
+
+    def sequence_sum(self, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        if cu_seqlens is None:
+            return (values if mask is None else values.masked_fill(~mask, 0.0)).sum(1)
+        rows = len(cu_seqlens) - 1
+        row = torch.repeat_interleave(torch.arange(rows, device=values.device), cu_seqlens.diff())
+        return values.new_zeros(rows).index_add(0, row, values)
+
+    def gae(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Over the columns from the last to the first; the mask is a run of ones in front."""
+        r, v, m = (x * mask for x in (rewards, values, mask.to(values.dtype)))
+        following = F.pad(v, (0, 1))[:, 1:]
+        delta = r + GAMMA * following - v
+        carry = values.new_zeros(len(values))
+        columns = []
+        for t in range(values.shape[1] - 1, -1, -1):
+            carry = delta[:, t] + GAMMA * LAMBDA * carry
+            columns.append(carry)
+        advantages = torch.stack(columns[::-1], dim=1) * m
+        return advantages, (advantages + v) * m
 
 
 class Compile(Peer):
@@ -72,7 +194,9 @@ class Compile(Peer):
         self._linear = torch.compile(eager.linear_logprobs, dynamic=False)
         self._logits = torch.compile(eager.logits_logprobs, dynamic=False)
         self._advantages = torch.compile(eager.group_advantages, dynamic=False)
+        self._reduce = torch.compile(eager.group_reduce, dynamic=False)
         self._policy = torch.compile(eager.policy_loss, dynamic=False)
+        self._sequence_sum = torch.compile(eager.sequence_sum, dynamic=False)
 
     def linear_logprobs(self, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
         return self._linear(hidden, weight, targets, entropy)
@@ -80,13 +204,57 @@ class Compile(Peer):
     def logits_logprobs(self, logits: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
         return self._logits(logits, targets, entropy)
 
-    def group_advantages(self, rewards: Tensor, group: Tensor, size: int | None) -> Tensor:
+    def group_advantages(self, rewards: Tensor, group: Tensor, size: int | None, estimator: str) -> Tensor:
         if size is None:
             raise Unavailable("torch.unique is not compiled")
-        return self._advantages(rewards, group, size)
+        return self._advantages(rewards, group, size, estimator)
 
-    def policy_loss(self, logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> LossAndMetrics:
-        return self._policy(logp, old_logp, advantages, mask)
+    def group_reduce(self, values: Tensor, group: Tensor, size: int | None, reduce: str) -> Tensor:
+        if size is None:
+            raise Unavailable("torch.unique is not compiled")
+        return self._reduce(values, group, size, reduce)
+
+    def conflict_runs(self, tokens: Tensor, advantages: Tensor, mask: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+        raise Unavailable("torch.bincount is not compiled")
+
+    def policy_loss(
+        self,
+        logp: Tensor,
+        old_logp: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        ref_logp: Tensor | None,
+        entropy: Tensor | None,
+        objective: str,
+    ) -> LossAndMetrics:
+        return self._policy(logp, old_logp, advantages, mask, ref_logp, entropy, objective)
+
+    def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: str) -> Tensor:
+        raise Unavailable("the number of values depends on the mask, which is not compiled")
+
+    def sequence_sum(self, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        if cu_seqlens is not None:
+            raise Unavailable("the number of tokens depends on cu_seqlens, which is not compiled")
+        return self._sequence_sum(values, mask, cu_seqlens)
+
+    def gae(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        raise Unavailable("a loop over every token would be unrolled")
+
+
+def _advantages_of_view(r: Tensor, estimator: str) -> Tensor:
+    """r: [groups, size], or [groups, size, rewards]."""
+    if estimator == "ngrpo":
+        values = torch.cat([r, torch.full_like(r[:, :1], VIRTUAL_REWARD)], dim=1)
+    else:
+        values = r
+    centred = r - values.mean(1, keepdim=True)
+    if estimator == "mad":
+        return r.shape[1] * centred / (centred.abs().sum(1, keepdim=True) + ADVANTAGE_EPS)
+    scaled = centred / (values.std(1, keepdim=True) + ADVANTAGE_EPS)
+    if estimator != "gdpo":
+        return scaled
+    total = scaled.sum(-1)
+    return (total - total.mean()) / (total.std() + ADVANTAGE_EPS)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -5,22 +5,31 @@ The floor is the least that an implementation of the same kind has to do, in pla
     linear_logprobs   the bare torch.mm products in the type of the inputs: one forward; four with backward, of which
                       the second recomputes the logits that are not kept
     logits_logprobs   the fastest plain read of the logits; with backward two reads and one write
-    group_advantages  a copy of rewards and group ids
-    policy_loss       a copy of the inputs
+    conflict_runs     a copy of the tokens
+    group_advantages, group_reduce, policy_loss, top_quantile_mask, sequence_sum, gae   a copy of the inputs
     overhead          x + 1 on a tiny tensor; all on one thread, since waking the others is not what is asked for
 """
 
 from prefkern.bench.workloads.advantages import AdvantagesWorkload
 from prefkern.bench.workloads.base import Errors, Floor, Outputs, OutputsCall, Workload, fastest_read
+from prefkern.bench.workloads.conflicts import ConflictRunsWorkload
+from prefkern.bench.workloads.filters import TopQuantileWorkload
+from prefkern.bench.workloads.groups import GroupReduceWorkload
 from prefkern.bench.workloads.logprobs import LinearWorkload, LogitsWorkload
 from prefkern.bench.workloads.overhead import OverheadWorkload
 from prefkern.bench.workloads.policy import PolicyWorkload
+from prefkern.bench.workloads.sequence import GaeWorkload, SequenceSumWorkload
 
 WORKLOADS: dict[str, type[Workload]] = {
     "linear_logprobs": LinearWorkload,
     "logits_logprobs": LogitsWorkload,
     "group_advantages": AdvantagesWorkload,
+    "group_reduce": GroupReduceWorkload,
+    "conflict_runs": ConflictRunsWorkload,
     "policy_loss": PolicyWorkload,
+    "top_quantile_mask": TopQuantileWorkload,
+    "sequence_sum": SequenceSumWorkload,
+    "gae": GaeWorkload,
     "overhead": OverheadWorkload,
 }
 

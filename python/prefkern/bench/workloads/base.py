@@ -112,3 +112,14 @@ def _seconds(call: Callable[[], object], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def grouped(
+    values: Tensor, size: int, random: torch.Generator, shuffled: bool, device: str
+) -> tuple[Tensor, Tensor, int | None]:
+    """Values [B, ...] with the ids of their groups, and the size of those if they lie one behind the other."""
+    group = torch.arange(len(values) // size).repeat_interleave(size)
+    if not shuffled:
+        return values.to(device), group.to(device), size
+    order = torch.randperm(len(values), generator=random)
+    return values[order].to(device), group[order].to(device), None

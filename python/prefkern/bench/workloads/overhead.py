@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from prefkern.bench.peers import Peer
-from prefkern.bench.shapes import Case
+from prefkern.bench.shapes import Case, Shape
 from prefkern.bench.workloads.advantages import AdvantagesWorkload
 from prefkern.bench.workloads.base import Errors, Floor, Outputs, OutputsCall, Workload
+from prefkern.bench.workloads.conflicts import ConflictRunsWorkload
+from prefkern.bench.workloads.filters import TopQuantileWorkload
+from prefkern.bench.workloads.groups import GroupReduceWorkload
 from prefkern.bench.workloads.logprobs import LinearWorkload, LogitsWorkload
 from prefkern.bench.workloads.policy import PolicyWorkload
+from prefkern.bench.workloads.sequence import GaeWorkload, SequenceSumWorkload
 
-TINY: dict[str, tuple[type[Workload], tuple[int, ...]]] = {
-    "linear_logprobs": (LinearWorkload, (2, 16, 32)),
-    "logits_logprobs": (LogitsWorkload, (2, 32)),
-    "group_advantages": (AdvantagesWorkload, (16, 4)),
-    "policy_loss": (PolicyWorkload, (2, 8)),
+# what is shown -> workload, op, shape, mode, variant of the workload
+TINY: dict[str, tuple[type[Workload], str, Shape, str, str]] = {
+    "linear_logprobs": (LinearWorkload, "linear_logprobs", (2, 16, 32), "fwd", "logp"),
+    "logits_logprobs": (LogitsWorkload, "logits_logprobs", (2, 32), "fwd", "logp"),
+    "group_advantages": (AdvantagesWorkload, "group_advantages", (16, 4), "fwd", "contiguous"),
+    "group_reduce": (GroupReduceWorkload, "group_reduce", (16, 4), "fwd", "sum"),
+    "conflict_runs": (ConflictRunsWorkload, "conflict_runs", (4, 8, 32), "fwd", "template"),
+    "policy_loss": (PolicyWorkload, "policy_loss", (2, 8), "fwd", "clip"),
+    "policy_loss 8x512": (PolicyWorkload, "policy_loss", (8, 512), "fwd", "clip+k3"),
+    "policy_loss 8x512 bwd": (PolicyWorkload, "policy_loss", (8, 512), "bwd", "clip+k3"),
+    "top_quantile_mask": (TopQuantileWorkload, "top_quantile_mask", (2, 8), "fwd", "trl"),
+    "sequence_sum": (SequenceSumWorkload, "sequence_sum", (2, 8), "fwd", "padded"),
+    "gae": (GaeWorkload, "gae", (2, 8), "fwd", "padded"),
 }
 
 
@@ -24,14 +36,16 @@ class OverheadWorkload(Workload):
 
     def __init__(self, case: Case, device: str) -> None:
         super().__init__(case, device)
-        self.tiny = {op: workload(Case(op, shape, "fp32", "fwd"), device) for op, (workload, shape) in TINY.items()}
+        self.tiny = {
+            name: workload(Case(op, shape, "fp32", mode), device) for name, (workload, op, shape, mode, _) in TINY.items()
+        }
 
     def call(self, peer: Peer, variant: str) -> OutputsCall:
-        return self.tiny[variant].call(peer, self.tiny[variant].variants[0])
+        return self.tiny[variant].call(peer, TINY[variant][-1])
 
     def floor(self) -> Floor:
         x = self.normal(4)
         return Floor("x + 1 on 4 numbers, one thread", lambda: x + 1)
 
     def errors(self, outputs: Outputs, variant: str) -> Errors:
-        return self.tiny[variant].errors(outputs, self.tiny[variant].variants[0])
+        return self.tiny[variant].errors(outputs, TINY[variant][-1])

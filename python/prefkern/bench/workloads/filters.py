@@ -1,0 +1,37 @@
+"""The tokens above a quantile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from prefkern import reference
+from prefkern.bench.peers import Peer
+from prefkern.bench.peers.base import TOP_FRACTION
+from prefkern.bench.shapes import Case
+from prefkern.bench.workloads.base import Errors, Floor, Outputs, OutputsCall, Workload, copy_of, errors_against
+
+
+class TopQuantileWorkload(Workload):
+    """Entropies as language models have them, most of them near zero; a tenth of the tokens masked."""
+
+    variants = ("trl", "count")
+
+    def __init__(self, case: Case, device: str) -> None:
+        super().__init__(case, device)
+        entropy = torch.randn(case.shape, generator=self.random, dtype=torch.float64).square() ** 2
+        self.values = entropy.to(self.dtype).to(device)
+        self.mask = (torch.rand(case.shape, generator=self.random) < 0.9).to(device)
+
+    def call(self, peer: Peer, variant: str) -> OutputsCall:
+        return lambda: {"mask": peer.top_quantile_mask(self.values, self.mask, variant)}
+
+    def floor(self) -> Floor:
+        return copy_of([self.values, self.mask])
+
+    def errors(self, outputs: Outputs, variant: str) -> Errors:
+        """Between float64 thresholds of these very values: 0 or 1, as one token more or less is a wrong result."""
+        rule: Any = variant
+        truth = reference.top_quantile_mask(self.values.double(), self.mask, fraction=TOP_FRACTION, rule=rule)
+        return errors_against(outputs, {"mask": truth.double()})
