@@ -21,7 +21,7 @@ def bench(
         str | None,
         typer.Option(
             metavar="eager,compile,...",
-            help="Whom to compare with: eager, compile, torch, torch-chunked, liger, trl, cce, or none.",
+            help="Whom to compare with: eager, compile, torch, torch-chunked, python, liger, trl, cce, or none.",
         ),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Save the results.")] = None,
@@ -117,29 +117,32 @@ def _print_case(case: Case, rows: list[Row]) -> None:
     from prefkern.bench import report
     from prefkern.cli.console import make_console
 
-    with_gradient = any(row.grad_error is not None for row in rows)
+    optional = {
+        "grad error": any(row.grad_error is not None for row in rows),
+        "launches": any(row.launches is not None for row in rows),
+    }
     table = Table(title=case.title, title_justify="left")
     for name in ("outputs", "peer"):
         table.add_column(name, no_wrap=True)
-    columns = ["time", "CPU time", "/ eager", "/ floor", "extra MiB", "max error", "grad error", "bit-stable"]
-    for name in columns:
-        if name != "grad error" or with_gradient:
-            table.add_column(name, justify="right")
+    columns = ["time", "CPU time", "/ eager", "/ floor", "extra MiB", "launches", "max error", "grad error", "bit-stable"]
+    shown = [name for name in columns if optional.get(name, True)]
+    for name in shown:
+        table.add_column(name, justify="right")
     for row in rows:
         if row.status != "ok":
             continue
-        cells = [
-            row.outputs,
-            row.peer,
-            report.milliseconds(row.time_ms),
-            report.milliseconds(row.cpu_ms),
-            report.times(row.ratio_eager),
-            report.times(row.ratio_floor),
-            report.mebibytes(row.peak_mib),
-            report.scientific(row.max_error),
-            *([report.scientific(row.grad_error)] if with_gradient else []),
-            report.yes_no(row.bit_stable),
-        ]
+        figures = {
+            "time": report.milliseconds(row.time_ms),
+            "CPU time": report.milliseconds(row.cpu_ms),
+            "/ eager": report.times(row.ratio_eager),
+            "/ floor": report.times(row.ratio_floor),
+            "extra MiB": report.mebibytes(row.peak_mib),
+            "launches": "" if row.launches is None else str(row.launches),
+            "max error": report.scientific(row.max_error),
+            "grad error": report.scientific(row.grad_error),
+            "bit-stable": report.yes_no(row.bit_stable),
+        }
+        cells = [row.outputs, row.peer, *(figures[name] for name in shown)]
         table.add_row(*cells, style="bold" if row.peer.startswith("prefkern") else None)
     console = make_console()
     console.print(table)

@@ -107,11 +107,8 @@ class Eager(Peer):
         lengths = m.sum(1)
         tokens = lengths.sum()
         d = logp - old_logp
-        if objective == "gspo":
-            clamped = ((d * m).sum(1) / lengths.clamp_min(1))[:, None].expand_as(d)
-        else:
-            clamped = d.clamp(-20.0, 20.0)
-        ratio = clamped.exp()
+        of_sequence = ((d * m).sum(1) / lengths.clamp_min(1))[:, None]
+        ratio = of_sequence.exp().expand_as(d) if objective == "gspo" else d.clamp(-20.0, 20.0).exp()
         bounded = ratio.clamp(1 - EPS_LOW, 1 + EPS_HIGH)
         plain, other = -a * ratio, -a * bounded
         clipped, cap = torch.maximum(plain, other), -a * DUAL_CLIP
@@ -137,10 +134,14 @@ class Eager(Peer):
         else:
             total = (loss * m).sum() / tokens
         with torch.no_grad():
-            clips = (other > plain).to(m.dtype) * m if objective != "sapo" else torch.zeros_like(m)
+            low, high = ratio < 1 - EPS_LOW, ratio > 1 + EPS_HIGH
+            if objective == "sapo":
+                low, high = torch.zeros_like(mask), torch.zeros_like(mask)
+            elif objective != "cispo":
+                low, high = low & (a < 0), high & (a > 0)
             metrics = {
-                "clip_fraction_low": (clips * (a < 0)).sum() / tokens,
-                "clip_fraction_high": (clips * (a > 0)).sum() / tokens,
+                "clip_fraction_low": (low * m).sum() / tokens,
+                "clip_fraction_high": (high * m).sum() / tokens,
                 "clip_fraction_dual": (dual * m).sum() / tokens,
                 "ratio_mean": (ratio * m).sum() / tokens,
                 "ratio_min": ratio.masked_fill(~mask, torch.inf).min(),
@@ -243,10 +244,8 @@ class Compile(Peer):
 
 def _advantages_of_view(r: Tensor, estimator: str) -> Tensor:
     """r: [groups, size], or [groups, size, rewards]."""
-    if estimator == "ngrpo":
-        values = torch.cat([r, torch.full_like(r[:, :1], VIRTUAL_REWARD)], dim=1)
-    else:
-        values = r
+    virtual = torch.full_like(r[:, :1], VIRTUAL_REWARD)
+    values = torch.cat([r, virtual], dim=1) if estimator == "ngrpo" else r
     centred = r - values.mean(1, keepdim=True)
     if estimator == "mad":
         return r.shape[1] * centred / (centred.abs().sum(1, keepdim=True) + ADVANTAGE_EPS)

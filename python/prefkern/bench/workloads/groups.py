@@ -35,7 +35,7 @@ class GroupReduceWorkload(Workload):
 
     def call(self, peer: Peer, variant: str) -> OutputsCall:
         values, group, size = self.inputs[variant]
-        reduce = variant.split()[0]
+        reduce = variant.removesuffix(" shuffled")
 
         def forward() -> Outputs:
             with torch.no_grad():
@@ -55,7 +55,7 @@ class GroupReduceWorkload(Workload):
     def errors(self, outputs: Outputs, variant: str) -> Errors:
         values, group, _ = self.inputs[variant]
         leaf = values.double().requires_grad_(self.backward)
-        result = reference.group_reduce(leaf, group, reduce=variant.split()[0])
+        result = reference.group_reduce(leaf, group, reduce=variant.removesuffix(" shuffled"))
         truth = {"result": result.detach()}
         if self.backward:
             truth["grad values"] = torch.autograd.grad(result, leaf, self.upstream.double())[0]

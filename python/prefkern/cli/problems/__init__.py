@@ -1,0 +1,31 @@
+"""What `prefkern check` calls every op with, one module per room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from prefkern.cli.problems.advantages import advantage_problems
+from prefkern.cli.problems.base import Problem, on
+from prefkern.cli.problems.conflicts import conflict_problems, filter_problems
+from prefkern.cli.problems.groups import group_problems
+from prefkern.cli.problems.logprobs import logprob_problems
+from prefkern.cli.problems.policy import policy_problems
+from prefkern.cli.problems.sequence import sequence_problems
+
+__all__ = ["Problem", "all_problems", "on"]
+
+
+def all_problems(dtype: torch.dtype) -> Iterator[Problem]:
+    """Of every op, with inputs of this type on the CPU."""
+    for problems in (
+        logprob_problems,
+        advantage_problems,
+        policy_problems,
+        conflict_problems,
+        filter_problems,
+        sequence_problems,
+        group_problems,
+    ):
+        yield from problems(dtype)
