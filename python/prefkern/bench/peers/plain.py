@@ -105,55 +105,56 @@ class Eager(Peer):
     ) -> LossAndMetrics:
         a, m = advantages[:, None], mask.to(logp.dtype)
         lengths = m.sum(1)
-        tokens = lengths.sum()
+        tokens, sequences = lengths.sum(), (lengths > 0).sum()
         d = logp - old_logp
-        of_sequence = ((d * m).sum(1) / lengths.clamp_min(1))[:, None]
-        ratio = of_sequence.exp().expand_as(d) if objective == "gspo" else d.clamp(-20.0, 20.0).exp()
-        bounded = ratio.clamp(1 - EPS_LOW, 1 + EPS_HIGH)
-        plain, other = -a * ratio, -a * bounded
-        clipped, cap = torch.maximum(plain, other), -a * DUAL_CLIP
-        dual = torch.zeros_like(mask)
-        if objective == "cispo":
-            loss = -a * bounded.detach() * logp
-        elif objective == "sapo":
-            tau = torch.where(a > 0, TAU_POS, TAU_NEG)
-            loss = -a * (4 / tau) * torch.sigmoid(tau * (ratio - 1))
-        elif objective == "gspo":
-            loss = clipped
+        if objective == "gspo":
+            ratio = ((d * m).sum(1) / lengths.clamp_min(1))[:, None].exp().expand_as(d)
         else:
-            loss = torch.where(a < 0, torch.minimum(clipped, cap), clipped)
-            dual = (clipped > cap) & (a < 0)
-        k3 = torch.zeros_like(logp)
+            ratio = d.clamp(-20.0, 20.0).exp()
+        loss, low, high, dual = self._policy_term(logp, ratio, a, objective)
         if ref_logp is not None:
             to_ref = ref_logp - logp
             k3 = to_ref.exp() - to_ref - 1
             loss = loss + BETA * k3
-        if objective == "gspo":
-            sequences = (lengths > 0).sum()
-            total = ((loss * m).sum(1) / (lengths + 1e-8)).sum() / sequences
-        else:
-            total = (loss * m).sum() / tokens
+        by_sequence = objective == "gspo"
+        total = ((loss * m).sum(1) / (lengths + 1e-8)).sum() / sequences if by_sequence else (loss * m).sum() / tokens
         with torch.no_grad():
-            low, high = ratio < 1 - EPS_LOW, ratio > 1 + EPS_HIGH
-            if objective == "sapo":
-                low, high = torch.zeros_like(mask), torch.zeros_like(mask)
-            elif objective != "cispo":
-                low, high = low & (a < 0), high & (a > 0)
+            zero = tokens.new_zeros(())
+            fractions = {"low": low, "high": high, "dual": dual}
             metrics = {
-                "clip_fraction_low": (low * m).sum() / tokens,
-                "clip_fraction_high": (high * m).sum() / tokens,
-                "clip_fraction_dual": (dual * m).sum() / tokens,
+                f"clip_fraction_{name}": zero if clipped is None else (clipped * m).sum() / tokens
+                for name, clipped in fractions.items()
+            } | {
                 "ratio_mean": (ratio * m).sum() / tokens,
                 "ratio_min": ratio.masked_fill(~mask, torch.inf).min(),
                 "ratio_max": ratio.masked_fill(~mask, -torch.inf).max(),
                 "approx_kl": ((d.exp() - 1 - d) * m).sum() / tokens,
-                "kl": (k3 * m).sum() / tokens,
+                "kl": zero if ref_logp is None else (k3 * m).sum() / tokens,
+                "entropy": zero if entropy is None else (entropy * m).sum() / tokens,
                 "tokens": tokens,
-                "sequences": (lengths > 0).sum(),
+                "sequences": sequences,
             }
-            if entropy is not None:
-                metrics["entropy"] = (entropy * m).sum() / tokens
         return total, metrics
+
+    @staticmethod
+    def _policy_term(
+        logp: Tensor, ratio: Tensor, a: Tensor, objective: str
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The loss of each token, and where the lower, the upper and the dual bound hold it."""
+        if objective == "sapo":
+            tau = torch.where(a > 0, TAU_POS, TAU_NEG)
+            return -a * (4 / tau) * torch.sigmoid(tau * (ratio - 1)), None, None, None
+        low, high = ratio < 1 - EPS_LOW, ratio > 1 + EPS_HIGH
+        bounded = ratio.clamp(1 - EPS_LOW, 1 + EPS_HIGH)
+        if objective == "cispo":
+            return -a * bounded.detach() * logp, low, high, None
+        negative = a < 0
+        low, high = low & negative, high & (a > 0)
+        clipped = torch.maximum(-a * ratio, -a * bounded)
+        if objective == "gspo":
+            return clipped, low, high, None
+        dual = negative & (ratio > DUAL_CLIP)
+        return torch.where(negative, torch.minimum(clipped, -a * DUAL_CLIP), clipped), low, high, dual
 
     def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: str) -> Tensor:
         if rule == "trl":

@@ -48,7 +48,7 @@ class PolicyWorkload(Workload):
         return forward_backward if self.backward else forward
 
     def floor(self) -> Floor:
-        return copy_of([self.logp, self.old_logp, self.ref_logp, self.entropy, self.advantages, self.mask])
+        return copy_of([self.logp, self.old_logp, self.advantages, self.mask])  # what every objective reads
 
     def errors(self, outputs: Outputs, variant: str) -> Errors:
         logp = self.logp.double().requires_grad_(self.backward)
