@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,10 +15,21 @@ import torch
 from typer.testing import CliRunner
 
 import prefkern
+from prefkern import reference
 from prefkern.bench import peers, report, shapes, suites, timing, workloads
 from prefkern.cli import app, demo
 
-OPS = ("linear_logprobs", "logits_logprobs", "group_advantages", "policy_loss")
+DIFFERENTIABLE = {
+    "linear_logprobs",
+    "logits_logprobs",
+    "policy_loss",
+    "masked_aggregate",
+    "kl_penalty",
+    "sequence_sum",
+    "sequence_mean",
+    "level_pairs",
+    "group_normalize",
+}
 
 
 def run(*arguments):
@@ -106,11 +118,14 @@ def test_check_passes_on_this_machine(tmp_path):
     output = succeed("check", "--json", file)
     saved = json.loads(file.read_text())
     rows = saved["rows"]
-    every = {(op, dtype) for op in OPS for dtype in ("fp32", "bf16", "fp16", "fp64")}
+    every = {(op, dtype) for op in reference.__all__ for dtype in ("fp32", "bf16", "fp16", "fp64")}
     assert {(row["op"], row["dtype"]) for row in rows} == every
     assert all(row["ok"] and row["forward"] <= row["forward_bound"] for row in rows)
     for row in rows:
-        assert (row["gradient"] is None) == (row["op"] == "group_advantages")
+        if row["op"] == "group_reduce":
+            assert (row["gradient"] is not None) == row["case"].startswith(("sum", "mean", "logsumexp"))
+        else:
+            assert (row["gradient"] is not None) == (row["op"] in DIFFERENTIABLE)
         assert row["gradient"] is None or row["gradient"] <= row["gradient_bound"]
     assert saved["environment"]["prefkern"] == prefkern.build_info()["version"]
     assert f"{len(rows)} of {len(rows)} within bounds" in output
@@ -121,7 +136,7 @@ def test_check_notices_a_wrong_result(monkeypatch):
 
     def wrong(*args, **kwargs):
         out = right(*args, **kwargs)
-        return out._replace(mean=out.mean + 2e-4)
+        return out._replace(advantages=out.advantages + 2e-4)
 
     monkeypatch.setattr(prefkern, "group_advantages", wrong)
     result = run("check")
@@ -147,8 +162,8 @@ def test_check_notices_nan_and_errors(monkeypatch):
     def raises(*args, **kwargs):
         raise RuntimeError("no such kernel")
 
-    def gives_nan(rewards, *args, **kwargs):
-        return right(rewards, *args, **kwargs)._replace(std=torch.full_like(rewards, float("nan")))
+    def gives_nan(rewards, group, **kwargs):
+        return right(rewards, group, **kwargs)._replace(advantages=torch.full(group.shape, float("nan")))
 
     right = prefkern.group_advantages
     monkeypatch.setattr(prefkern, "linear_logprobs", raises)
@@ -231,8 +246,13 @@ def test_bench_in_bf16_shows_what_float32_would_take(tmp_path):
     ("op", "shape", "mode", "outputs"),
     [
         ("logits_logprobs", "24x500", "bwd", {"logp", "logp+entropy"}),
-        ("group_advantages", "64x8", "fwd", {"contiguous", "shuffled"}),
-        ("policy_loss", "4x32", "bwd", {"loss+metrics"}),
+        ("group_advantages", "64x8", "fwd", {"contiguous", "shuffled", "gdpo", "ngrpo", "mad"}),
+        ("group_reduce", "64x8", "bwd", {"sum", "logsumexp", "sum shuffled", "logsumexp shuffled"}),
+        ("conflict_runs", "6x64x500", "fwd", {"template", "long runs"}),
+        ("policy_loss", "4x32", "bwd", {"clip", "clip+k3", "gspo", "cispo", "sapo"}),
+        ("top_quantile_mask", "4x32", "fwd", {"trl", "count"}),
+        ("sequence_sum", "4x32", "bwd", {"padded", "packed"}),
+        ("gae", "4x32", "fwd", {"padded"}),
     ],
 )
 def test_bench_of_the_other_ops(tmp_path, op, shape, mode, outputs):
@@ -244,15 +264,50 @@ def test_bench_of_the_other_ops(tmp_path, op, shape, mode, outputs):
         assert row["status"] == "ok"
         assert row["max_error"] < 1e-5
         assert row["bit_stable"] is True
+        assert row["launches"] is None
         assert row["cpu_ratio_floor"] > 0
         assert (row["cpu_ratio_eager"] == 1.0) or row["peer"] != "eager"
         assert (row["grad_error"] is None) == (mode == "fwd")
 
 
+@pytest.mark.parametrize(
+    ("op", "shape", "peer", "outputs"),
+    [
+        ("group_advantages", "64x8", "python", {"contiguous"}),
+        ("conflict_runs", "6x64x500", "python", {"template", "long runs"}),
+        ("gae", "4x32", "python", {"padded"}),
+        ("top_quantile_mask", "4x32", "torch", {"trl", "count"}),
+        ("sequence_sum", "4x32", "torch", {"packed"}),
+    ],
+)
+def test_other_ways_to_the_same_result(tmp_path, op, shape, peer, outputs):
+    data, _ = measure(tmp_path, op, "--shapes", shape, "--against", peer)
+    rows = {row["outputs"]: row for row in data["rows"] if row["peer"] == peer and row["status"] == "ok"}
+    assert set(rows) == outputs
+    assert all(row["max_error"] < 1e-5 for row in rows.values())
+
+
+@pytest.mark.slow
+def test_compiled_peers_give_the_same_result(tmp_path):
+    for op, mode in (("group_advantages", "fwd"), ("policy_loss", "bwd"), ("sequence_sum", "bwd"), ("group_reduce", "bwd")):
+        data, _ = measure(tmp_path, op, "--shapes", "64x8", "--mode", mode, "--against", "compile")
+        rows = [row for row in data["rows"] if row["peer"] == "compile" and row["status"] == "ok"]
+        assert rows
+        assert all(row["max_error"] < 1e-5 for row in rows)
+
+
+def test_a_table_that_memory_does_not_hold_is_a_reason_not_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers.plain, "free_bytes", lambda device: 2**20)
+    data, _ = measure(tmp_path, "conflict_runs", "--shapes", "6x64x5000", "--against", "eager")
+    statuses = {row["status"] for row in data["rows"] if row["peer"] == "eager"}
+    assert statuses == {"needs 0.0 GiB, more than half of the free 0.0 GiB"}
+
+
 def test_bench_of_overhead(tmp_path):
     data, _ = measure(tmp_path, "overhead", "--against", "none")
     rows = {row["outputs"]: row for row in data["rows"] if row["peer"] == "prefkern"}
-    assert set(rows) == set(OPS)
+    measured = set(shapes.OPS) - {"overhead"}
+    assert set(rows) == measured | {"policy_loss 8x512", "policy_loss 8x512 bwd"}
     assert all(row["status"] == "ok" and row["ratio_eager"] is None for row in rows.values())
     assert {row["peer"] for row in data["rows"]} == {"prefkern", "floor"}
 
@@ -301,6 +356,15 @@ def test_bench_on_the_gpu(tmp_path):
     rows = [row for row in data["rows"] if row["peer"] == "prefkern"]
     assert len(rows) == 8
     assert all(row["status"] == "ok" and row["max_error"] < 1e-4 and row["bit_stable"] for row in rows)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not has_cuda(), reason="needs a GPU and a build with CUDA")
+def test_bench_counts_launches_on_the_gpu(tmp_path):
+    data, output = measure(tmp_path, "policy_loss", "--shapes", "16x128", "--device", "cuda", "--against", "eager")
+    launches = {(row["outputs"], row["peer"]): row["launches"] for row in data["rows"]}
+    assert 1 <= launches["clip", "prefkern"] < launches["clip", "eager"]
+    assert "launches" in output
 
 
 def test_a_missing_peer_is_a_reason_not_a_failure(tmp_path, monkeypatch):
@@ -397,6 +461,23 @@ def test_compare_times_every_call_in_every_round():
     assert result["short"].ratio(result["short"]) == 1.0
     assert result["long"].median_ms >= result["long"].min_ms >= 50
     assert result["long"].cpu_ms < result["long"].median_ms
+
+
+def test_slow_calls_take_part_in_the_first_rounds_only(monkeypatch):
+    monkeypatch.setattr(timing, "SLOW_SECONDS", 0.05)
+    calls = {"quick": lambda: time.sleep(0.001), "slow": lambda: time.sleep(0.1)}
+    result = timing.compare(calls, rounds=5, budget_s=0.2, warmup=0)
+    assert [len(t.wall_s) for t in result.values()] == [5, timing.SLOW_ROUNDS]
+    assert 50 < result["slow"].ratio(result["quick"]) < 101
+    alike = timing.compare({"one": calls["slow"], "other": calls["slow"]}, rounds=3, warmup=0)
+    assert [len(t.wall_s) for t in alike.values()] == [3, 3]
+
+
+def test_free_memory_is_less_than_all_of_it():
+    free = timing.free_bytes()
+    if free is None:
+        pytest.skip("this kernel does not tell")
+    assert 0 < free < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_compare_goes_on_without_a_call_that_raises():

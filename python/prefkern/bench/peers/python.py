@@ -16,8 +16,10 @@ class Python(Peer):
 
     def group_advantages(self, rewards: Tensor, group: Tensor, size: int | None, estimator: str) -> Tensor:
         """Samples are gathered under their group's id one by one, and normalised one by one."""
-        if estimator != "grpo" or size is None:
-            raise Unavailable("written for grpo, and takes as long for groups that are not shuffled")
+        if estimator != "grpo":
+            raise Unavailable("written for grpo")
+        if size is None:
+            raise Unavailable("takes the same for groups one behind the other")
         ids = group.tolist()
         members: dict[int, list[Tensor]] = {}
         for i, name in enumerate(ids):
