@@ -465,10 +465,10 @@ def test_compare_times_every_call_in_every_round():
 
 def test_slow_calls_take_part_in_the_first_rounds_only(monkeypatch):
     monkeypatch.setattr(timing, "SLOW_SECONDS", 0.05)
-    calls = {"quick": lambda: time.sleep(0.001), "slow": lambda: time.sleep(0.1)}
-    result = timing.compare(calls, rounds=5, budget_s=0.2, warmup=0)
+    calls = {"quick": lambda: None, "slow": lambda: time.sleep(0.1)}
+    result = timing.compare(calls, rounds=5, budget_s=1.0, warmup=0)
     assert [len(t.wall_s) for t in result.values()] == [5, timing.SLOW_ROUNDS]
-    assert 50 < result["slow"].ratio(result["quick"]) < 101
+    assert result["slow"].ratio(result["quick"]) > 100
     alike = timing.compare({"one": calls["slow"], "other": calls["slow"]}, rounds=3, warmup=0)
     assert [len(t.wall_s) for t in alike.values()] == [3, 3]
 

@@ -120,14 +120,12 @@ def _evaluate(
 
     fresh = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
     result = function(**fresh, **options)
-    fields = {"result": result} if isinstance(result, torch.Tensor) else result._asdict()
+    fields: dict[str, Any] = {"result": result} if isinstance(result, torch.Tensor) else result._asdict()
     outputs = {name: value for name, value in fields.items() if value is not None and name != "metrics"}
     if fresh:
         weights = torch.Generator().manual_seed(1)
-        scalar = sum(
-            (x * torch.randn(x.shape, generator=weights).to(x.device)).sum() for x in outputs.values() if x.requires_grad
-        )
-        grads = dict(zip(fresh, torch.autograd.grad(scalar, list(fresh.values())), strict=True))
+        terms = [(x * torch.randn(x.shape, generator=weights).to(x.device)).sum() for x in outputs.values() if x.requires_grad]
+        grads = dict(zip(fresh, torch.autograd.grad(torch.stack(terms).sum(), list(fresh.values())), strict=True))
     else:
         grads = {}
     return {**outputs, **fields.get("metrics", {})}, grads

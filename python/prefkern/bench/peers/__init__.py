@@ -23,7 +23,18 @@ python     Python loops
 libraries  PyTorch's own fused functions, Liger, TRL, Cut Cross-Entropy
 """
 
-from prefkern.bench.peers.base import ESTIMATORS, OBJECTIVES, Estimator, Logprobs, LossAndMetrics, Objective, Peer, Unavailable
+from prefkern.bench.peers.base import (
+    ESTIMATORS,
+    OBJECTIVES,
+    Estimator,
+    Logprobs,
+    LossAndMetrics,
+    Objective,
+    Peer,
+    Reduction,
+    Rule,
+    Unavailable,
+)
 from prefkern.bench.peers.libraries import Cce, Liger, Torch, TorchChunked, Trl
 from prefkern.bench.peers.ours import Prefkern, PrefkernFp32, PrefkernInplace
 from prefkern.bench.peers.plain import Compile, Eager
@@ -55,6 +66,8 @@ __all__ = [
     "PrefkernFp32",
     "PrefkernInplace",
     "Python",
+    "Reduction",
+    "Rule",
     "Torch",
     "TorchChunked",
     "Trl",

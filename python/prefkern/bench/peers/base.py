@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -53,6 +53,8 @@ OBJECTIVES = {
 
 Logprobs = tuple[Tensor, Tensor | None]
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
+Reduction = Literal["sum", "logsumexp"]
+Rule = Literal["trl", "count"]
 
 
 class Unavailable(Exception):
@@ -74,7 +76,7 @@ class Peer:
     def group_advantages(self, rewards: Tensor, group: Tensor, size: int | None, estimator: str) -> Tensor:
         raise Unavailable("has no such op")
 
-    def group_reduce(self, values: Tensor, group: Tensor, size: int | None, reduce: str) -> Tensor:
+    def group_reduce(self, values: Tensor, group: Tensor, size: int | None, reduce: Reduction) -> Tensor:
         raise Unavailable("has no such op")
 
     def conflict_runs(self, tokens: Tensor, advantages: Tensor, mask: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
@@ -92,7 +94,7 @@ class Peer:
     ) -> LossAndMetrics:
         raise Unavailable("has no such op")
 
-    def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: str) -> Tensor:
+    def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: Rule) -> Tensor:
         raise Unavailable("has no such op")
 
     def sequence_sum(self, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

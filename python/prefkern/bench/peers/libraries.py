@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefkern.bench.peers.base import TOP_FRACTION, Logprobs, Peer, Unavailable
+from prefkern.bench.peers.base import TOP_FRACTION, Logprobs, Peer, Rule, Unavailable
 
 
 class Torch(Peer):
@@ -35,7 +35,7 @@ class Torch(Peer):
         _no_entropy(entropy)
         return -F.cross_entropy(logits, targets, reduction="none"), None
 
-    def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: str) -> Tensor:
+    def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: Rule) -> Tensor:
         among = values[mask]
         n = len(among)
         if rule == "count":
@@ -66,7 +66,7 @@ class TorchChunked(Torch):
     def logits_logprobs(self, logits: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
         raise Unavailable("has no such op")
 
-    def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: str) -> Tensor:
+    def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: Rule) -> Tensor:
         raise Unavailable("has no such op")
 
     def sequence_sum(self, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

@@ -17,6 +17,8 @@ from prefkern.bench.peers.base import (
     Logprobs,
     LossAndMetrics,
     Peer,
+    Reduction,
+    Rule,
 )
 
 
@@ -43,7 +45,7 @@ class Prefkern(Peer):
 
         return prefkern.group_advantages(rewards, group, eps=ADVANTAGE_EPS, **ESTIMATORS[estimator].options).advantages
 
-    def group_reduce(self, values: Tensor, group: Tensor, size: int | None, reduce: str) -> Tensor:
+    def group_reduce(self, values: Tensor, group: Tensor, size: int | None, reduce: Reduction) -> Tensor:
         import prefkern
 
         return prefkern.group_reduce(values, group, reduce=reduce)
@@ -71,10 +73,12 @@ class Prefkern(Peer):
     ) -> LossAndMetrics:
         import prefkern
 
-        more = {} if ref_logp is None else {"ref_logp": ref_logp, "entropy": entropy}
-        return prefkern.policy_loss(logp, old_logp, advantages, mask, **OBJECTIVES[objective].options, **more)
+        options = OBJECTIVES[objective].options
+        if ref_logp is None:
+            return prefkern.policy_loss(logp, old_logp, advantages, mask, **options)
+        return prefkern.policy_loss(logp, old_logp, advantages, mask, ref_logp=ref_logp, entropy=entropy, **options)
 
-    def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: str) -> Tensor:
+    def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: Rule) -> Tensor:
         import prefkern
 
         return prefkern.top_quantile_mask(values, mask, fraction=TOP_FRACTION, rule=rule)

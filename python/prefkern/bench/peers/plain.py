@@ -23,6 +23,8 @@ from prefkern.bench.peers.base import (
     Logprobs,
     LossAndMetrics,
     Peer,
+    Reduction,
+    Rule,
     Unavailable,
 )
 from prefkern.bench.timing import free_bytes
@@ -57,7 +59,7 @@ class Eager(Peer):
         variance = zeros.index_add(0, index, centred.square()) / (count - 1).clamp_min(1)
         return centred / (variance.sqrt()[index] + ADVANTAGE_EPS)
 
-    def group_reduce(self, values: Tensor, group: Tensor, size: int | None, reduce: str) -> Tensor:
+    def group_reduce(self, values: Tensor, group: Tensor, size: int | None, reduce: Reduction) -> Tensor:
         if size is not None:
             v = values.view(-1, size)
             result = v.sum(1, keepdim=True) if reduce == "sum" else v.logsumexp(1, keepdim=True)
@@ -156,7 +158,7 @@ class Eager(Peer):
         dual = negative & (ratio > DUAL_CLIP)
         return torch.where(negative, torch.minimum(clipped, -a * DUAL_CLIP), clipped), low, high, dual
 
-    def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: str) -> Tensor:
+    def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: Rule) -> Tensor:
         if rule == "trl":
             return (values >= torch.quantile(values[mask], 1 - TOP_FRACTION)) & mask
         count = math.ceil(TOP_FRACTION * int(mask.sum()))
@@ -211,7 +213,7 @@ class Compile(Peer):
             raise Unavailable("torch.unique is not compiled")
         return self._advantages(rewards, group, size, estimator)
 
-    def group_reduce(self, values: Tensor, group: Tensor, size: int | None, reduce: str) -> Tensor:
+    def group_reduce(self, values: Tensor, group: Tensor, size: int | None, reduce: Reduction) -> Tensor:
         if size is None:
             raise Unavailable("torch.unique is not compiled")
         return self._reduce(values, group, size, reduce)
@@ -231,7 +233,7 @@ class Compile(Peer):
     ) -> LossAndMetrics:
         return self._policy(logp, old_logp, advantages, mask, ref_logp, entropy, objective)
 
-    def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: str) -> Tensor:
+    def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: Rule) -> Tensor:
         raise Unavailable("the number of values depends on the mask, which is not compiled")
 
     def sequence_sum(self, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from prefkern import reference
-from prefkern.bench.peers import Peer
+from prefkern.bench.peers import Peer, Reduction
 from prefkern.bench.shapes import Case
 from prefkern.bench.workloads.base import (
     Errors,
@@ -19,23 +19,30 @@ from prefkern.bench.workloads.base import (
     grouped,
 )
 
+# how they are reduced, and whether they are shuffled
+VARIANTS: dict[str, tuple[Reduction, bool]] = {
+    "sum": ("sum", False),
+    "logsumexp": ("logsumexp", False),
+    "sum shuffled": ("sum", True),
+    "logsumexp shuffled": ("logsumexp", True),
+}
+
 
 class GroupReduceWorkload(Workload):
     """B values in groups of G, lying one group behind the other or shuffled."""
 
-    variants = ("sum", "logsumexp", "sum shuffled", "logsumexp shuffled")
+    variants = tuple(VARIANTS)
 
     def __init__(self, case: Case, device: str) -> None:
         super().__init__(case, device)
         samples, size = case.shape
         values = torch.randn(samples, generator=self.random).to(self.dtype)
         self.upstream = self.normal(samples)
-        contiguous, shuffled = (grouped(values, size, self.random, each, device) for each in (False, True))
-        self.inputs = {name: shuffled if name.endswith("shuffled") else contiguous for name in self.variants}
+        self.inputs = {name: grouped(values, size, self.random, shuffled, device) for name, (_, shuffled) in VARIANTS.items()}
 
     def call(self, peer: Peer, variant: str) -> OutputsCall:
         values, group, size = self.inputs[variant]
-        reduce = variant.removesuffix(" shuffled")
+        reduce, _ = VARIANTS[variant]
 
         def forward() -> Outputs:
             with torch.no_grad():
@@ -55,7 +62,7 @@ class GroupReduceWorkload(Workload):
     def errors(self, outputs: Outputs, variant: str) -> Errors:
         values, group, _ = self.inputs[variant]
         leaf = values.double().requires_grad_(self.backward)
-        result = reference.group_reduce(leaf, group, reduce=variant.removesuffix(" shuffled"))
+        result = reference.group_reduce(leaf, group, reduce=VARIANTS[variant][0])
         truth = {"result": result.detach()}
         if self.backward:
             truth["grad values"] = torch.autograd.grad(result, leaf, self.upstream.double())[0]

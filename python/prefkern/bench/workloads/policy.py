@@ -29,10 +29,10 @@ class PolicyWorkload(Workload):
         self.mask = (torch.rand(case.shape, generator=self.random) < 0.9).to(device)
 
     def call(self, peer: Peer, variant: str) -> OutputsCall:
-        more = (self.ref_logp, self.entropy) if OBJECTIVES[variant].reference else (None, None)
+        ref_logp, entropy = (self.ref_logp, self.entropy) if OBJECTIVES[variant].reference else (None, None)
 
         def loss_of(logp: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            return peer.policy_loss(logp, self.old_logp, self.advantages, self.mask, *more, variant)
+            return peer.policy_loss(logp, self.old_logp, self.advantages, self.mask, ref_logp, entropy, variant)
 
         def forward() -> Outputs:
             with torch.no_grad():

@@ -59,6 +59,6 @@ def advantage_problems(dtype: torch.dtype) -> Iterator[Problem]:
     yield problem("merge_moments", "three parts, one empty", {}, {"moments": parts})
     merged = torch.tensor([8.0, -0.75, 13.5], dtype=torch.float64)
     for mode in ("seq", "token"):
-        options = {"values": values, "moments": merged, "mode": mode, "eps": 1e-4, "mask": mask}
-        yield problem("batch_normalize", mode, {}, options)
+        normalised = {"values": values, "moments": merged, "mask": mask}
+        yield problem("batch_normalize", mode, {}, normalised | {"mode": mode, "eps": 1e-4})
     yield problem("whiten", "masked", {}, {"values": values, "mask": mask})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -22,8 +23,9 @@ def group_problems(dtype: torch.dtype) -> Iterator[Problem]:
         kept = mask | (group == group[1]) if reduce == "logsumexp" else mask
         masked = values.masked_fill(~kept, torch.nan)
         for case, x, more in (("all rows", values, {}), ("masked", masked, {"mask": kept})):
-            leaves, options = ({"values": x}, {}) if differentiable else ({}, {"values": x})
-            yield problem("group_reduce", f"{reduce}, {case}", leaves, {"group": group, "reduce": reduce} | options | more)
+            options: dict[str, Any] = {"group": group, "reduce": reduce} | more
+            leaves = {"values": x} if differentiable else {}
+            yield problem("group_reduce", f"{reduce}, {case}", leaves, options if differentiable else options | {"values": x})
     levels = torch.randint(1, 4, (len(group),))
     for per_response in (False, True):
         options = {"group": group, "levels": levels, "per_response": per_response}
