@@ -97,8 +97,10 @@ if wanted bench; then
     --mode fwd,bwd --json "$work/bench_head.json"
   prefkern bench_logits bench logits_logprobs --device cuda --shapes 4096x128256 --dtype bf16,fp32 --mode fwd,bwd \
     --json "$work/bench_logits.json"
-  prefkern bench_advantages bench group_advantages --device cuda --json "$work/bench_advantages.json"
-  prefkern bench_policy bench policy_loss --device cuda --mode fwd,bwd --json "$work/bench_policy.json"
+  prefkern bench_groups bench group_advantages group_reduce conflict_runs --device cuda --mode fwd,bwd \
+    --json "$work/bench_groups.json"
+  prefkern bench_tokens bench policy_loss top_quantile_mask sequence_sum gae --device cuda --mode fwd,bwd \
+    --json "$work/bench_tokens.json"
   prefkern bench_overhead bench overhead --device cuda --json "$work/bench_overhead.json"
 fi
 

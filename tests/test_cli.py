@@ -426,7 +426,11 @@ def test_results_that_are_not_finite_are_not_timed(tmp_path, monkeypatch):
         (["--dtype", "bf61"], "unknown dtype 'bf61'; did you mean 'bf16'?"),
         (["--mode", "backwards"], "unknown mode 'backwards'"),
         (["group_advantages", "--mode", "bwd"], "group_advantages is not measured with mode bwd"),
+        (["group_advantages", "--mode", "fwd,bwd"], "group_advantages is not measured with mode bwd"),
+        (["policy_loss", "gae", "--mode", "bwd"], "gae is not measured with mode bwd"),
         (["policy_loss", "--dtype", "bf16"], "policy_loss is not measured with dtype bf16"),
+        (["group_reduce", "--shapes", "12x5"], "multiple of the group size G"),
+        (["conflict_runs", "--shapes", "16x1024"], "conflict_runs takes shapes GxLxV, got 16x1024"),
         (["--device", "gpu"], "unknown device 'gpu'"),
     ],
 )
@@ -448,6 +452,11 @@ def test_cases_of_a_plain_run_cover_every_op():
 def test_unnamed_ops_are_left_out_where_they_lack_something():
     cases = shapes.plan_cases(dtypes=["bf16"], modes=["bwd"])
     assert {case.op for case in cases} == {"linear_logprobs", "logits_logprobs"}
+
+
+def test_several_named_ops_run_what_they_have():
+    cases = shapes.plan_cases(["policy_loss", "gae"], modes=["fwd", "bwd"])
+    assert [(case.op, case.mode) for case in cases] == [("policy_loss", "fwd"), ("policy_loss", "bwd"), ("gae", "fwd")]
 
 
 # --------------------------------------------------------------------------------------------------------------- timing

@@ -119,15 +119,16 @@ def plan_cases(
     """The cases of a run.
 
     Shapes without an op are shapes of linear_logprobs; without either, every op runs its default. An op that was named
-    refuses what it does not have; one that was not is left out instead.
+    refuses what it does not have, or if there are several, having nothing of what was asked for; one that was not is left
+    out instead.
     """
     named = list(ops) or (["linear_logprobs"] if shapes else [])
     cases: list[Case] = []
     for name in named or OPS:
         op = OPS[choose("op", name, OPS)]
         op_shapes = [_fit(op, shape) for shape in shapes] if shapes else op.shapes
-        op_dtypes = _having("dtype", op, dtypes or DEFAULT_DTYPES, op.dtypes, strict=bool(named))
-        op_modes = _having("mode", op, modes or DEFAULT_MODES, op.modes, strict=bool(named))
+        op_dtypes = _having("dtype", op, dtypes or DEFAULT_DTYPES, op.dtypes, len(named))
+        op_modes = _having("mode", op, modes or DEFAULT_MODES, op.modes, len(named))
         cases += [Case(op.name, s, d, m) for s in op_shapes for d in op_dtypes for m in op_modes]
     return cases
 
@@ -143,9 +144,9 @@ def _fit(op: Op, shape: Shape) -> Shape:
     return shape
 
 
-def _having(kind: str, op: Op, wanted: Sequence[str], accepted: Sequence[str], strict: bool) -> list[str]:
+def _having(kind: str, op: Op, wanted: Sequence[str], accepted: Sequence[str], named: int) -> list[str]:
     has = [name for name in wanted if name in accepted]
-    if strict and len(has) < len(wanted):
+    if (named == 1 and len(has) < len(wanted)) or (named > 1 and not has):
         lacks = ", ".join(name for name in wanted if name not in accepted)
         raise UsageError(f"{op.name} is not measured with {kind} {lacks}. Accepted: {', '.join(accepted)}")
     return has

@@ -74,8 +74,8 @@ class Eager(Peer):
     def conflict_runs(self, tokens: Tensor, advantages: Tensor, mask: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
         """Counts of every token at every place, once for each sign: two tables of L x V numbers per direction."""
         rows, length = tokens.shape
-        # bincount counts in int64; beside both tables there are their comparisons with zero and what joins them
-        needed, free = length * vocab * (2 * 8 + 3), free_bytes(tokens.device.type)
+        # bincount counts in int64; at the same time the comparisons of both tables with zero are held
+        needed, free = length * vocab * (8 + 1 + 1), free_bytes(tokens.device.type)
         if free is not None and needed > free / 2:
             raise Unavailable(f"needs {needed / 2**30:.1f} GiB, more than half of the free {free / 2**30:.1f} GiB")
         place = torch.arange(length, device=tokens.device).expand(rows, length)
