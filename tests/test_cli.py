@@ -589,8 +589,16 @@ def test_results_of_another_schema_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("value", "text"), [(None, ""), (0.01234, "12.3 us"), (1.5, "1.5 ms"), (123.4, "123 ms"), (2500.0, "2.5 s")]
 )
-def test_times_have_three_digits(value, text):
+def test_milliseconds_have_three_digits(value, text):
     assert report.milliseconds(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, ""), (0.00000423, "4.2e-06x"), (0.0512, "0.051x"), (0.1, "0.10x"), (12.345, "12.35x"), (2345.6, "2346x")],
+)
+def test_ratios_keep_what_they_say(value, text):
+    assert report.times(value) == text
 
 
 # ----------------------------------------------------------------------------------------------------------------- demo

@@ -102,7 +102,10 @@ def milliseconds(value: float | None) -> str:
 
 
 def times(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}x" if value < 100 else f"{value:.0f}x"
+    """Two decimals while they say something; two digits of what is smaller, no decimals of what is larger."""
+    if value is None:
+        return ""
+    return f"{value:.2g}x" if value < 0.1 else f"{value:.2f}x" if value < 100 else f"{value:.0f}x"
 
 
 def mebibytes(value: float | None) -> str:
