@@ -11,12 +11,14 @@ from torch.testing import assert_close
 from parity.batches import DTYPES, F32, F64, close, make, names, ours, same, value_and_gradient
 
 pytest.importorskip("verl", minversion="0.9")
-core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
 
-from verl.trainer.config import AlgoConfig  # noqa: E402
-from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask  # noqa: E402
-from verl.utils.torch_functional import masked_whiten  # noqa: E402
-from verl.workers.config import ActorConfig  # noqa: E402
+from tensordict import TensorDict
+from verl.trainer.config import AlgoConfig
+from verl.trainer.ppo import core_algos
+from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
+from verl.utils.torch_functional import masked_whiten
+from verl.workers.config import ActorConfig, PolicyLossConfig
+from verl.workers.utils.losses import ppo_loss
 
 each_seed = pytest.mark.parametrize("seed", range(3))
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=names)
@@ -588,6 +590,80 @@ def test_policy_loss_with_kl(api, case, name):
         agg=agg, beta=0.3, **policy, **KL[name], **options,
     )  # fmt: skip
     same(mine, expected)
+
+
+# -------------------------------------------------------------------------------------------------------- a whole actor
+
+
+def worker_loss(batch, config, info):
+    """verl's actor loss as its workers call it: log-probabilities of prompt and response tokens in one row, TensorDict."""
+    inside = (torch.arange(batch.mask.shape[1]) < batch.lengths[:, None]).long()
+    prompts = torch.ones(len(inside), 2, dtype=torch.long)
+    tensors = {
+        "prompts": prompts,
+        "responses": inside,
+        "attention_mask": torch.cat([prompts, inside], 1),
+        "response_mask": batch.mask.long(),
+        "old_log_probs": batch.old_logp,
+        "ref_log_prob": batch.ref_logp,
+        "rollout_is_weights": batch.weights,
+        "advantages": batch.advantages[:, None].expand_as(batch.logp),
+    }
+    info = {"dp_size": 1, "batch_num_tokens": None, "global_batch_size": None} | info
+
+    def loss(leaf):
+        data = TensorDict({name: value.clone() for name, value in tensors.items()}, batch_size=len(inside))
+        for name, value in info.items():
+            data.set_non_tensor(name, value)
+        edge = leaf.new_zeros(1)  # a token's own log-probability stands one place before it
+        rows = [torch.cat([edge, row[:length], edge]) for row, length in zip(leaf, batch.lengths.tolist(), strict=True)]
+        return ppo_loss(config, {"log_probs": torch.cat(rows)}, data)
+
+    return value_and_gradient(loss, batch.logp)
+
+
+@pytest.mark.parametrize("case", [case for case in AGGREGATIONS if "factor" not in case and "norm" not in case])
+@pytest.mark.parametrize("name", AGGREGATED)
+@packed_or_not
+def test_the_loss_of_a_worker(api, name, case, packed):
+    """Policy term with rollout weights, and KL, each aggregated over the global batch."""
+    agg, info, options = aggregation(case)
+    theirs, policy = POLICIES[name]
+    batch = make(9)
+    config = actor(
+        policy_loss=PolicyLossConfig(loss_mode=name), loss_agg_mode=agg, use_kl_loss=True, kl_loss_coef=0.2,
+        kl_loss_type="low_var_kl", **theirs,
+    )  # fmt: skip
+    expected = worker_loss(batch, config, info)
+    mine = ours(
+        api.policy_loss, batch, ("old_logp", "advantages"), packed=packed, agg=agg, beta=0.2, kl="k3", kl_clamp=10.0,
+        tensors={"ref_logp": "ref_logp", "token_weight": "weights"}, **policy, **options,
+    )  # fmt: skip
+    if agg == "seq-mean-token-mean":  # its mask is of integers
+        assert_close(mine[0], expected[0], rtol=2e-8, atol=1e-8)
+        assert_close(mine[1], expected[1], rtol=2e-8, atol=1e-9)
+    else:
+        same(mine, expected)
+
+
+@each_agg
+@each_dtype
+def test_reinforce_with_rollout_weights(api, case, dtype):
+    """What verl calls bypass mode: no old policy but the engine's."""
+    agg, info, options = aggregation(case)
+    batch = make(10, dtype)
+    config = actor(info)
+    expected = value_and_gradient(
+        lambda leaf: core_algos.compute_policy_loss_reinforce(
+            batch.rollout_logp, leaf, batch.advantages[:, None], batch.weight, agg, config, batch.weights
+        ),
+        batch.logp,
+    )
+    mine = ours(
+        api.policy_loss, batch, ("rollout_logp", "advantages"), tensors={"token_weight": "weights"}, kind="reinforce",
+        agg=agg, **options,
+    )  # fmt: skip
+    same(mine, expected, dtype)
 
 
 # --------------------------------------------------------------------------------------------------- rollout correction
