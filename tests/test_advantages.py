@@ -593,7 +593,7 @@ BAD = {
     "opo without lengths": (dict(estimator="opo"), ValueError, r"lengths is None; estimator 'opo' and batch 'token' need it"),
     "opo without tokens": (dict(estimator="opo", lengths=N * 0), ValueError, r"lengths of the group of row 0 add up to 0"),
     "tokens without lengths": (dict(batch="token"), ValueError, r"lengths is None"),
-    "one token": (dict(batch="token", lengths=torch.tensor([0, 0, 1, 0])), ValueError, r"lengths add up to 1; .*least 2 tokens"),
+    "one token": (dict(batch="token", lengths=torch.tensor([0, 0, 1, 0])), ValueError, r"lengths add up to 1; .*2 tokens"),
     "virtual value": (dict(virtual_value=INF, virtual_count=1), ValueError, r"virtual_value is inf; it must be finite"),
     "virtual value string": (dict(virtual_value="1"), TypeError, r"virtual_value is '1'; a number"),
     "virtual count": (dict(virtual_count=-1), ValueError, r"virtual_count is -1; it must not be negative"),

@@ -312,10 +312,18 @@ def test_group_advantages_of_raw_pointers(name, ids, size):
 def test_moments_of_raw_pointers(name):
     suffix, real = ("64", torch.float64) if name == "float64" else ("", torch.float32)
     values, three, out = torch.randn(20_000, dtype=real), torch.empty(3, dtype=torch.float64), torch.empty(20_000, dtype=real)
+    mask = torch.rand(20_000) < 0.5
+    hidden, weights = values.masked_fill(~mask, torch.nan), torch.rand(20_000, dtype=real) * mask
     a = getattr(_C, "MomentsArgs" + suffix)()
-    a.count, a.values, a.moments = 20_000, address(values), address(three)
-    getattr(_C, "cpu_batch_moments" + suffix)(a)
-    torch.testing.assert_close(three, reference.batch_moments(values), rtol=1e-11, atol=1e-12)
+    a.count, a.moments = 20_000, address(three)
+    for field, w in (("mask", mask), ("weights", weights), (None, None)):
+        a.values = address(values if w is None else hidden)
+        a.mask = a.weights = 0
+        if field:
+            setattr(a, field, address(w))
+        getattr(_C, "cpu_batch_moments" + suffix)(a)
+        exact = reference.batch_moments(values if w is None else hidden, w)
+        torch.testing.assert_close(three, exact, rtol=1e-11, atol=1e-12)
     n = getattr(_C, "NormalizeArgs" + suffix)()
     n.count, n.values, n.moments, n.out = 20_000, address(values), address(three), address(out)
     n.mode, n.eps = _C.MomentsMode.token, 1e-8

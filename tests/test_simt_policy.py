@@ -94,7 +94,7 @@ def check_policy_loss(simt, logp, old_logp, advantages, mask=None, **options):
     wide = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in options.items()}
     expected = reference.policy_loss(leaf, old_logp.double(), advantages.double(), mask, **wide)
     (3.0 * expected.loss).backward()
-    close(out["loss"], expected.loss.detach(), atol=1e-6, rtol=2e-6)
+    close(out["loss"], expected.loss.detach(), atol=1e-6, rtol=1e-5)  # terms of both signs nearly cancel
     close(out["metrics"], torch.stack([expected.metrics[name].double() for name in METRICS]), atol=1e-6, rtol=2e-6)
     close(out["grad"], leaf.grad, atol=1e-7 * max(1.0, leaf.grad.abs().max().item() if leaf.grad.numel() else 1.0), rtol=1e-5)
     return out

@@ -173,10 +173,12 @@ def policy_loss(
         "norm": norm if isinstance(norm, Tensor) else None,
     }  # fmt: skip
     for name, t in tensors.items():
-        if t is not None:
+        if t is None:
+            continue
+        if not isinstance(t, Tensor):
             check_tensors(**{name: t})
-            if t.requires_grad:
-                tensors[name] = t.detach()
+        if t.requires_grad:
+            tensors[name] = t.detach()
     if logp.is_cuda and validation() and not torch.compiler.is_compiling():
         _validate(logp, tensors, kind)
     clamp = ratio_clamp if isinstance(ratio_clamp, tuple) else (ratio_clamp, ratio_clamp)

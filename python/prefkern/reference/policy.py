@@ -323,7 +323,7 @@ def _policy_term(
         low, high = rho < 1 - eps_low, rho > 1 + eps_high
         return -torch.where(low, 1 - eps_low, torch.where(high, 1 + eps_high, rho)) * a * lp, low, high, no
     if kind == "sapo":
-        tau = torch.where(a > 0, *a.new_tensor(taus))
+        tau = torch.where(a > 0, a.new_tensor(taus[0]), a.new_tensor(taus[1]))
         flat = tau * (rho - 1) > 800  # there the sigmoid is 1
         gate = torch.where(flat, 1.0, torch.sigmoid(tau * (lr.masked_fill(flat, 0.0).exp() - 1)))
         return -a * 4 / tau * gate, no, no, no
@@ -406,7 +406,7 @@ def _check_options(
     if delta is not None and not delta > 0:
         raise ValueError(f"delta: got {delta}, must be positive")
     if ref_logp is None and (beta != 0 or kl_ratio or kind == "none"):
-        raise ValueError(f"ref_logp: got None, but beta is {beta}, kl_ratio {kl_ratio} and kind {kind!r}")
+        raise ValueError(f"beta: got {beta}, kl_ratio {kl_ratio}, kind {kind!r}, without ref_logp")
     if kind == "none" and anchor is not None:
         raise ValueError("anchor: given, but kind none has no policy term")
     if kl_ratio and kind == "gmpo":
