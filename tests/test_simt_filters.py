@@ -57,7 +57,7 @@ SAMPLES = {
     "equal": lambda n: torch.full((n,), 0.7),
     "infinite": lambda n: torch.tensor([INF, -INF, 1.0, 2.0])[torch.randint(4, (n,))],
 }
-FRACTIONS = (0.0, 0.07, 0.3, 0.5, 1 - 0.2, 1.0)
+FRACTIONS = (0.0, 0.07, 0.5, 1 - 0.2)
 
 
 def masked(values: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def masked(values: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("sample", SAMPLES)
 @pytest.mark.parametrize("with_mask", [False, True], ids=["all", "masked"])
-@pytest.mark.parametrize("size", [1, 2, 255, 1000])
+@pytest.mark.parametrize("size", [1, 2, 300])
 def test_quantile(simt, sample, with_mask, size):
     values = SAMPLES[sample](size)
     mask = masked(values) if with_mask else None
@@ -82,7 +82,7 @@ def test_quantile(simt, sample, with_mask, size):
 
 @pytest.mark.parametrize("sample", SAMPLES)
 @pytest.mark.parametrize("with_mask", [False, True], ids=["all", "masked"])
-@pytest.mark.parametrize("size", [1, 2, 255, 1000])
+@pytest.mark.parametrize("size", [1, 2, 300])
 def test_keep_largest(simt, sample, with_mask, size):
     values = SAMPLES[sample](size)
     mask = masked(values) if with_mask else None
@@ -92,7 +92,7 @@ def test_keep_largest(simt, sample, with_mask, size):
 
 
 @pytest.mark.parametrize("sample", ["normal", "few", "equal"])
-@pytest.mark.parametrize("size", [8192, 8193, 30_001])
+@pytest.mark.parametrize("size", [8193, 20_001])
 def test_several_blocks(simt, sample, size):
     """Ties are kept in the order of memory across the blocks."""
     values = SAMPLES[sample](size)
