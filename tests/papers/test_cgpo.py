@@ -1,6 +1,7 @@
 """CGPO against its worked numbers, its invariants and its edge cases."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -241,6 +242,17 @@ def test_crraft_leaves_out_what_is_far_from_the_reference() -> None:
     assert bool((-gradient * 2 <= 1).all() and (gradient <= 0).all())  # weights lie in (0, 1)
 
 
+def test_losses_have_the_dtype_of_the_log_probs() -> None:
+    logp = torch.full((4,), -20.0)
+    group, lengths = torch.tensor([0, 0, 1, 1]), torch.tensor([3, 4, 5, 6])
+    for output in (
+        cgpo.crpg_loss(logp, R_TILDE),
+        cgpo.codpo_loss(logp, REF, R, OK, group, lengths),
+        cgpo.crraft_loss(logp, LOGP, REF, R, R, OK, group, kl_max=9.0),
+    ):
+        assert output.loss.dtype == torch.float32
+
+
 # ---- several tasks
 
 
@@ -347,5 +359,19 @@ def test_the_recipe_says_what_it_needs() -> None:
             recipe.prepare(make_rollout(**{key: None}))
     with pytest.raises(ValueError, match=r"recipe 'cgpo' needs rollout\.extra\['judge_pass'\]"):
         recipe.prepare(make_rollout(extra={"r_base": ZERO}))
-    with pytest.raises(ValueError, match="'norm'.* is 'mean'"):
+    with pytest.raises(ValueError, match=r"'norm'.* is 'mean'"):
         load_recipe("cgpo:kl_max=4,norm=mean").loss(torch.zeros(4, 3), recipe.prepare(make_rollout()))
+    with pytest.raises(ValueError, match="norm is 'mean'"):
+        replace(recipe, norm="mean").loss(torch.zeros(4, 3), recipe.prepare(make_rollout()))
+
+
+def test_losses_compile_without_a_break() -> None:
+    def loss(logp):
+        rewards = cgpo.cgpo_rewards(R, ZERO, OK, LOGP, REF, 4.0)
+        total = cgpo.crpg_loss(logp, rewards).loss + cgpo.codpo_loss(logp, REF, R, OK, FOUR, torch.ones(4)).loss
+        return total + cgpo.crraft_loss(logp, LOGP, REF, R, ZERO, OK, FOUR, kl_max=2.0).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    logp = LOGP.clone().requires_grad_()
+    assert_close(compiled(logp), loss(logp), rtol=1e-12, atol=0)
+    assert_close(*(torch.autograd.grad(of(logp), logp)[0] for of in (compiled, loss)), rtol=1e-12, atol=0)

@@ -208,6 +208,14 @@ def test_clip_margin_bounds_the_gradient_not_the_value() -> None:
     close(gradient, [-0.3, 0.3, 0.15])
 
 
+@pytest.mark.parametrize("inputs", [PAIRS, TRIPLE], ids=["pairs", "group"])
+def test_losses_have_the_dtype_of_the_log_probs(inputs) -> None:
+    single = {name: inputs[name].float() for name in ("logp", "pair_logp") if name in inputs}
+    loss = copg.copg_loss(**{**inputs, **single}).loss
+    assert loss.dtype == torch.float32
+    assert_close(loss.double(), copg.copg_loss(**inputs).loss, rtol=1e-6, atol=0)
+
+
 def test_no_pairs() -> None:
     empty = {name: value[:0] for name, value in PAIRS.items()}
     loss, metrics, gradient, _ = run(empty)
@@ -272,3 +280,14 @@ def test_long_sequences_lose_few_digits() -> None:
     loss = recipe.loss(logp, recipe.prepare(Rollout(rewards, group, mask, ref_logp=ref))).loss
     exact = recipe.loss(logp.double(), recipe.prepare(Rollout(rewards.double(), group, mask, ref_logp=ref.double()))).loss
     assert_close(loss.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("inputs", [PAIRS, TRIPLE], ids=["pairs", "group"])
+def test_it_compiles_without_a_break(inputs) -> None:
+    def loss(logp):
+        return copg.copg_loss(**{**inputs, "logp": logp}).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    logp = inputs["logp"].clone().requires_grad_()
+    assert_close(compiled(logp), loss(logp), rtol=1e-12, atol=0)
+    assert_close(*(torch.autograd.grad(of(logp), logp)[0] for of in (compiled, loss)), rtol=1e-12, atol=0)

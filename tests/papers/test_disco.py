@@ -1,6 +1,7 @@
 """DisCO against its worked numbers, its definition, its invariants and its edge cases."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -204,6 +205,7 @@ def test_float32_keeps_a_small_kl() -> None:
         loss, metrics, _ = run(logp, old, mask, group, rewards, kl=kl, score="Lratio", tau=1.0)
         _, exact, _ = run(logp.double(), old.double(), mask, group, rewards, kl=kl, score="Lratio", tau=1.0)
         assert loss.dtype == torch.float32
+        assert_close(run(logp, old, mask, group, rewards.double(), kl=kl, score="Lratio", tau=1.0)[0], loss, rtol=0, atol=0)
         assert_close(metrics["kl"].double(), exact["kl"], rtol=0, atol=3e-7)
 
 
@@ -257,31 +259,41 @@ def test_the_recipe_composes_it() -> None:
         recipe.prepare(Rollout(rewards, group, mask, old, token_weight=torch.ones(6)))
 
 
+def test_it_compiles_without_a_break() -> None:
+    def loss(logp):
+        return disco.disco_loss(logp, OLD, MASK, GROUP, REWARDS, score="Lratio", tau=1.0, kl="k3").loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    logp = LOGP.clone().requires_grad_()
+    assert_close(compiled(logp), loss(logp), rtol=1e-12, atol=0)
+    assert_close(*(torch.autograd.grad(of(logp), logp)[0] for of in (compiled, loss)), rtol=1e-12, atol=0)
+
+
 RANK = """
 import sys
 import torch
 import torch.distributed as dist
 from prefkern.papers import disco
 
-rank, file, tau = int(sys.argv[1]), sys.argv[2], eval(sys.argv[3])
+rank, file = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method="file://" + file, rank=rank, world_size=2)
 inputs = torch.load(file + ".in")
 rows = inputs["group"] // 2 == rank
-logp = inputs["logp"][rows].requires_grad_()
-loss, metrics = disco.disco_loss(
-    logp, inputs["old"][rows], inputs["mask"][rows], inputs["group"][rows], inputs["rewards"][rows], tau=tau,
-    process_group=dist.group.WORLD,
-)
-loss.backward()
-torch.save({"loss": loss.detach(), "metrics": metrics, "gradient": logp.grad}, f"{file}.{rank}")
+results = []
+for tau in (None, 0.5):
+    logp = inputs["logp"][rows].requires_grad_()
+    loss, metrics = disco.disco_loss(
+        logp, inputs["old"][rows], inputs["mask"][rows], inputs["group"][rows], inputs["rewards"][rows], tau=tau,
+        process_group=dist.group.WORLD,
+    )
+    loss.backward()
+    results.append({"loss": loss.detach(), "metrics": metrics, "gradient": logp.grad})
+torch.save(results, f"{file}.{rank}")
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("tau", [None, 0.5])
-def test_ranks_together_are_the_whole_batch(tau, tmp_path, run_python) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
+def test_ranks_together_are_the_whole_batch(tmp_path, run_python) -> None:
     group = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3, 3])  # rank 0 has 0 and 1, rank 1 has 2 and 3, which is of one class
     rewards = torch.tensor([1.0, 0, 1, 0, 0, 0, 1, 1, 1], dtype=F64)
     mask = torch.arange(5) < torch.randint(1, 6, (9, 1))
@@ -290,11 +302,11 @@ def test_ranks_together_are_the_whole_batch(tau, tmp_path, run_python) -> None:
     file = tmp_path / "ranks"
     torch.save({"logp": logp, "old": old, "mask": mask, "group": group, "rewards": rewards}, f"{file}.in")
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda rank: run_python(RANK, rank, file, tau, OMP_NUM_THREADS="1"), range(2)))
-    parts = [torch.load(f"{file}.{rank}") for rank in range(2)]
-    loss, metrics, gradient = run(logp, old, mask, group, rewards, tau=tau)
-    assert metrics["kl"] > 1e-3
-    for part in parts:
-        assert_close(part["loss"], loss, rtol=1e-12, atol=0)
-        assert_close(part["metrics"], metrics, rtol=1e-12, atol=0)
-    assert_close(torch.cat([part["gradient"] for part in parts]) / 2, gradient, rtol=1e-12, atol=1e-15)
+        list(pool.map(lambda rank: run_python(RANK, rank, file, OMP_NUM_THREADS="1"), range(2)))
+    for tau, *parts in zip((None, 0.5), *(torch.load(f"{file}.{rank}") for rank in range(2)), strict=True):
+        loss, metrics, gradient = run(logp, old, mask, group, rewards, tau=tau)
+        assert metrics["kl"] > 1e-3
+        for part in parts:
+            assert_close(part["loss"], loss, rtol=1e-12, atol=0)
+            assert_close(part["metrics"], metrics, rtol=1e-12, atol=0)
+        assert_close(torch.cat([part["gradient"] for part in parts]) / 2, gradient, rtol=1e-12, atol=1e-15)

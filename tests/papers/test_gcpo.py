@@ -171,3 +171,9 @@ def test_the_recipe_composes_it() -> None:
     close(swapped, advantages(acc - aux + 2 * aux))
     with pytest.raises(ValueError, match=r"recipe 'gcpo' needs rollout\.extra\['has_aux'\]"):
         recipe.prepare(Rollout(torch.zeros(6), group, mask, extra={"acc": acc}))
+
+
+def test_rewards_compile_without_a_break() -> None:
+    acc, aux, group = vector(1, 0, 0, 1), torch.tensor([1, 1, 0, 0]), torch.zeros(4, dtype=torch.int64)
+    compiled = torch.compile(lambda a: gcpo.gcpo_rewards(a, aux, group)[:2], fullgraph=True, backend="aot_eager")
+    assert_close(compiled(acc), gcpo.gcpo_rewards(acc, aux, group)[:2], rtol=0, atol=0)

@@ -194,3 +194,10 @@ def test_the_recipe_composes_it() -> None:
         load_recipe("otc").prepare(rollout)
     with pytest.raises(ValueError, match=r"recipe 'otc' needs rollout\.extra\['correct'\]"):
         recipe.prepare(Rollout(CORRECT.double(), ONE, mask, old, extra={"tool_calls": CALLS}))
+
+
+def test_rewards_compile_without_a_break() -> None:
+    def rewards(m):
+        return tuple(otc.otc_rewards(m, CORRECT, CORRECT.double(), ONE, c=5))
+
+    assert_close(torch.compile(rewards, fullgraph=True, backend="aot_eager")(CALLS), rewards(CALLS), rtol=0, atol=1e-15)

@@ -271,3 +271,18 @@ def test_a_start_that_is_not_looked_at_makes_its_completion_nan(monkeypatch) -> 
         assert batch["mask"][1].tolist() == [True, True, True, False]
         assert batch["advantages"][1, :3].isnan().all() and batch["advantages"][0].isfinite().all()
         assert load_recipe("tppo").loss(LOGP, batch).loss.isnan()
+
+
+def test_losses_compile_without_a_break() -> None:
+    def losses(logp, predictions):
+        policy_mask, value_mask = tppo.tppo_masks(LENGTHS, START, FINISHED, 4)
+        advantages = tppo.egae(REWARDS, VALUES, LENGTHS, FINISHED, lam=0.9).advantages
+        targets = tppo.value_targets(REWARDS, None, MASK)
+        policy, value, _ = tppo.tppo_loss(
+            logp, OLD, advantages, predictions, targets, policy_mask, value_mask, old_values=VALUES, value_clip=0.2
+        )
+        return policy + value
+
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
+    logp, predictions = LOGP.clone().requires_grad_(), (VALUES + 0.1).requires_grad_()
+    assert_close(compiled(logp, predictions), losses(logp, predictions), rtol=1e-12, atol=0)

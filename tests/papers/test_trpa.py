@@ -240,3 +240,13 @@ def test_the_recipe_composes_it() -> None:
         recipe.prepare(Rollout(torch.zeros(4), group, MASK, OLD, extra={"levels": LEVELS}))
     with pytest.raises(ValueError, match="token_weight"):
         recipe.prepare(Rollout(torch.zeros(4), group, MASK, OLD, REF, token_weight=torch.ones(4), extra={"levels": LEVELS}))
+
+
+def test_it_compiles_without_a_break() -> None:
+    def loss(logp):
+        return trpa.trpa_loss(logp, REF, OLD, MASK, ONE, LEVELS).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    logp = LOGP.clone().requires_grad_()
+    assert_close(compiled(logp), loss(logp), rtol=1e-12, atol=0)
+    assert_close(*(torch.autograd.grad(of(logp), logp)[0] for of in (compiled, loss)), rtol=1e-12, atol=0)

@@ -137,7 +137,7 @@ def codpo_loss(
     check_values("lengths", lengths, lengths > 0, "a response needs tokens")
     r = rewards.detach().to(logp.dtype)
     chosen, rejected = constrained_select(r, judge_pass, group)
-    h = logp - ref_logp.detach()
+    h = logp - ref_logp.detach().to(logp.dtype)
     margin = h - group_reduce(h, group, mask=rejected)
     size = torch.where(lengths > 0, lengths, torch.nan)
     each = F.softplus(-beta * margin) - lam * logp / size
@@ -179,7 +179,7 @@ def crraft_loss(
     sampled = _first(r, group, feasible & ~base, "max")
     fallback = _first(r, group, feasible & base, "max") & (group_reduce(sampled.to(r.dtype), group) == 0)
     picked = sampled | fallback
-    weights = _calibrated(r, r_base)
+    weights = _calibrated(r, r_base.to(r.dtype))
     prompts = (1 / group_reduce(torch.ones_like(r), group, reduce="count")).sum().round()
     divisor = _divisor(norm, None if lengths is None else torch.where(picked, lengths, 0), prompts)
     loss = -torch.where(picked, weights * logp, 0.0).sum() / divisor + _poison(r, verdicts)

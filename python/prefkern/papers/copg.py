@@ -94,7 +94,7 @@ def copg_loss(
         raise ValueError(f"clip_margin is {clip_margin}; it must be positive, or None")
     check_rows(len(logp), logp=logp, ref_logp=ref_logp, rewards=rewards, group=group)
     check_values("rewards", rewards, rewards.isfinite(), "every reward must be finite")
-    rho = logp - ref_logp.detach()
+    rho = logp - ref_logp.detach().to(logp.dtype)
     rewards = rewards.detach().to(rho.dtype)
     given = {"pair_logp": pair_logp, "pair_ref_logp": pair_ref_logp, "pair_rewards": pair_rewards}
     if all(half is None for half in given.values()):
@@ -110,7 +110,7 @@ def copg_loss(
     check_values("pair_rewards", pair_rewards, pair_rewards.isfinite(), "every reward must be finite")
     if pair_group is not None and group is not None:
         check_values("pair_group", pair_group, pair_group == group, "both halves of a pair must have one prompt")
-    other = pair_logp - pair_ref_logp.detach()
+    other = pair_logp - pair_ref_logp.detach().to(pair_logp.dtype)
     return _of_pairs(rho - other, rewards - pair_rewards.detach().to(rho.dtype), (rho, other), beta, clip_margin)
 
 

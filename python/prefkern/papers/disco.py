@@ -123,7 +123,7 @@ def disco_loss(
         (torch.where(valid, plus, 0.0) * share).sum().detach(),
         (valid * share).sum().round(),
         share.sum().round(),
-        -d.sum() + (rewards.detach() * 0).sum(),  # NaN if a reward is not finite: it would else be of no class
+        -d.sum() + (rewards.detach() * 0).sum().to(d.dtype),  # NaN if a reward is not finite: it would else be of no class
         lengths.sum(),
     ])  # fmt: skip
     if process_group is not None:

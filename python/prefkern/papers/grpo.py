@@ -50,7 +50,7 @@ def advantages(
     eps: verl's default; TRL uses 1e-4. scale: TRL's `scale_rewards`: what centred rewards are divided by. singleton: a group of
     one gets "zero" (TRL) or its "reward" (verl).
     """
-    estimator = "grpo" if scale == "group" else "dr_grpo"
+    estimator: Literal["grpo", "dr_grpo"] = "grpo" if scale == "group" else "dr_grpo"
     return group_advantages(
         rewards, group, estimator=estimator, eps=eps, singleton=singleton, batch="std" if scale == "batch" else "none"
     )

@@ -35,7 +35,7 @@ from torch import Tensor
 from ..ops import GaeOutput, discounted_returns, gae, kl_penalty, policy_loss, whiten
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
-from ._shared import check_rows, check_values
+from ._shared import check_rows, check_values, last_tokens, per_token
 
 about = About(
     name="T-PPO",
@@ -214,22 +214,19 @@ class TPPO(Recipe):
         self.check(rollout)
         values, finished, win_start = (rollout.get(name) for name in self.needs)
         assert values is not None and finished is not None and win_start is not None
-        rows = len(rollout.group)
-        check_rows(rows, finished=finished, win_start=win_start)
+        check_rows(len(rollout.group), finished=finished, win_start=win_start)
         if values.shape != (rollout.mask.shape if rollout.mask is not None else values.shape):
             raise ValueError(f"values has shape {list(values.shape)}; that of the mask is expected")
         cu_seqlens, lengths = rollout.cu_seqlens, rollout.token_counts()
         counted = torch.ones_like(values, dtype=torch.bool) if rollout.mask is None else rollout.mask
-        place = counted.cumsum(-1) - 1  # among the tokens that count
-        if cu_seqlens is None:
-            done, start, length, reward = (x[:, None] for x in (finished, win_start, lengths, self._reward(rollout)))
-        else:
-            row = torch.arange(rows, device=values.device).repeat_interleave(cu_seqlens.diff(), output_size=len(values))
-            place = place - (lengths.cumsum(0) - lengths)[row]
-            done, start, length, reward = (x[row] for x in (finished, win_start, lengths, self._reward(rollout)))
+        done, start, length = (per_token(x, values, cu_seqlens) for x in (finished, win_start, lengths))
+        place = counted.cumsum(-1) - 1  # among the tokens of its completion that count
+        if cu_seqlens is not None:
+            place = place - per_token(lengths.cumsum(0) - lengths, values, cu_seqlens)
         rewards = rollout.get("token_rewards")
         if rewards is None:
-            rewards = torch.where(counted & done & (place == length - 1), reward, 0.0)
+            r = rollout.rewards if rollout.rewards.dim() == 1 else rollout.rewards.sum(-1)
+            rewards = torch.where(last_tokens(values, counted, cu_seqlens) & done, per_token(r, values, cu_seqlens), 0.0)
         check_starts(win_start, lengths)
         rewards = torch.where(_within(start, length), rewards, torch.nan)
         policy_mask, value_mask = _masks(place, counted, start, length, done)
@@ -238,14 +235,8 @@ class TPPO(Recipe):
             last_values=rollout.get("last_values") if self.bootstrap == "critic" else None, cu_seqlens=cu_seqlens,
         ).advantages  # fmt: skip
         targets = value_targets(rewards, values, counted, cu_seqlens=cu_seqlens, gamma=self.gamma, lam=self.lam_value)
-        batch = {
-            "advantages": whiten(advantages, policy_mask) if self.whiten else advantages, "group": rollout.group,
-            "mask": policy_mask, "value_mask": value_mask, "value_targets": targets, "values": values.detach(),
-        }  # fmt: skip
-        for key in ("old_logp", "ref_logp", "cu_seqlens", "token_weight"):
-            if (value := rollout.get(key)) is not None:
-                batch[key] = value.detach()
-        return batch
+        batch = self.batch(rollout, whiten(advantages, policy_mask) if self.whiten else advantages)
+        return {**batch, "mask": policy_mask, "value_mask": value_mask, "value_targets": targets}
 
     def loss_options(self, batch: Batch) -> dict[str, Any]:
         return {"eps_low": self.eps_low, "eps_high": self.eps_high}
@@ -256,10 +247,6 @@ class TPPO(Recipe):
             predictions, batch["value_targets"], batch["value_mask"], cu_seqlens=batch.get("cu_seqlens"),
             old_values=batch["values"], value_clip=self.value_clip,
         )  # fmt: skip
-
-    @staticmethod
-    def _reward(rollout: Rollout) -> Tensor:
-        return rollout.rewards if rollout.rewards.dim() == 1 else rollout.rewards.sum(-1)
 
 
 recipe = TPPO()
