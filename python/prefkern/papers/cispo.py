@@ -21,11 +21,12 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from ..ops import GroupAdvantages, LossOutput, group_advantages, policy_loss
+from ..ops import LossOutput, policy_loss
 from ..ops._call import choice
 from ..ops.policy import Aggregation
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
+from .grpo import advantages
 
 about = About(
     name="CISPO",
@@ -38,13 +39,6 @@ about = About(
 )
 
 VARIANTS = ("trl", "verl")
-
-
-def advantages(
-    rewards: Tensor, group: Tensor, *, eps: float = 1e-6, singleton: Literal["zero", "reward"] = "zero"
-) -> GroupAdvantages:
-    """GRPO's advantages [B] of rewards [B] in groups given by id [B]. Constants."""
-    return group_advantages(rewards, group, eps=eps, singleton=singleton)
 
 
 def bounds(variant: str, cap: float, eps_low: float, eps_high: float) -> tuple[float, float]:

@@ -25,12 +25,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..ops import GroupAdvantages, LossOutput, group_advantages, group_reduce, policy_loss
+from ..ops import LossOutput, group_reduce, policy_loss
 from ..ops._call import choice
 from ..ops.policy import Aggregation
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
 from ._shared import per_token
+from .grpo import advantages
 
 about = About(
     name="DAPO",
@@ -70,13 +71,6 @@ def keep_groups(rewards: Tensor, group: Tensor, *, keep_singletons: bool = False
     """Which rows to train on: bool [B], False for all members of a group whose rewards [B] are all equal."""
     keep = group_reduce(rewards, group, reduce="max") > group_reduce(rewards, group, reduce="min")
     return keep | (group_reduce(rewards, group, reduce="count") == 1) if keep_singletons else keep
-
-
-def advantages(
-    rewards: Tensor, group: Tensor, *, eps: float = 1e-6, singleton: Literal["zero", "reward"] = "zero"
-) -> GroupAdvantages:
-    """GRPO's advantages [B] of rewards [B] in groups given by id [B]. Constants."""
-    return group_advantages(rewards, group, eps=eps, singleton=singleton)
 
 
 def loss(

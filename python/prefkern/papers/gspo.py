@@ -20,14 +20,15 @@ without tokens are left out of the mean (`agg="trl-grpo"`: counted, as in TRL).
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..ops import GroupAdvantages, LossOutput, group_advantages, policy_loss
+from ..ops import LossOutput, policy_loss
 from ..ops.policy import Aggregation
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
+from .grpo import advantages
 
 about = About(
     name="GSPO",
@@ -40,13 +41,6 @@ about = About(
 )
 
 Clamp = float | tuple[float | None, float | None] | None
-
-
-def advantages(
-    rewards: Tensor, group: Tensor, *, eps: float = 1e-6, singleton: Literal["zero", "reward"] = "zero"
-) -> GroupAdvantages:
-    """GRPO's advantages [B] of rewards [B] in groups given by id [B]. Constants."""
-    return group_advantages(rewards, group, eps=eps, singleton=singleton)
 
 
 def loss(
