@@ -6,8 +6,12 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <typeinfo>
+#include <utility>
 #include <vector>
 
 #include "advantages/group_stats.h"
@@ -28,351 +32,379 @@
 namespace prefkern {
 namespace py = pybind11;
 
-// A pointer member as an integer property; 0 is null.
-template <class C, class P> void bind_pointer(py::class_<C>& c, const char* name, P* C::* member) {
-  c.def_property(
-      name, [member](const C& a) { return reinterpret_cast<uintptr_t>(a.*member); },
-      [member](C& a, uintptr_t p) { a.*member = reinterpret_cast<P*>(p); });
+// ---- structs -------------------------------------------------------------------------------------------------------
+// pybind11's def_readwrite compiles two functions for every member, and there are hundreds: minutes. Here all members
+// share two, which are told where the member is and how its type is converted.
+inline void* address(py::handle self, const std::type_info& type, const char* what) {
+  py::detail::type_caster_generic caster(type);
+  if (!caster.load(self, false))
+    throw py::type_error(std::string(what) + ": another struct is expected than " + std::string(py::str(py::type::of(self))));
+  return caster.value;
 }
+
+// A pointer is an integer, 0 is null; a struct inside a struct is that struct, not a copy.
+template <class M> py::object get_member(void* at, py::handle owner) {
+  M& member = *static_cast<M*>(at);
+  if constexpr (std::is_pointer_v<M>) return py::int_(reinterpret_cast<uintptr_t>(member));
+  else if constexpr (std::is_class_v<M>) return py::cast(&member, py::return_value_policy::reference_internal, owner);
+  else return py::cast(member);
+}
+template <class M> void set_member(void* at, py::handle value) {
+  M& member = *static_cast<M*>(at);
+  if constexpr (std::is_pointer_v<M>) member = reinterpret_cast<M>(value.cast<uintptr_t>());
+  else member = value.cast<M>();
+}
+
+struct MemberAccess {
+  const char* name;
+  const std::type_info* type;
+  std::ptrdiff_t offset;
+  py::object (*get)(void* at, py::handle owner);
+  void (*set)(void* at, py::handle value);
+  void* in(py::handle self) const { return static_cast<char*>(address(self, *type, name)) + offset; }
+};
+
+inline void bind_member(py::handle owner, const MemberAccess& m) {
+  const py::cpp_function get([m](py::handle self) { return m.get(m.in(self), self); }, py::is_method(owner));
+  const py::cpp_function set([m](py::handle self, py::handle value) { m.set(m.in(self), value); }, py::is_method(owner));
+  owner.attr(m.name) = py::module_::import("builtins").attr("property")(get, set);
+}
+
+template <class T> class Struct {
+ public:
+  Struct(py::module_& m, const std::string& name, const char* doc = "") : class_(m, name.c_str(), doc) {
+    class_.def(py::init<>());
+  }
+  template <class M> Struct& member(const char* name, M T::* member) {
+    const T sample{};
+    const auto offset = reinterpret_cast<const char*>(&(sample.*member)) - reinterpret_cast<const char*>(&sample);
+    bind_member(class_, {name, &typeid(T), offset, &get_member<M>, &set_member<M>});
+    return *this;
+  }
+  template <class F> Struct& def(const char* name, F&& f) {
+    class_.def(name, std::forward<F>(f));
+    return *this;
+  }
+
+ private:
+  py::class_<T> class_;
+};
 
 template <class S> void bind_logit_structs(py::module_& m, const std::string& suffix) {
   using Transform = LogitTransform<S>;
-  py::class_<Transform> t(m, ("LogitTransform" + suffix).c_str());
-  t.def(py::init<>())
-      .def_readwrite("scale", &Transform::scale)
-      .def_readwrite("softcap", &Transform::softcap)
-      .def_readwrite("temperature", &Transform::temperature);
-  bind_pointer(t, "bias", &Transform::bias);
-  bind_pointer(t, "row_temperature", &Transform::row_temperature);
+  Struct<Transform> t(m, "LogitTransform" + suffix);
+  t.member("scale", &Transform::scale).member("softcap", &Transform::softcap).member("temperature", &Transform::temperature);
+  t.member("bias", &Transform::bias);
+  t.member("row_temperature", &Transform::row_temperature);
 
   using Block = LogitBlock<S>;
-  py::class_<Block> b(m, ("LogitBlock" + suffix).c_str());
-  b.def(py::init<>())
-      .def_readwrite("dtype", &Block::dtype)
-      .def_readwrite("rows", &Block::rows)
-      .def_readwrite("cols", &Block::cols)
-      .def_readwrite("first_col", &Block::first_col)
-      .def_readwrite("vocab", &Block::vocab)
-      .def_readwrite("ignore_index", &Block::ignore_index)
-      .def_readwrite("transform", &Block::transform);
-  bind_pointer(b, "targets", &Block::targets);
+  Struct<Block> b(m, "LogitBlock" + suffix);
+  b.member("dtype", &Block::dtype)
+      .member("rows", &Block::rows)
+      .member("cols", &Block::cols)
+      .member("first_col", &Block::first_col)
+      .member("vocab", &Block::vocab)
+      .member("ignore_index", &Block::ignore_index)
+      .member("transform", &Block::transform);
+  b.member("targets", &Block::targets);
 
   using Fold = FoldArgs<S>;
-  py::class_<Fold> f(m, ("FoldArgs" + suffix).c_str());
-  f.def(py::init<>())
-      .def_readwrite("block", &Fold::block)
-      .def_readwrite("logits_map", &Fold::logits_map)
-      .def_readwrite("entropy", &Fold::entropy)
-      .def_readwrite("extra", &Fold::extra)
-      .def_readwrite("first", &Fold::first)
-      .def_readwrite("last", &Fold::last)
-      .def_readwrite("state_stride", &Fold::state_stride);
-  bind_pointer(f, "logits", &Fold::logits);
-  bind_pointer(f, "state", &Fold::state);
-  bind_pointer(f, "logp", &Fold::logp);
-  bind_pointer(f, "out_entropy", &Fold::out_entropy);
-  bind_pointer(f, "lse", &Fold::lse);
-  bind_pointer(f, "sum_sq_probs", &Fold::sum_sq_probs);
-  bind_pointer(f, "mean_logit", &Fold::mean_logit);
-  bind_pointer(f, "is_top1", &Fold::is_top1);
-  bind_pointer(f, "row_max", &Fold::row_max);
-  bind_pointer(f, "row_log2_sum", &Fold::row_log2_sum);
+  Struct<Fold> f(m, "FoldArgs" + suffix);
+  f.member("block", &Fold::block)
+      .member("logits_map", &Fold::logits_map)
+      .member("entropy", &Fold::entropy)
+      .member("extra", &Fold::extra)
+      .member("first", &Fold::first)
+      .member("last", &Fold::last)
+      .member("state_stride", &Fold::state_stride);
+  f.member("logits", &Fold::logits);
+  f.member("state", &Fold::state);
+  f.member("logp", &Fold::logp);
+  f.member("out_entropy", &Fold::out_entropy);
+  f.member("lse", &Fold::lse);
+  f.member("sum_sq_probs", &Fold::sum_sq_probs);
+  f.member("mean_logit", &Fold::mean_logit);
+  f.member("is_top1", &Fold::is_top1);
+  f.member("row_max", &Fold::row_max);
+  f.member("row_log2_sum", &Fold::row_log2_sum);
 
   using Grad = GradArgs<S>;
-  py::class_<Grad> g(m, ("GradArgs" + suffix).c_str());
-  g.def(py::init<>())
-      .def_readwrite("block", &Grad::block)
-      .def_readwrite("logits_map", &Grad::logits_map)
-      .def_readwrite("grad_dtype", &Grad::grad_dtype)
-      .def_readwrite("grad_map", &Grad::grad_map);
-  bind_pointer(g, "logits", &Grad::logits);
-  bind_pointer(g, "grad", &Grad::grad);
-  bind_pointer(g, "row_max", &Grad::row_max);
-  bind_pointer(g, "row_log2_sum", &Grad::row_log2_sum);
-  bind_pointer(g, "entropy", &Grad::entropy);
-  bind_pointer(g, "g_logp", &Grad::g_logp);
-  bind_pointer(g, "g_entropy", &Grad::g_entropy);
-  bind_pointer(g, "g_lse", &Grad::g_lse);
+  Struct<Grad> g(m, "GradArgs" + suffix);
+  g.member("block", &Grad::block)
+      .member("logits_map", &Grad::logits_map)
+      .member("grad_dtype", &Grad::grad_dtype)
+      .member("grad_map", &Grad::grad_map);
+  g.member("logits", &Grad::logits);
+  g.member("grad", &Grad::grad);
+  g.member("row_max", &Grad::row_max);
+  g.member("row_log2_sum", &Grad::row_log2_sum);
+  g.member("entropy", &Grad::entropy);
+  g.member("g_logp", &Grad::g_logp);
+  g.member("g_entropy", &Grad::g_entropy);
+  g.member("g_lse", &Grad::g_lse);
 }
 
 template <class S> void bind_advantage_structs(py::module_& m, const std::string& suffix) {
   using Group = GroupArgs<S>;
-  py::class_<Group> g(m, ("GroupArgs" + suffix).c_str());
-  g.def(py::init<>())
-      .def_readwrite("rule", &Group::rule)
-      .def_readwrite("count", &Group::count)
-      .def_readwrite("columns", &Group::columns)
-      .def_readwrite("combine_first", &Group::combine_first)
-      .def_readwrite("nan", &Group::nan)
-      .def_readwrite("batch", &Group::batch)
-      .def_readwrite("batch_eps", &Group::batch_eps)
+  Struct<Group> g(m, "GroupArgs" + suffix);
+  g.member("rule", &Group::rule)
+      .member("count", &Group::count)
+      .member("columns", &Group::columns)
+      .member("combine_first", &Group::combine_first)
+      .member("nan", &Group::nan)
+      .member("batch", &Group::batch)
+      .member("batch_eps", &Group::batch_eps)
       .def("set_weights",
            [](Group& a, const std::vector<double>& weights) {
              if (weights.size() > kMaxColumns) throw std::invalid_argument("too many weights");
              a.weighted = true;
              std::copy(weights.begin(), weights.end(), a.weight);
            })
-      .def_readwrite("weighted", &Group::weighted);
-  bind_pointer(g, "device_weight", &Group::device_weight);
-  bind_pointer(g, "rewards", &Group::rewards);
-  bind_pointer(g, "group", &Group::group);
-  bind_pointer(g, "order", &Group::order);
-  bind_pointer(g, "lengths", &Group::lengths);
-  bind_pointer(g, "values", &Group::values);
-  bind_pointer(g, "advantages", &Group::advantages);
-  bind_pointer(g, "mean", &Group::mean);
-  bind_pointer(g, "std", &Group::std);
-  bind_pointer(g, "min", &Group::min);
-  bind_pointer(g, "max", &Group::max);
-  bind_pointer(g, "sizes", &Group::sizes);
+      .member("weighted", &Group::weighted);
+  g.member("device_weight", &Group::device_weight);
+  g.member("rewards", &Group::rewards);
+  g.member("group", &Group::group);
+  g.member("order", &Group::order);
+  g.member("lengths", &Group::lengths);
+  g.member("values", &Group::values);
+  g.member("advantages", &Group::advantages);
+  g.member("mean", &Group::mean);
+  g.member("std", &Group::std);
+  g.member("min", &Group::min);
+  g.member("max", &Group::max);
+  g.member("sizes", &Group::sizes);
 
   using Moments = MomentsArgs<S>;
-  py::class_<Moments> o(m, ("MomentsArgs" + suffix).c_str());
-  o.def(py::init<>()).def_readwrite("count", &Moments::count);
-  bind_pointer(o, "values", &Moments::values);
-  bind_pointer(o, "weights", &Moments::weights);
-  bind_pointer(o, "mask", &Moments::mask);
-  bind_pointer(o, "parts", &Moments::parts);
-  bind_pointer(o, "moments", &Moments::moments);
+  Struct<Moments> o(m, "MomentsArgs" + suffix);
+  o.member("count", &Moments::count);
+  o.member("values", &Moments::values);
+  o.member("weights", &Moments::weights);
+  o.member("mask", &Moments::mask);
+  o.member("parts", &Moments::parts);
+  o.member("moments", &Moments::moments);
 
   using Normalize = BatchNormalizeArgs<S>;
-  py::class_<Normalize> n(m, ("BatchNormalizeArgs" + suffix).c_str());
-  n.def(py::init<>())
-      .def_readwrite("count", &Normalize::count)
-      .def_readwrite("mode", &Normalize::mode)
-      .def_readwrite("eps", &Normalize::eps);
-  bind_pointer(n, "values", &Normalize::values);
-  bind_pointer(n, "mask", &Normalize::mask);
-  bind_pointer(n, "moments", &Normalize::moments);
-  bind_pointer(n, "out", &Normalize::out);
+  Struct<Normalize> n(m, "BatchNormalizeArgs" + suffix);
+  n.member("count", &Normalize::count).member("mode", &Normalize::mode).member("eps", &Normalize::eps);
+  n.member("values", &Normalize::values);
+  n.member("mask", &Normalize::mask);
+  n.member("moments", &Normalize::moments);
+  n.member("out", &Normalize::out);
 
   using Question = QuestionArgs<S>;
-  py::class_<Question> q(m, ("QuestionArgs" + suffix).c_str());
-  q.def(py::init<>())
-      .def_readwrite("count", &Question::count)
-      .def_readwrite("temperature", &Question::temperature)
-      .def_readwrite("tol", &Question::tol)
-      .def_readwrite("zero_as_easy", &Question::zero_as_easy);
-  bind_pointer(q, "rewards", &Question::rewards);
-  bind_pointer(q, "main", &Question::main);
-  bind_pointer(q, "group", &Question::group);
-  bind_pointer(q, "order", &Question::order);
-  bind_pointer(q, "lengths", &Question::lengths);
-  bind_pointer(q, "difficulty", &Question::difficulty);
-  bind_pointer(q, "first", &Question::first);
-  bind_pointer(q, "weights", &Question::weights);
-  bind_pointer(q, "scale", &Question::scale);
-  bind_pointer(q, "valid", &Question::valid);
+  Struct<Question> q(m, "QuestionArgs" + suffix);
+  q.member("count", &Question::count)
+      .member("temperature", &Question::temperature)
+      .member("tol", &Question::tol)
+      .member("zero_as_easy", &Question::zero_as_easy);
+  q.member("rewards", &Question::rewards);
+  q.member("main", &Question::main);
+  q.member("group", &Question::group);
+  q.member("order", &Question::order);
+  q.member("lengths", &Question::lengths);
+  q.member("difficulty", &Question::difficulty);
+  q.member("first", &Question::first);
+  q.member("weights", &Question::weights);
+  q.member("scale", &Question::scale);
+  q.member("valid", &Question::valid);
 
   using Pairs = MaskedPairArgs<S>;
-  py::class_<Pairs> p(m, ("MaskedPairArgs" + suffix).c_str());
-  p.def(py::init<>())
-      .def_readwrite("count", &Pairs::count)
-      .def_readwrite("tau", &Pairs::tau)
-      .def_readwrite("eps", &Pairs::eps)
-      .def_readwrite("ddof", &Pairs::ddof)
-      .def_readwrite("mode", &Pairs::mode)
-      .def_readwrite("whole_samples", &Pairs::whole_samples)
-      .def_readwrite("sigma_of_kept", &Pairs::sigma_of_kept)
-      .def_readwrite("renormalise", &Pairs::renormalise);
-  bind_pointer(p, "rewards", &Pairs::rewards);
-  bind_pointer(p, "scores", &Pairs::scores);
-  bind_pointer(p, "group", &Pairs::group);
-  bind_pointer(p, "order", &Pairs::order);
-  bind_pointer(p, "values", &Pairs::values);
-  bind_pointer(p, "advantages", &Pairs::advantages);
-  bind_pointer(p, "kept", &Pairs::kept);
-  bind_pointer(p, "masked", &Pairs::masked);
+  Struct<Pairs> p(m, "MaskedPairArgs" + suffix);
+  p.member("count", &Pairs::count)
+      .member("tau", &Pairs::tau)
+      .member("eps", &Pairs::eps)
+      .member("ddof", &Pairs::ddof)
+      .member("mode", &Pairs::mode)
+      .member("whole_samples", &Pairs::whole_samples)
+      .member("sigma_of_kept", &Pairs::sigma_of_kept)
+      .member("renormalise", &Pairs::renormalise);
+  p.member("rewards", &Pairs::rewards);
+  p.member("scores", &Pairs::scores);
+  p.member("group", &Pairs::group);
+  p.member("order", &Pairs::order);
+  p.member("values", &Pairs::values);
+  p.member("advantages", &Pairs::advantages);
+  p.member("kept", &Pairs::kept);
+  p.member("masked", &Pairs::masked);
 }
 
 template <class S> void bind_policy_structs(py::module_& m, const std::string& suffix) {
   using Loss = PolicyArgs<S>;
-  py::class_<Loss> l(m, ("PolicyArgs" + suffix).c_str());
-  l.def(py::init<>())
-      .def_readwrite("options", &Loss::options)
-      .def_readwrite("layout", &Loss::layout)
-      .def_readwrite("token_advantages", &Loss::token_advantages)
-      .def_readwrite("token_weights", &Loss::token_weights)
-      .def_readwrite("token_eps_low", &Loss::token_eps_low)
-      .def_readwrite("token_eps_high", &Loss::token_eps_high)
-      .def_readwrite("slices", &Loss::slices);
-  bind_pointer(l, "logp", &Loss::logp);
-  bind_pointer(l, "old_logp", &Loss::old_logp);
-  bind_pointer(l, "ref_logp", &Loss::ref_logp);
-  bind_pointer(l, "advantages", &Loss::advantages);
-  bind_pointer(l, "weights", &Loss::weights);
-  bind_pointer(l, "eps_low", &Loss::eps_low);
-  bind_pointer(l, "eps_high", &Loss::eps_high);
-  bind_pointer(l, "entropy", &Loss::entropy);
-  bind_pointer(l, "anchor", &Loss::anchor);
-  bind_pointer(l, "norm", &Loss::norm);
-  bind_pointer(l, "mask", &Loss::mask);
-  bind_pointer(l, "grad", &Loss::grad);
-  bind_pointer(l, "loss", &Loss::loss);
-  bind_pointer(l, "metrics", &Loss::metrics);
-  bind_pointer(l, "inverse_norm", &Loss::inverse_norm);
-  bind_pointer(l, "partials", &Loss::partials);
-  bind_pointer(l, "row_partials", &Loss::row_partials);
-  bind_pointer(l, "finished", &Loss::finished);
+  Struct<Loss> l(m, "PolicyArgs" + suffix);
+  l.member("options", &Loss::options)
+      .member("layout", &Loss::layout)
+      .member("token_advantages", &Loss::token_advantages)
+      .member("token_weights", &Loss::token_weights)
+      .member("token_eps_low", &Loss::token_eps_low)
+      .member("token_eps_high", &Loss::token_eps_high)
+      .member("slices", &Loss::slices);
+  l.member("logp", &Loss::logp);
+  l.member("old_logp", &Loss::old_logp);
+  l.member("ref_logp", &Loss::ref_logp);
+  l.member("advantages", &Loss::advantages);
+  l.member("weights", &Loss::weights);
+  l.member("eps_low", &Loss::eps_low);
+  l.member("eps_high", &Loss::eps_high);
+  l.member("entropy", &Loss::entropy);
+  l.member("anchor", &Loss::anchor);
+  l.member("norm", &Loss::norm);
+  l.member("mask", &Loss::mask);
+  l.member("grad", &Loss::grad);
+  l.member("loss", &Loss::loss);
+  l.member("metrics", &Loss::metrics);
+  l.member("inverse_norm", &Loss::inverse_norm);
+  l.member("partials", &Loss::partials);
+  l.member("row_partials", &Loss::row_partials);
+  l.member("finished", &Loss::finished);
 
   using Grad = PolicyGradArgs<S>;
-  py::class_<Grad> g(m, ("PolicyGradArgs" + suffix).c_str());
-  g.def(py::init<>()).def_readwrite("tokens", &Grad::tokens);
-  bind_pointer(g, "unnormalised", &Grad::unnormalised);
-  bind_pointer(g, "upstream", &Grad::upstream);
-  bind_pointer(g, "inverse_norm", &Grad::inverse_norm);
-  bind_pointer(g, "grad", &Grad::grad);
+  Struct<Grad> g(m, "PolicyGradArgs" + suffix);
+  g.member("tokens", &Grad::tokens);
+  g.member("unnormalised", &Grad::unnormalised);
+  g.member("upstream", &Grad::upstream);
+  g.member("inverse_norm", &Grad::inverse_norm);
+  g.member("grad", &Grad::grad);
 
   using Weight = WeightArgs<S>;
-  py::class_<Weight> w(m, ("WeightArgs" + suffix).c_str());
-  w.def(py::init<>())
-      .def_readwrite("options", &Weight::options)
-      .def_readwrite("layout", &Weight::layout)
-      .def_readwrite("slices", &Weight::slices);
-  bind_pointer(w, "old_logp", &Weight::old_logp);
-  bind_pointer(w, "rollout_logp", &Weight::rollout_logp);
-  bind_pointer(w, "mask", &Weight::mask);
-  bind_pointer(w, "weights", &Weight::weights);
-  bind_pointer(w, "partials", &Weight::partials);
-  bind_pointer(w, "row_weights", &Weight::row_weights);
-  bind_pointer(w, "finished", &Weight::finished);
+  Struct<Weight> w(m, "WeightArgs" + suffix);
+  w.member("options", &Weight::options).member("layout", &Weight::layout).member("slices", &Weight::slices);
+  w.member("old_logp", &Weight::old_logp);
+  w.member("rollout_logp", &Weight::rollout_logp);
+  w.member("mask", &Weight::mask);
+  w.member("weights", &Weight::weights);
+  w.member("partials", &Weight::partials);
+  w.member("row_weights", &Weight::row_weights);
+  w.member("finished", &Weight::finished);
 
   using Off = OffPolicyArgs<S>;
-  py::class_<Off> o(m, ("OffPolicyArgs" + suffix).c_str());
-  o.def(py::init<>())
-      .def_readwrite("layout", &Off::layout)
-      .def_readwrite("threshold", &Off::threshold)
-      .def_readwrite("slices", &Off::slices);
-  bind_pointer(o, "advantages", &Off::advantages);
-  bind_pointer(o, "logp", &Off::logp);
-  bind_pointer(o, "rollout_logp", &Off::rollout_logp);
-  bind_pointer(o, "mask", &Off::mask);
-  bind_pointer(o, "keep", &Off::keep);
-  bind_pointer(o, "partials", &Off::partials);
-  bind_pointer(o, "finished", &Off::finished);
+  Struct<Off> o(m, "OffPolicyArgs" + suffix);
+  o.member("layout", &Off::layout).member("threshold", &Off::threshold).member("slices", &Off::slices);
+  o.member("advantages", &Off::advantages);
+  o.member("logp", &Off::logp);
+  o.member("rollout_logp", &Off::rollout_logp);
+  o.member("mask", &Off::mask);
+  o.member("keep", &Off::keep);
+  o.member("partials", &Off::partials);
+  o.member("finished", &Off::finished);
 }
 
 template <class S> void bind_sequence_structs(py::module_& m, const std::string& suffix) {
   using Sum = SequenceSumArgs<S>;
-  py::class_<Sum> s(m, ("SequenceSumArgs" + suffix).c_str());
-  s.def(py::init<>())
-      .def_readwrite("transform", &Sum::transform)
-      .def_readwrite("mean", &Sum::mean)
-      .def_readwrite("layout", &Sum::layout);
-  bind_pointer(s, "values", &Sum::values);
-  bind_pointer(s, "minus", &Sum::minus);
-  bind_pointer(s, "weights", &Sum::weights);
-  bind_pointer(s, "mask", &Sum::mask);
-  bind_pointer(s, "sums", &Sum::sums);
-  bind_pointer(s, "upstream", &Sum::upstream);
-  bind_pointer(s, "grad", &Sum::grad);
+  Struct<Sum> s(m, "SequenceSumArgs" + suffix);
+  s.member("transform", &Sum::transform).member("mean", &Sum::mean).member("layout", &Sum::layout);
+  s.member("values", &Sum::values);
+  s.member("minus", &Sum::minus);
+  s.member("weights", &Sum::weights);
+  s.member("mask", &Sum::mask);
+  s.member("sums", &Sum::sums);
+  s.member("upstream", &Sum::upstream);
+  s.member("grad", &Sum::grad);
 
   using Returns = ReturnsArgs<S>;
-  py::class_<Returns> r(m, ("ReturnsArgs" + suffix).c_str());
-  r.def(py::init<>()).def_readwrite("rule", &Returns::rule).def_readwrite("layout", &Returns::layout);
-  bind_pointer(r, "rewards", &Returns::rewards);
-  bind_pointer(r, "values", &Returns::values);
-  bind_pointer(r, "mask", &Returns::mask);
-  bind_pointer(r, "lengths", &Returns::lengths);
-  bind_pointer(r, "finished", &Returns::finished);
-  bind_pointer(r, "last_values", &Returns::last_values);
-  bind_pointer(r, "advantages", &Returns::advantages);
-  bind_pointer(r, "returns", &Returns::returns);
+  Struct<Returns> r(m, "ReturnsArgs" + suffix);
+  r.member("rule", &Returns::rule).member("layout", &Returns::layout);
+  r.member("rewards", &Returns::rewards);
+  r.member("values", &Returns::values);
+  r.member("mask", &Returns::mask);
+  r.member("lengths", &Returns::lengths);
+  r.member("finished", &Returns::finished);
+  r.member("last_values", &Returns::last_values);
+  r.member("advantages", &Returns::advantages);
+  r.member("returns", &Returns::returns);
 
   using Segmented = SegmentedArgs<S>;
-  py::class_<Segmented> g(m, ("SegmentedArgs" + suffix).c_str());
-  g.def(py::init<>()).def_readwrite("gamma", &Segmented::gamma).def_readwrite("count", &Segmented::count);
-  bind_pointer(g, "rewards", &Segmented::rewards);
-  bind_pointer(g, "segment", &Segmented::segment);
-  bind_pointer(g, "place", &Segmented::place);
-  bind_pointer(g, "rows", &Segmented::rows);
-  bind_pointer(g, "returns", &Segmented::returns);
+  Struct<Segmented> g(m, "SegmentedArgs" + suffix);
+  g.member("gamma", &Segmented::gamma).member("count", &Segmented::count);
+  g.member("rewards", &Segmented::rewards);
+  g.member("segment", &Segmented::segment);
+  g.member("place", &Segmented::place);
+  g.member("rows", &Segmented::rows);
+  g.member("returns", &Segmented::returns);
 }
 
 template <class S> void bind_fold_structs(py::module_& m, const std::string& suffix) {
   using Reduce = GroupReduceArgs<S>;
-  py::class_<Reduce> r(m, ("GroupReduceArgs" + suffix).c_str());
-  r.def(py::init<>()).def_readwrite("reduction", &Reduce::reduction).def_readwrite("rows", &Reduce::rows);
-  bind_pointer(r, "values", &Reduce::values);
-  bind_pointer(r, "mask", &Reduce::mask);
-  bind_pointer(r, "result", &Reduce::result);
+  Struct<Reduce> r(m, "GroupReduceArgs" + suffix);
+  r.member("reduction", &Reduce::reduction).member("rows", &Reduce::rows);
+  r.member("values", &Reduce::values);
+  r.member("mask", &Reduce::mask);
+  r.member("result", &Reduce::result);
 
   using Normalize = NormalizeArgs<S>;
-  py::class_<Normalize> n(m, ("NormalizeArgs" + suffix).c_str());
-  n.def(py::init<>()).def_readwrite("rule", &Normalize::rule).def_readwrite("rows", &Normalize::rows);
-  bind_pointer(n, "x", &Normalize::x);
-  bind_pointer(n, "z", &Normalize::z);
-  bind_pointer(n, "scale", &Normalize::scale);
-  bind_pointer(n, "slope", &Normalize::slope);
+  Struct<Normalize> n(m, "NormalizeArgs" + suffix);
+  n.member("rule", &Normalize::rule).member("rows", &Normalize::rows);
+  n.member("x", &Normalize::x);
+  n.member("z", &Normalize::z);
+  n.member("scale", &Normalize::scale);
+  n.member("slope", &Normalize::slope);
 
   using Grad = NormalizeGradArgs<S>;
-  py::class_<Grad> g(m, ("NormalizeGradArgs" + suffix).c_str());
-  g.def(py::init<>()).def_readwrite("rows", &Grad::rows);
-  bind_pointer(g, "upstream", &Grad::upstream);
-  bind_pointer(g, "z", &Grad::z);
-  bind_pointer(g, "scale", &Grad::scale);
-  bind_pointer(g, "slope", &Grad::slope);
-  bind_pointer(g, "grad", &Grad::grad);
+  Struct<Grad> g(m, "NormalizeGradArgs" + suffix);
+  g.member("rows", &Grad::rows);
+  g.member("upstream", &Grad::upstream);
+  g.member("z", &Grad::z);
+  g.member("scale", &Grad::scale);
+  g.member("slope", &Grad::slope);
+  g.member("grad", &Grad::grad);
 
   using Pairs = PairArgs<S>;
-  py::class_<Pairs> p(m, ("PairArgs" + suffix).c_str());
-  p.def(py::init<>()).def_readwrite("rule", &Pairs::rule).def_readwrite("rows", &Pairs::rows);
-  bind_pointer(p, "scores", &Pairs::scores);
-  bind_pointer(p, "levels", &Pairs::levels);
-  bind_pointer(p, "unnormalised", &Pairs::unnormalised);
-  bind_pointer(p, "loss", &Pairs::loss);
-  bind_pointer(p, "pairs", &Pairs::pairs);
-  bind_pointer(p, "partials", &Pairs::partials);
-  bind_pointer(p, "finished", &Pairs::finished);
+  Struct<Pairs> p(m, "PairArgs" + suffix);
+  p.member("rule", &Pairs::rule).member("rows", &Pairs::rows);
+  p.member("scores", &Pairs::scores);
+  p.member("levels", &Pairs::levels);
+  p.member("unnormalised", &Pairs::unnormalised);
+  p.member("loss", &Pairs::loss);
+  p.member("pairs", &Pairs::pairs);
+  p.member("partials", &Pairs::partials);
+  p.member("finished", &Pairs::finished);
 
   using PairGrad = PairGradArgs<S>;
-  py::class_<PairGrad> b(m, ("PairGradArgs" + suffix).c_str());
-  b.def(py::init<>()).def_readwrite("count", &PairGrad::count);
-  bind_pointer(b, "unnormalised", &PairGrad::unnormalised);
-  bind_pointer(b, "upstream", &PairGrad::upstream);
-  bind_pointer(b, "pairs", &PairGrad::pairs);
-  bind_pointer(b, "grad", &PairGrad::grad);
+  Struct<PairGrad> b(m, "PairGradArgs" + suffix);
+  b.member("count", &PairGrad::count);
+  b.member("unnormalised", &PairGrad::unnormalised);
+  b.member("upstream", &PairGrad::upstream);
+  b.member("pairs", &PairGrad::pairs);
+  b.member("grad", &PairGrad::grad);
 }
 
 template <class T> void bind_conflict_structs(py::module_& m, const std::string& suffix) {
   using Args = ConflictArgs<T>;
-  py::class_<Args> c(m, ("ConflictArgs" + suffix).c_str());
-  c.def(py::init<>()).def_readwrite("layout", &Args::layout);
-  bind_pointer(c, "tokens", &Args::tokens);
-  bind_pointer(c, "advantages", &Args::advantages);
-  bind_pointer(c, "advantages64", &Args::advantages64);
-  bind_pointer(c, "group", &Args::group);
-  bind_pointer(c, "order", &Args::order);
-  bind_pointer(c, "mask", &Args::mask);
-  bind_pointer(c, "forward", &Args::forward);
-  bind_pointer(c, "backward", &Args::backward);
-  bind_pointer(c, "length", &Args::length);
+  Struct<Args> c(m, "ConflictArgs" + suffix);
+  c.member("layout", &Args::layout);
+  c.member("tokens", &Args::tokens);
+  c.member("advantages", &Args::advantages);
+  c.member("advantages64", &Args::advantages64);
+  c.member("group", &Args::group);
+  c.member("order", &Args::order);
+  c.member("mask", &Args::mask);
+  c.member("forward", &Args::forward);
+  c.member("backward", &Args::backward);
+  c.member("length", &Args::length);
 }
 
 template <class S> void bind_conflict_weight_structs(py::module_& m, const std::string& suffix) {
   using Args = ConflictWeightArgs<S>;
-  py::class_<Args> w(m, ("ConflictWeightArgs" + suffix).c_str());
-  w.def(py::init<>()).def_readwrite("rule", &Args::rule).def_readwrite("layout", &Args::layout);
-  bind_pointer(w, "advantages", &Args::advantages);
-  bind_pointer(w, "forward", &Args::forward);
-  bind_pointer(w, "backward", &Args::backward);
-  bind_pointer(w, "length", &Args::length);
-  bind_pointer(w, "weights", &Args::weights);
+  Struct<Args> w(m, "ConflictWeightArgs" + suffix);
+  w.member("rule", &Args::rule).member("layout", &Args::layout);
+  w.member("advantages", &Args::advantages);
+  w.member("forward", &Args::forward);
+  w.member("backward", &Args::backward);
+  w.member("length", &Args::length);
+  w.member("weights", &Args::weights);
 }
 
 template <class S> void bind_select_structs(py::module_& m, const std::string& suffix) {
   using Args = SelectArgs<S>;
-  py::class_<Args> s(m, ("SelectArgs" + suffix).c_str());
-  s.def(py::init<>())
-      .def_readwrite("count", &Args::count)
-      .def_readwrite("q", &Args::q)
-      .def_readwrite("interpolation", &Args::interpolation)
-      .def_readwrite("fraction", &Args::fraction);
-  bind_pointer(s, "values", &Args::values);
-  bind_pointer(s, "mask", &Args::mask);
-  bind_pointer(s, "quantile", &Args::quantile);
-  bind_pointer(s, "keep", &Args::keep);
-  bind_pointer(s, "workspace", &Args::workspace);
+  Struct<Args> s(m, "SelectArgs" + suffix);
+  s.member("count", &Args::count)
+      .member("q", &Args::q)
+      .member("interpolation", &Args::interpolation)
+      .member("fraction", &Args::fraction);
+  s.member("values", &Args::values);
+  s.member("mask", &Args::mask);
+  s.member("quantile", &Args::quantile);
+  s.member("keep", &Args::keep);
+  s.member("workspace", &Args::workspace);
 }
 
 inline void bind_argument_structs(py::module_& m) {
@@ -381,12 +413,10 @@ inline void bind_argument_structs(py::module_& m) {
       .value("bfloat16", DType::bf16)
       .value("float16", DType::f16)
       .value("float64", DType::f64);
-  py::class_<RowMap>(m, "RowMap",
-                     "Row r starts (r // inner) * outer_stride + (r % inner) * inner_stride elements after the base.")
-      .def(py::init<>())
-      .def_readwrite("inner", &RowMap::inner)
-      .def_readwrite("outer_stride", &RowMap::outer_stride)
-      .def_readwrite("inner_stride", &RowMap::inner_stride);
+  Struct<RowMap>(m, "RowMap", "Row r starts (r // inner) * outer_stride + (r % inner) * inner_stride elements after the base.")
+      .member("inner", &RowMap::inner)
+      .member("outer_stride", &RowMap::outer_stride)
+      .member("inner_stride", &RowMap::inner_stride);
   bind_logit_structs<float>(m, "");
   bind_logit_structs<double>(m, "64");
 
@@ -418,18 +448,17 @@ inline void bind_argument_structs(py::module_& m) {
       .value("no_tokens", GroupFault::no_tokens)
       .value("few_tokens", GroupFault::few_tokens);
   py::class_<GroupFault>(m, "GroupFault").def_readonly("kind", &GroupFault::kind).def_readonly("at", &GroupFault::at);
-  py::class_<AdvantageRule>(m, "AdvantageRule")
-      .def(py::init<>())
-      .def_readwrite("estimator", &AdvantageRule::estimator)
-      .def_readwrite("singleton", &AdvantageRule::singleton)
-      .def_readwrite("ddof", &AdvantageRule::ddof)
-      .def_readwrite("eps", &AdvantageRule::eps)
-      .def_readwrite("virtual_value", &AdvantageRule::virtual_value)
-      .def_readwrite("virtual_count", &AdvantageRule::virtual_count);
-  py::class_<MergeArgs> merge(m, "MergeArgs");
-  merge.def(py::init<>()).def_readwrite("count", &MergeArgs::count);
-  bind_pointer(merge, "parts", &MergeArgs::parts);
-  bind_pointer(merge, "moments", &MergeArgs::moments);
+  Struct<AdvantageRule>(m, "AdvantageRule")
+      .member("estimator", &AdvantageRule::estimator)
+      .member("singleton", &AdvantageRule::singleton)
+      .member("ddof", &AdvantageRule::ddof)
+      .member("eps", &AdvantageRule::eps)
+      .member("virtual_value", &AdvantageRule::virtual_value)
+      .member("virtual_count", &AdvantageRule::virtual_count);
+  Struct<MergeArgs> merge(m, "MergeArgs");
+  merge.member("count", &MergeArgs::count);
+  merge.member("parts", &MergeArgs::parts);
+  merge.member("moments", &MergeArgs::moments);
   m.attr("MOMENTS_PART") = int64_t(kMomentsPart);
   bind_advantage_structs<float>(m, "");
   bind_advantage_structs<double>(m, "64");
@@ -460,45 +489,42 @@ inline void bind_argument_structs(py::module_& m) {
       .value("token_sum", Aggregation::token_sum)
       .value("trl_grpo", Aggregation::trl_grpo)
       .value("trl_dr_grpo", Aggregation::trl_dr_grpo);
-  py::class_<PolicyOptions>(m, "PolicyOptions")
-      .def(py::init<>())
-      .def_readwrite("kind", &PolicyOptions::kind)
-      .def_readwrite("kl", &PolicyOptions::kl)
-      .def_readwrite("agg", &PolicyOptions::agg)
-      .def_readwrite("kl_ratio", &PolicyOptions::kl_ratio)
-      .def_readwrite("anchor_nll", &PolicyOptions::anchor_nll)
-      .def_readwrite("eps_low", &PolicyOptions::eps_low)
-      .def_readwrite("eps_high", &PolicyOptions::eps_high)
-      .def_readwrite("dual_clip", &PolicyOptions::dual_clip)
-      .def_readwrite("delta", &PolicyOptions::delta)
-      .def_readwrite("tau_pos", &PolicyOptions::tau_pos)
-      .def_readwrite("tau_neg", &PolicyOptions::tau_neg)
-      .def_readwrite("beta", &PolicyOptions::beta)
-      .def_readwrite("kl_clamp", &PolicyOptions::kl_clamp)
-      .def_readwrite("clamp_low", &PolicyOptions::clamp_low)
-      .def_readwrite("clamp_high", &PolicyOptions::clamp_high)
-      .def_readwrite("anchor_gamma", &PolicyOptions::anchor_gamma)
-      .def_readwrite("scale", &PolicyOptions::scale)
-      .def_readwrite("norm", &PolicyOptions::norm);
+  Struct<PolicyOptions>(m, "PolicyOptions")
+      .member("kind", &PolicyOptions::kind)
+      .member("kl", &PolicyOptions::kl)
+      .member("agg", &PolicyOptions::agg)
+      .member("kl_ratio", &PolicyOptions::kl_ratio)
+      .member("anchor_nll", &PolicyOptions::anchor_nll)
+      .member("eps_low", &PolicyOptions::eps_low)
+      .member("eps_high", &PolicyOptions::eps_high)
+      .member("dual_clip", &PolicyOptions::dual_clip)
+      .member("delta", &PolicyOptions::delta)
+      .member("tau_pos", &PolicyOptions::tau_pos)
+      .member("tau_neg", &PolicyOptions::tau_neg)
+      .member("beta", &PolicyOptions::beta)
+      .member("kl_clamp", &PolicyOptions::kl_clamp)
+      .member("clamp_low", &PolicyOptions::clamp_low)
+      .member("clamp_high", &PolicyOptions::clamp_high)
+      .member("anchor_gamma", &PolicyOptions::anchor_gamma)
+      .member("scale", &PolicyOptions::scale)
+      .member("norm", &PolicyOptions::norm);
   py::enum_<WeightLevel>(m, "WeightLevel")
       .value("token", WeightLevel::token)
       .value("sequence", WeightLevel::sequence)
       .value("geometric", WeightLevel::geometric);
   py::enum_<WeightMode>(m, "WeightMode").value("truncate", WeightMode::truncate).value("mask", WeightMode::mask);
-  py::class_<WeightOptions>(m, "WeightOptions")
-      .def(py::init<>())
-      .def_readwrite("level", &WeightOptions::level)
-      .def_readwrite("mode", &WeightOptions::mode)
-      .def_readwrite("normalize", &WeightOptions::normalize)
-      .def_readwrite("clip_min", &WeightOptions::clip_min)
-      .def_readwrite("clip_max", &WeightOptions::clip_max)
-      .def_readwrite("log_clamp", &WeightOptions::log_clamp);
-  py::class_<SequenceLayout> layout(m, "SequenceLayout");
-  layout.def(py::init<>())
-      .def_readwrite("sequences", &SequenceLayout::sequences)
-      .def_readwrite("padded_length", &SequenceLayout::padded_length)
-      .def_readwrite("tokens", &SequenceLayout::tokens);
-  bind_pointer(layout, "cu_seqlens", &SequenceLayout::cu_seqlens);
+  Struct<WeightOptions>(m, "WeightOptions")
+      .member("level", &WeightOptions::level)
+      .member("mode", &WeightOptions::mode)
+      .member("normalize", &WeightOptions::normalize)
+      .member("clip_min", &WeightOptions::clip_min)
+      .member("clip_max", &WeightOptions::clip_max)
+      .member("log_clamp", &WeightOptions::log_clamp);
+  Struct<SequenceLayout> layout(m, "SequenceLayout");
+  layout.member("sequences", &SequenceLayout::sequences)
+      .member("padded_length", &SequenceLayout::padded_length)
+      .member("tokens", &SequenceLayout::tokens);
+  layout.member("cu_seqlens", &SequenceLayout::cu_seqlens);
   m.def("policy_slices", &policy_slices, py::arg("layout"), "How many blocks share a sequence on CUDA.");
   m.attr("POLICY_SUMS") = int(kPolicySums);
   m.attr("POLICY_ROW_SUMS") = int(kPolicyRowSums);
@@ -511,11 +537,10 @@ inline void bind_argument_structs(py::module_& m) {
       .value("repeat", Bootstrap::repeat)
       .value("critic", Bootstrap::critic)
       .value("zero", Bootstrap::zero);
-  py::class_<ReturnsRule>(m, "ReturnsRule")
-      .def(py::init<>())
-      .def_readwrite("bootstrap", &ReturnsRule::bootstrap)
-      .def_readwrite("gamma", &ReturnsRule::gamma)
-      .def_readwrite("decay", &ReturnsRule::decay);
+  Struct<ReturnsRule>(m, "ReturnsRule")
+      .member("bootstrap", &ReturnsRule::bootstrap)
+      .member("gamma", &ReturnsRule::gamma)
+      .member("decay", &ReturnsRule::decay);
   bind_sequence_structs<float>(m, "");
   bind_sequence_structs<double>(m, "64");
 
@@ -526,30 +551,27 @@ inline void bind_argument_structs(py::module_& m) {
       .value("max", GroupReduction::max)
       .value("logsumexp", GroupReduction::logsumexp)
       .value("count", GroupReduction::count);
-  py::class_<GroupRows> rows(m, "GroupRows");
-  rows.def(py::init<>()).def_readwrite("count", &GroupRows::count);
-  bind_pointer(rows, "ids", &GroupRows::ids);
-  bind_pointer(rows, "order", &GroupRows::order);
-  py::class_<NormalizeRule>(m, "NormalizeRule")
-      .def(py::init<>())
-      .def_readwrite("eps", &NormalizeRule::eps)
-      .def_readwrite("ddof", &NormalizeRule::ddof)
-      .def_readwrite("sigma_grad", &NormalizeRule::sigma_grad);
-  py::class_<PairRule>(m, "PairRule")
-      .def(py::init<>())
-      .def_readwrite("beta", &PairRule::beta)
-      .def_readwrite("anisotropy", &PairRule::anisotropy)
-      .def_readwrite("per_response", &PairRule::per_response);
+  Struct<GroupRows> rows(m, "GroupRows");
+  rows.member("count", &GroupRows::count);
+  rows.member("ids", &GroupRows::ids);
+  rows.member("order", &GroupRows::order);
+  Struct<NormalizeRule>(m, "NormalizeRule")
+      .member("eps", &NormalizeRule::eps)
+      .member("ddof", &NormalizeRule::ddof)
+      .member("sigma_grad", &NormalizeRule::sigma_grad);
+  Struct<PairRule>(m, "PairRule")
+      .member("beta", &PairRule::beta)
+      .member("anisotropy", &PairRule::anisotropy)
+      .member("per_response", &PairRule::per_response);
   bind_fold_structs<float>(m, "");
   bind_fold_structs<double>(m, "64");
   py::enum_<ConflictCombine>(m, "ConflictCombine")
       .value("max_once", ConflictCombine::max_once)
       .value("product", ConflictCombine::product);
-  py::class_<ConflictRule>(m, "ConflictRule")
-      .def(py::init<>())
-      .def_readwrite("combine", &ConflictRule::combine)
-      .def_readwrite("w_pos", &ConflictRule::w_pos)
-      .def_readwrite("w_neg", &ConflictRule::w_neg);
+  Struct<ConflictRule>(m, "ConflictRule")
+      .member("combine", &ConflictRule::combine)
+      .member("w_pos", &ConflictRule::w_pos)
+      .member("w_neg", &ConflictRule::w_neg);
   bind_conflict_structs<int64_t>(m, "");
   bind_conflict_structs<int32_t>(m, "32");
   bind_conflict_weight_structs<float>(m, "");
@@ -564,81 +586,104 @@ inline void bind_argument_structs(py::module_& m) {
   m.def("select_workspace", &select_workspace, py::arg("count"), "8-byte words that the selection kernels need on CUDA.");
 }
 
-template <class Args> void bind_cpu(py::module_& m, const char* name, void (*launch)(const Args&)) {
-  m.def(name, launch, py::arg("args"), py::call_guard<py::gil_scoped_release>());
+// ---- launchers -----------------------------------------------------------------------------------------------------
+// Likewise one function for all of them. The interpreter's lock is not held while one runs.
+struct Launcher {
+  const char* name;
+  const std::type_info* type;  // of the argument struct
+  void (*launch)();
+  py::object (*call)(void (*launch)(), const void* args, void* stream);
+};
+
+template <class R, class Args> py::object call_cpu(void (*launch)(), const void* args, void*) {
+  const auto function = reinterpret_cast<R (*)(const Args&)>(launch);
+  const auto run = [&] {
+    const py::gil_scoped_release release;
+    return function(*static_cast<const Args*>(args));
+  };
+  if constexpr (std::is_void_v<R>) {
+    run();
+    return py::none();
+  } else {
+    return py::cast(run());
+  }
+}
+template <class Args> py::object call_cuda(void (*launch)(), const void* args, void* stream) {
+  int error;
+  {
+    const py::gil_scoped_release release;
+    error = reinterpret_cast<int (*)(const Args&, void*)>(launch)(*static_cast<const Args*>(args), stream);
+  }
+  if (error != 0) throw std::runtime_error(cuda_error_string(error));
+  return py::none();
 }
 
+template <class R, class Args> void bind_cpu(py::module_& m, const char* name, R (*launch)(const Args&)) {
+  const Launcher l{name, &typeid(Args), reinterpret_cast<void (*)()>(launch), &call_cpu<R, Args>};
+  m.def(name, [l](py::handle args) { return l.call(l.launch, address(args, *l.type, l.name), nullptr); }, py::arg("args"));
+}
 template <class Args> void bind_cuda(py::module_& m, const char* name, int (*launch)(const Args&, void*)) {
+  const Launcher l{name, &typeid(Args), reinterpret_cast<void (*)()>(launch), &call_cuda<Args>};
   m.def(
       name,
-      [launch](const Args& args, uintptr_t stream) {
-        const int error = launch(args, reinterpret_cast<void*>(stream));
-        if (error != 0) throw std::runtime_error(cuda_error_string(error));
+      [l](py::handle args, uintptr_t stream) {
+        return l.call(l.launch, address(args, *l.type, l.name), reinterpret_cast<void*>(stream));
       },
-      py::arg("args"), py::arg("stream") = 0, py::call_guard<py::gil_scoped_release>());
+      py::arg("args"), py::arg("stream") = 0);
 }
 
 inline void bind_cpu_launchers(py::module_& m) {
-  bind_cpu<FoldArgs<float>>(m, "cpu_fold_logits", &cpu_fold_logits);
-  bind_cpu<FoldArgs<double>>(m, "cpu_fold_logits64", &cpu_fold_logits);
-  bind_cpu<GradArgs<float>>(m, "cpu_grad_logits", &cpu_grad_logits);
-  bind_cpu<GradArgs<double>>(m, "cpu_grad_logits64", &cpu_grad_logits);
-  m.def("cpu_group_advantages", static_cast<GroupFault (*)(const GroupArgs<float>&)>(&cpu_group_advantages), py::arg("args"),
-        py::call_guard<py::gil_scoped_release>());
-  m.def("cpu_group_advantages64", static_cast<GroupFault (*)(const GroupArgs<double>&)>(&cpu_group_advantages), py::arg("args"),
-        py::call_guard<py::gil_scoped_release>());
-  const auto bind_runs = [&m](const char* name, auto launch) {
-    m.def(name, launch, py::arg("args"), py::call_guard<py::gil_scoped_release>());
-  };
-  bind_runs("cpu_conflict_runs", static_cast<int64_t (*)(const ConflictArgs<int64_t>&)>(&cpu_conflict_runs));
-  bind_runs("cpu_conflict_runs32", static_cast<int64_t (*)(const ConflictArgs<int32_t>&)>(&cpu_conflict_runs));
-  bind_cpu<ConflictWeightArgs<float>>(m, "cpu_conflict_weights", &cpu_conflict_weights);
-  bind_cpu<ConflictWeightArgs<double>>(m, "cpu_conflict_weights64", &cpu_conflict_weights);
-  bind_cpu<SelectArgs<float>>(m, "cpu_quantile", &cpu_quantile);
-  bind_cpu<SelectArgs<double>>(m, "cpu_quantile64", &cpu_quantile);
-  bind_cpu<SelectArgs<float>>(m, "cpu_keep_largest", &cpu_keep_largest);
-  bind_cpu<SelectArgs<double>>(m, "cpu_keep_largest64", &cpu_keep_largest);
-  bind_cpu<SelectArgs<float>>(m, "cpu_keep_from", &cpu_keep_from);
-  bind_cpu<SelectArgs<double>>(m, "cpu_keep_from64", &cpu_keep_from);
-  bind_cpu<MomentsArgs<float>>(m, "cpu_batch_moments", &cpu_batch_moments);
-  bind_cpu<MomentsArgs<double>>(m, "cpu_batch_moments64", &cpu_batch_moments);
-  bind_cpu<MergeArgs>(m, "cpu_merge_moments", &cpu_merge_moments);
-  bind_cpu<BatchNormalizeArgs<float>>(m, "cpu_batch_normalize", &cpu_batch_normalize);
-  bind_cpu<BatchNormalizeArgs<double>>(m, "cpu_batch_normalize64", &cpu_batch_normalize);
-  m.def("cpu_question_weights", static_cast<bool (*)(const QuestionArgs<float>&)>(&cpu_question_weights), py::arg("args"),
-        py::call_guard<py::gil_scoped_release>());
-  m.def("cpu_question_weights64", static_cast<bool (*)(const QuestionArgs<double>&)>(&cpu_question_weights), py::arg("args"),
-        py::call_guard<py::gil_scoped_release>());
-  bind_cpu<MaskedPairArgs<float>>(m, "cpu_masked_pairs", &cpu_masked_pairs);
-  bind_cpu<MaskedPairArgs<double>>(m, "cpu_masked_pairs64", &cpu_masked_pairs);
-  bind_cpu<PolicyArgs<float>>(m, "cpu_policy_loss", &cpu_policy_loss);
-  bind_cpu<PolicyArgs<double>>(m, "cpu_policy_loss64", &cpu_policy_loss);
-  bind_cpu<PolicyGradArgs<float>>(m, "cpu_policy_loss_backward", &cpu_policy_loss_backward);
-  bind_cpu<PolicyGradArgs<double>>(m, "cpu_policy_loss_backward64", &cpu_policy_loss_backward);
-  bind_cpu<SequenceSumArgs<float>>(m, "cpu_sequence_sums", &cpu_sequence_sums);
-  bind_cpu<SequenceSumArgs<double>>(m, "cpu_sequence_sums64", &cpu_sequence_sums);
-  bind_cpu<SequenceSumArgs<float>>(m, "cpu_sequence_sums_backward", &cpu_sequence_sums_backward);
-  bind_cpu<SequenceSumArgs<double>>(m, "cpu_sequence_sums_backward64", &cpu_sequence_sums_backward);
-  bind_cpu<ReturnsArgs<float>>(m, "cpu_returns", &cpu_returns);
-  bind_cpu<ReturnsArgs<double>>(m, "cpu_returns64", &cpu_returns);
-  m.def("cpu_segmented_returns", static_cast<int64_t (*)(const SegmentedArgs<float>&)>(&cpu_segmented_returns), py::arg("args"),
-        py::call_guard<py::gil_scoped_release>());
-  m.def("cpu_segmented_returns64", static_cast<int64_t (*)(const SegmentedArgs<double>&)>(&cpu_segmented_returns),
-        py::arg("args"), py::call_guard<py::gil_scoped_release>());
-  bind_cpu<GroupReduceArgs<float>>(m, "cpu_group_reduce", &cpu_group_reduce);
-  bind_cpu<GroupReduceArgs<double>>(m, "cpu_group_reduce64", &cpu_group_reduce);
-  bind_cpu<NormalizeArgs<float>>(m, "cpu_group_normalize", &cpu_group_normalize);
-  bind_cpu<NormalizeArgs<double>>(m, "cpu_group_normalize64", &cpu_group_normalize);
-  bind_cpu<NormalizeGradArgs<float>>(m, "cpu_group_normalize_backward", &cpu_group_normalize_backward);
-  bind_cpu<NormalizeGradArgs<double>>(m, "cpu_group_normalize_backward64", &cpu_group_normalize_backward);
-  bind_cpu<PairArgs<float>>(m, "cpu_level_pairs", &cpu_level_pairs);
-  bind_cpu<PairArgs<double>>(m, "cpu_level_pairs64", &cpu_level_pairs);
-  bind_cpu<PairGradArgs<float>>(m, "cpu_level_pairs_backward", &cpu_level_pairs_backward);
-  bind_cpu<PairGradArgs<double>>(m, "cpu_level_pairs_backward64", &cpu_level_pairs_backward);
-  bind_cpu<WeightArgs<float>>(m, "cpu_importance_weights", &cpu_importance_weights);
-  bind_cpu<WeightArgs<double>>(m, "cpu_importance_weights64", &cpu_importance_weights);
-  bind_cpu<OffPolicyArgs<float>>(m, "cpu_off_policy_mask", &cpu_off_policy_mask);
-  bind_cpu<OffPolicyArgs<double>>(m, "cpu_off_policy_mask64", &cpu_off_policy_mask);
+  bind_cpu<void, FoldArgs<float>>(m, "cpu_fold_logits", &cpu_fold_logits);
+  bind_cpu<void, FoldArgs<double>>(m, "cpu_fold_logits64", &cpu_fold_logits);
+  bind_cpu<void, GradArgs<float>>(m, "cpu_grad_logits", &cpu_grad_logits);
+  bind_cpu<void, GradArgs<double>>(m, "cpu_grad_logits64", &cpu_grad_logits);
+  bind_cpu<GroupFault, GroupArgs<float>>(m, "cpu_group_advantages", &cpu_group_advantages);
+  bind_cpu<GroupFault, GroupArgs<double>>(m, "cpu_group_advantages64", &cpu_group_advantages);
+  bind_cpu<int64_t, ConflictArgs<int64_t>>(m, "cpu_conflict_runs", &cpu_conflict_runs);
+  bind_cpu<int64_t, ConflictArgs<int32_t>>(m, "cpu_conflict_runs32", &cpu_conflict_runs);
+  bind_cpu<void, ConflictWeightArgs<float>>(m, "cpu_conflict_weights", &cpu_conflict_weights);
+  bind_cpu<void, ConflictWeightArgs<double>>(m, "cpu_conflict_weights64", &cpu_conflict_weights);
+  bind_cpu<void, SelectArgs<float>>(m, "cpu_quantile", &cpu_quantile);
+  bind_cpu<void, SelectArgs<double>>(m, "cpu_quantile64", &cpu_quantile);
+  bind_cpu<void, SelectArgs<float>>(m, "cpu_keep_largest", &cpu_keep_largest);
+  bind_cpu<void, SelectArgs<double>>(m, "cpu_keep_largest64", &cpu_keep_largest);
+  bind_cpu<void, SelectArgs<float>>(m, "cpu_keep_from", &cpu_keep_from);
+  bind_cpu<void, SelectArgs<double>>(m, "cpu_keep_from64", &cpu_keep_from);
+  bind_cpu<void, MomentsArgs<float>>(m, "cpu_batch_moments", &cpu_batch_moments);
+  bind_cpu<void, MomentsArgs<double>>(m, "cpu_batch_moments64", &cpu_batch_moments);
+  bind_cpu<void, MergeArgs>(m, "cpu_merge_moments", &cpu_merge_moments);
+  bind_cpu<void, BatchNormalizeArgs<float>>(m, "cpu_batch_normalize", &cpu_batch_normalize);
+  bind_cpu<void, BatchNormalizeArgs<double>>(m, "cpu_batch_normalize64", &cpu_batch_normalize);
+  bind_cpu<bool, QuestionArgs<float>>(m, "cpu_question_weights", &cpu_question_weights);
+  bind_cpu<bool, QuestionArgs<double>>(m, "cpu_question_weights64", &cpu_question_weights);
+  bind_cpu<void, MaskedPairArgs<float>>(m, "cpu_masked_pairs", &cpu_masked_pairs);
+  bind_cpu<void, MaskedPairArgs<double>>(m, "cpu_masked_pairs64", &cpu_masked_pairs);
+  bind_cpu<void, PolicyArgs<float>>(m, "cpu_policy_loss", &cpu_policy_loss);
+  bind_cpu<void, PolicyArgs<double>>(m, "cpu_policy_loss64", &cpu_policy_loss);
+  bind_cpu<void, PolicyGradArgs<float>>(m, "cpu_policy_loss_backward", &cpu_policy_loss_backward);
+  bind_cpu<void, PolicyGradArgs<double>>(m, "cpu_policy_loss_backward64", &cpu_policy_loss_backward);
+  bind_cpu<void, SequenceSumArgs<float>>(m, "cpu_sequence_sums", &cpu_sequence_sums);
+  bind_cpu<void, SequenceSumArgs<double>>(m, "cpu_sequence_sums64", &cpu_sequence_sums);
+  bind_cpu<void, SequenceSumArgs<float>>(m, "cpu_sequence_sums_backward", &cpu_sequence_sums_backward);
+  bind_cpu<void, SequenceSumArgs<double>>(m, "cpu_sequence_sums_backward64", &cpu_sequence_sums_backward);
+  bind_cpu<void, ReturnsArgs<float>>(m, "cpu_returns", &cpu_returns);
+  bind_cpu<void, ReturnsArgs<double>>(m, "cpu_returns64", &cpu_returns);
+  bind_cpu<int64_t, SegmentedArgs<float>>(m, "cpu_segmented_returns", &cpu_segmented_returns);
+  bind_cpu<int64_t, SegmentedArgs<double>>(m, "cpu_segmented_returns64", &cpu_segmented_returns);
+  bind_cpu<void, GroupReduceArgs<float>>(m, "cpu_group_reduce", &cpu_group_reduce);
+  bind_cpu<void, GroupReduceArgs<double>>(m, "cpu_group_reduce64", &cpu_group_reduce);
+  bind_cpu<void, NormalizeArgs<float>>(m, "cpu_group_normalize", &cpu_group_normalize);
+  bind_cpu<void, NormalizeArgs<double>>(m, "cpu_group_normalize64", &cpu_group_normalize);
+  bind_cpu<void, NormalizeGradArgs<float>>(m, "cpu_group_normalize_backward", &cpu_group_normalize_backward);
+  bind_cpu<void, NormalizeGradArgs<double>>(m, "cpu_group_normalize_backward64", &cpu_group_normalize_backward);
+  bind_cpu<void, PairArgs<float>>(m, "cpu_level_pairs", &cpu_level_pairs);
+  bind_cpu<void, PairArgs<double>>(m, "cpu_level_pairs64", &cpu_level_pairs);
+  bind_cpu<void, PairGradArgs<float>>(m, "cpu_level_pairs_backward", &cpu_level_pairs_backward);
+  bind_cpu<void, PairGradArgs<double>>(m, "cpu_level_pairs_backward64", &cpu_level_pairs_backward);
+  bind_cpu<void, WeightArgs<float>>(m, "cpu_importance_weights", &cpu_importance_weights);
+  bind_cpu<void, WeightArgs<double>>(m, "cpu_importance_weights64", &cpu_importance_weights);
+  bind_cpu<void, OffPolicyArgs<float>>(m, "cpu_off_policy_mask", &cpu_off_policy_mask);
+  bind_cpu<void, OffPolicyArgs<double>>(m, "cpu_off_policy_mask64", &cpu_off_policy_mask);
 }
 
 inline void bind_cuda_launchers(py::module_& m) {

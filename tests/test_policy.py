@@ -394,7 +394,9 @@ logp = -torch.rand(4, 1001); old, ref = (logp + 0.4 * torch.randn(4, 1001) for _
 mask, advantages, group = torch.rand(4, 1001) < 0.8, torch.randn(4), torch.arange(300).div(7, rounding_mode="floor")
 out = prefkern.policy_loss(logp.requires_grad_(), old, advantages, mask, ref_logp=ref, beta=0.1, agg="seq-mean-token-mean")
 out.loss.backward()
-groups = [t for g in (group, group[torch.randperm(300)]) for t in prefkern.group_advantages(torch.randn(300), g)]
+names = ("mean", "std", "count")
+both = (group, group[torch.randperm(300)])
+groups = [t for g in both for t in prefkern.group_advantages(torch.randn(300), g, outputs=names)[:4]]
 values = [out.loss, *out.metrics.values(), *logp.grad.flatten()[::17], *torch.cat([t.double() for t in groups])]
 print(json.dumps([prefkern.capabilities()["cpu_isa"], [float(v) for v in values]]))
 """

@@ -324,7 +324,7 @@ def test_moments_of_raw_pointers(name):
         getattr(_C, "cpu_batch_moments" + suffix)(a)
         exact = reference.batch_moments(values if w is None else hidden, w)
         torch.testing.assert_close(three, exact, rtol=1e-11, atol=1e-12)
-    n = getattr(_C, "NormalizeArgs" + suffix)()
+    n = getattr(_C, "BatchNormalizeArgs" + suffix)()
     n.count, n.values, n.moments, n.out = 20_000, address(values), address(three), address(out)
     n.mode, n.eps = _C.MomentsMode.token, 1e-8
     getattr(_C, "cpu_batch_normalize" + suffix)(n)
@@ -345,7 +345,7 @@ def test_questions_and_pairs_of_raw_pointers(name):
     assert torch.equal(valid, expected.valid)
     out, values = torch.empty(90, dtype=real), torch.empty(90, dtype=torch.float64)
     kept, masked = torch.empty(90, dtype=torch.bool), torch.empty(90, dtype=torch.int64)
-    p = getattr(_C, "PairArgs" + suffix)()
+    p = getattr(_C, "MaskedPairArgs" + suffix)()
     p.count, p.rewards, p.scores, p.group, p.values = 90, address(rewards), address(scores), address(group), address(values)
     p.advantages, p.kept, p.masked, p.mode = address(out), address(kept), address(masked), _C.PairMode.abs
     getattr(_C, "cpu_masked_pairs" + suffix)(p)

@@ -195,8 +195,8 @@ def test_lengths_that_cannot_be(simt):
 
 def test_no_rows_launch_nothing(simt):
     simt.cuda_group_advantages(simt.GroupArgs())
-    simt.cuda_batch_normalize(simt.NormalizeArgs())
-    simt.cuda_masked_pairs(simt.PairArgs())
+    simt.cuda_batch_normalize(simt.BatchNormalizeArgs())
+    simt.cuda_masked_pairs(simt.MaskedPairArgs())
 
 
 # -------------------------------------------------------------------------------------------------------------- batches
@@ -247,7 +247,7 @@ def test_normalized(simt, mode):
     hidden = values.masked_fill(~mask, NAN)
     for n, seen, keep in ((300, values, None), (300, hidden, mask), (1, values, mask)):
         three = reference.batch_moments(values[:n].double())
-        args, out = simt.NormalizeArgs(), tensor_like(values)
+        args, out = simt.BatchNormalizeArgs(), tensor_like(values)
         args.count, args.values, args.mask, args.moments = 300, pointer(seen), pointer(keep), pointer(three)
         args.mode, args.eps, args.out = getattr(simt.MomentsMode, mode), 1e-4, pointer(out)
         simt.cuda_batch_normalize(args)
@@ -324,7 +324,7 @@ def test_questions_with_a_reward_that_is_not_finite(simt, bad, by_order):
 def masked_pairs(simt, rewards, scores, group, *, order=None, **options):
     out = {"advantages": tensor_like(rewards, fill=NAN), "kept": tensor_like(rewards, fill=7, dtype=torch.uint8)}
     out["masked"] = tensor_like(rewards, fill=-1, dtype=torch.int64)
-    args, values = simt.PairArgs(), torch.empty(len(rewards), dtype=torch.float64)
+    args, values = simt.MaskedPairArgs(), torch.empty(len(rewards), dtype=torch.float64)
     args.count = len(rewards)
     args.rewards, args.scores, args.group, args.order, args.values = map(pointer, (rewards, scores, group, order, values))
     args.mode = getattr(simt.PairMode, options.pop("mode", "gap"))

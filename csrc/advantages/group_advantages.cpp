@@ -140,12 +140,9 @@ GroupOutputs run(const Tensor& rewards, const Tensor& group, const OptTensor& we
   }
   if constexpr (sizeof(S) == 4) {
     if (r.is_cuda()) {
-      std::optional<std::pair<Tensor, Tensor>> sorted;  // alive until the launch is enqueued
-      if (a.count > kSortGroupsAbove) {
-        sorted = sort_ids(g);
-        a.group = data<int64_t>(sorted->first);
-        a.order = data<int64_t>(sorted->second);
-      }
+      const GroupIds groups(g);
+      a.group = groups.ids;
+      a.order = groups.order;
       check_cuda(cuda_group_advantages(a, current_stream(r)));
       return out;
     }

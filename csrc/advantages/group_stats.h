@@ -98,9 +98,6 @@ template <class S> PK_HD S batch_result(const GroupArgs<S>& a, const Affine& f, 
 
 }  // namespace PK_ISA
 
-// Rows from which sorting the ids first pays on CUDA; below, every row looks at every id.
-constexpr int64_t kSortGroupsAbove = 4096;
-
 // What the data can be wrong about: the first element of rewards or lengths, the first row of a group, how many tokens.
 struct GroupFault {
   enum Kind : int32_t { none, reward, length, no_tokens, few_tokens } kind = none;

@@ -1,14 +1,14 @@
 // The CUDA walk of group_stats.h: one launch, a warp per group or row, no atomics; a second one for a batch rule.
 //
-// Up to kSortGroupsAbove rows a warp takes one row and looks through all ids for the members of its group: 32 KiB of
+// Up to kScanIdsUpTo rows a warp takes one row and looks through all ids for the members of its group: 32 KiB of
 // ids stay in the L1 cache, and nothing has to be sorted or counted first. Beyond that, ids come sorted with the row of
 // each; a warp takes one sorted position, leaves unless a group begins there, finds the end by binary search and writes
 // the whole group. Either way 32 lanes add the members in a fixed order, in double, and equal input gives equal bits.
 //
 // The batch stage is one block: some thousand rows in double, which its caches hold.
 #include "advantages/group_stats.h"
-#include "advantages/members.cuh"
 #include "advantages/moments.cuh"
+#include "core/groups.cuh"
 
 namespace prefkern {
 namespace {
@@ -123,7 +123,7 @@ template <bool PLAIN> __global__ void __launch_bounds__(kThreads) scan_kernel(co
   const int64_t row = warp_index();
   const int lane = threadIdx.x % kWarp;
   if (row >= a.count) return;  // a whole warp at a time
-  const Scan members{a.group, a.count, a.group[row]};
+  const ScannedMembers members{a.group, a.count, a.group[row]};
   if (PLAIN) {
     const GroupResult g = reduce_plain(a, members, lane);
     if (lane != 0) return;
@@ -151,7 +151,7 @@ template <bool PLAIN> __global__ void __launch_bounds__(kThreads) segment_kernel
   const int lane = threadIdx.x % kWarp;
   if (begin >= a.count) return;
   if (!group_begins(a.group, begin)) return;
-  const Segment members{a.order, begin, group_end(a.group, a.count, begin)};
+  const SortedMembers members{a.order, begin, group_end(a.group, a.count, begin)};
   if (PLAIN) {
     const GroupResult g = reduce_plain(a, members, lane);
     members.for_members(lane, [&](int64_t row) {

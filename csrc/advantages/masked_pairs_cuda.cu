@@ -1,8 +1,8 @@
 // The CUDA walk of masked_pairs.h: a warp per sample goes through its group; then, if asked for, another one for the spread
 // of the samples that were kept, and one block for the factor of the batch.
 #include "advantages/masked_pairs.h"
-#include "advantages/members.cuh"
 #include "advantages/moments.cuh"
+#include "core/groups.cuh"
 
 namespace prefkern {
 namespace {

@@ -1,16 +1,10 @@
-// Reductions over a warp, and moments over a block: two passes in double, added in a fixed order.
+// Moments over a block: two passes in double, added in a fixed order.
 #pragma once
 #include "core/cuda.cuh"
 #include "math/advantages.h"
 
 namespace prefkern {
 inline namespace PK_ISA {
-
-template <class T, class Merge> __device__ __forceinline__ T warp_reduce(T value, Merge merge) {
-  for (int offset = 16; offset > 0; offset >>= 1) value = merge(value, __shfl_xor_sync(0xffffffffu, value, offset));
-  return value;
-}
-__device__ __forceinline__ double warp_sum(double value) { return warp_reduce(value, Add{}); }
 
 // Of value(i) with weight(i) over [begin, end); what has no weight is not looked at. Every thread gets them.
 template <int THREADS, class Weight, class Value>

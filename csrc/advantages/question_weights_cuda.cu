@@ -1,7 +1,7 @@
 // The CUDA walk of question_weights.h: a warp per row finds the difficulty of the row's question, then one block, which
 // counts every question by its first row, turns difficulties into weights.
-#include "advantages/members.cuh"
 #include "advantages/moments.cuh"
+#include "core/groups.cuh"
 #include "advantages/question_weights.h"
 
 namespace prefkern {

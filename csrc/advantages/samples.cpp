@@ -32,16 +32,6 @@ void check_not_negative(const char* name, double value) {
   check_value(value >= 0 && std::isfinite(value), name, " is ", value, "; it must be finite and not negative");
 }
 
-// On CUDA, many ids are sorted. What comes back must live until the launch is enqueued.
-template <class Args> std::optional<std::pair<Tensor, Tensor>> set_group(Args& a, const Tensor& group) {
-  a.group = data<int64_t>(group);
-  if (!group.is_cuda() || a.count <= kSortGroupsAbove) return {};
-  auto sorted = sort_ids(group);
-  a.group = data<int64_t>(sorted.first);
-  a.order = data<int64_t>(sorted.second);
-  return sorted;
-}
-
 uint8_t* flags(const Tensor& t) { return static_cast<uint8_t*>(t.mutable_data_ptr()); }
 
 }  // namespace
@@ -77,7 +67,9 @@ std::tuple<Tensor, Tensor, Tensor> question_weights(const Tensor& rewards, const
     a.weights = mutable_data<S>(weights);
     a.scale = mutable_data<S>(scale);
     a.valid = flags(valid);
-    const auto sorted = set_group(a, g);
+    const GroupIds groups(g);
+    a.group = groups.ids;
+    a.order = groups.order;
     launch(a);
   };
   if (r.is_cuda()) {
@@ -125,7 +117,9 @@ std::tuple<Tensor, Tensor, Tensor> pair_masked_advantages(const Tensor& rewards,
     a.advantages = mutable_data<S>(advantages);
     a.kept = flags(kept);
     a.masked = mutable_data<int64_t>(masked);
-    const auto sorted = set_group(a, g);
+    const GroupIds groups(g);
+    a.group = groups.ids;
+    a.order = groups.order;
     launch(a);
   };
   if (r.is_cuda())

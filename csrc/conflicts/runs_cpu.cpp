@@ -4,7 +4,7 @@
 // all agree cost one comparison each, not one per pair.
 #include "conflicts/runs_cpu.h"
 
-#include "core/simd.h"
+#include "core/mask.h"
 
 namespace prefkern {
 inline namespace PK_ISA {
@@ -115,18 +115,6 @@ template <bool BACKWARD, class T> void runs_one_way(ConflictRow<T>* rows, int64_
 
 template <class T> void runs(ConflictRow<T>* rows, int64_t positives, int64_t count, bool backward) {
   backward ? runs_one_way<true>(rows, positives, count) : runs_one_way<false>(rows, positives, count);
-}
-
-PK_HD int64_t count_tokens(const uint8_t* mask, int64_t n) {
-  int64_t count = 0;
-  constexpr int64_t block = 128;  // so many bytes may be added up in a byte
-  for (int64_t first = 0; first < n; first += block) {
-    const int64_t last = first + block < n ? first + block : n;
-    uint8_t here = 0;
-    for (int64_t i = first; i < last; i++) here = static_cast<uint8_t>(here + (mask[i] != 0));
-    count += here;
-  }
-  return count;
 }
 
 void lengths(const SequenceLayout& layout, const uint8_t* mask, int64_t* length, int64_t begin, int64_t end) {

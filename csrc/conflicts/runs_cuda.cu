@@ -10,7 +10,7 @@
 namespace prefkern {
 namespace {
 
-constexpr int kThreads = 256, kWarp = 32, kAtOnce = 4;
+constexpr int kThreads = 256, kAtOnce = 4;
 constexpr unsigned kAll = 0xffffffffu;
 
 template <class T> __global__ void __launch_bounds__(kThreads) length_kernel(const ConflictArgs<T> a) {

@@ -2,6 +2,8 @@
 
 #include <array>
 
+#include "core/groups.h"
+
 namespace prefkern {
 
 bool same_shape(const Tensor& a, const Tensor& b) {
@@ -70,6 +72,13 @@ std::pair<Tensor, Tensor> sort_ids(const Tensor& ids) {
   std::array<StableIValue, 4> stack{sd::from(ids), sd::from(std::optional<bool>(true)), sd::from(int64_t(0)), sd::from(false)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
   return {sd::to<Tensor>(stack[0]), sd::to<Tensor>(stack[1])};
+}
+
+GroupIds::GroupIds(const Tensor& checked) : ids(data<int64_t>(checked)), unsorted_(checked) {
+  if (!checked.is_cuda() || checked.numel() <= kScanIdsUpTo) return;
+  sorted_ = sort_ids(checked);
+  ids = data<int64_t>(sorted_->first);
+  order = data<int64_t>(sorted_->second);
 }
 
 }  // namespace prefkern

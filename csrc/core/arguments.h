@@ -1,5 +1,6 @@
 // Checks of arguments that ops of several rooms share, and what they turn into: token arrays with their layout, group ids.
 #pragma once
+#include <optional>
 #include <utility>
 
 #include "core/sequence.h"
@@ -23,5 +24,17 @@ Tensor checked_group(const Tensor& group, const Tensor& rows_of, const char* row
 
 // Ids in ascending order, and the row of each; equal ids keep the order of their rows. No synchronisation on CUDA.
 std::pair<Tensor, Tensor> sort_ids(const Tensor& ids);
+
+// Checked group ids as a kernel takes them: in the order of the rows, or, many of them on CUDA, sorted, with the row of each
+// in `order`. Keeps alive what it points to: must outlive the launch.
+struct GroupIds {
+  explicit GroupIds(const Tensor& checked);
+
+  const int64_t *ids, *order = nullptr;
+
+ private:
+  Tensor unsorted_;
+  std::optional<std::pair<Tensor, Tensor>> sorted_;
+};
 
 }  // namespace prefkern

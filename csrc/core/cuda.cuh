@@ -67,23 +67,29 @@ template <class T> __device__ __forceinline__ void store_pack(T* p, const Pack<T
 }
 PK_HD bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// ---- reductions over a block, in a fixed order ----------------------------------------------------------------------
+// ---- reductions over a warp or a block, in a fixed order ------------------------------------------------------------
+constexpr int kWarp = 32;
+
+template <class T, class Merge> __device__ __forceinline__ T warp_reduce(T value, Merge merge) {
+  for (int offset = kWarp / 2; offset > 0; offset >>= 1) value = merge(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  return value;
+}
+
 // `merge` must be commutative up to rounding; every thread gets the result.
 template <int THREADS, class T, class Merge> __device__ __forceinline__ T block_reduce(T value, T identity, Merge merge) {
   constexpr int warps = THREADS / 32;
   PK_SMEM(T, partial, warps);
-  for (int offset = 16; offset > 0; offset >>= 1) value = merge(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  value = warp_reduce(value, merge);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   __syncthreads();  // the array may still be read from an earlier reduction
   if (lane == 0) partial[warp] = value;
   __syncthreads();
-  value = lane < warps ? partial[lane] : identity;
-  for (int offset = 16; offset > 0; offset >>= 1) value = merge(value, __shfl_xor_sync(0xffffffffu, value, offset));
-  return value;
+  return warp_reduce(lane < warps ? partial[lane] : identity, merge);
 }
 struct Add {
   template <class T> __device__ __forceinline__ T operator()(T a, T b) const { return a + b; }
 };
+__device__ __forceinline__ double warp_sum(double value) { return warp_reduce(value, Add()); }
 struct Max {
   __device__ __forceinline__ float operator()(float a, float b) const { return vmax(a, b); }
 };

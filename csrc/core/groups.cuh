@@ -39,12 +39,12 @@ struct ScannedMembers {
   int64_t count, id;
   template <class F> __device__ __forceinline__ void for_members(int lane, F&& f) const {
     const int64_t pairs = aligned16(ids) ? count / 2 : 0;
-    for (int64_t i = lane; i < pairs; i += 32) {
+    for (int64_t i = lane; i < pairs; i += kWarp) {
       const Pack<int64_t, 2> two = reinterpret_cast<const Pack<int64_t, 2>*>(ids)[i];
       if (two.v[0] == id) f(2 * i);
       if (two.v[1] == id) f(2 * i + 1);
     }
-    for (int64_t i = 2 * pairs + lane; i < count; i += 32)
+    for (int64_t i = 2 * pairs + lane; i < count; i += kWarp)
       if (ids[i] == id) f(i);
   }
 };
@@ -52,13 +52,16 @@ struct SortedMembers {
   const int64_t* order;
   int64_t begin, end;
   template <class F> __device__ __forceinline__ void for_members(int lane, F&& f) const {
-    for (int64_t i = begin + lane; i < end; i += 32) f(order[i]);
+    for (int64_t i = begin + lane; i < end; i += kWarp) f(order[i]);
   }
 };
 
-__device__ __forceinline__ double warp_sum(double v) {
-  for (int offset = 16; offset > 0; offset >>= 1) v += __shfl_xor_sync(0xffffffffu, v, offset);
-  return v;
+// f(row, members of its group) for row `at`, or for the row at sorted position `at` if there is an order.
+template <class F>
+__device__ __forceinline__ void with_members(const int64_t* ids, const int64_t* order, int64_t count, int64_t at, F&& f) {
+  if (!order) return f(at, ScannedMembers{ids, count, ids[at]});
+  const int64_t begin = group_start(ids, at);
+  f(order[at], SortedMembers{order, begin, group_end(ids, count, begin)});
 }
 
 }  // namespace PK_ISA

@@ -324,6 +324,13 @@ PK_HD float reduce_max(VecF v) {
   for (int i = 1; i < kLanes; i++) m = v[i] > m ? v[i] : m;
   return m;
 }
+// Added in double.
+PK_HD double lane_sum(VecF v) {
+  double s = 0;
+  for (int i = 0; i < kLanes; i++) s += v[i];
+  return s;
+}
+PK_HD double lane_sum(double v) { return v; }
 PK_HD float reduce_add(float v) { return v; }
 PK_HD double reduce_add(double v) { return v; }
 PK_HD float reduce_max(float v) { return v; }

@@ -6,7 +6,7 @@
 namespace prefkern {
 namespace {
 
-constexpr int kThreads = 256, kWarp = 32;
+constexpr int kThreads = 256;
 constexpr unsigned kAll = 0xffffffffu;
 
 // What is done with a group: `look` is called by a warp that goes through the members, `write` for each row to write.

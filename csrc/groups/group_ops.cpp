@@ -18,7 +18,7 @@ Tensor group_reduce(const Tensor& values, const Tensor& group, OptTensor mask, i
   const auto filled = [&](auto a) {
     using S = std::remove_pointer_t<decltype(a.result)>;
     a.reduction = static_cast<GroupReduction>(reduction);
-    a.rows = groups.rows;
+    a.rows = group_rows(groups, ids.numel());
     a.values = data<S>(v);
     a.mask = data_or_null<uint8_t>(mask);
     a.result = mutable_data<S>(result);
@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> group_normalize(const Tensor& x, const Tensor
   const auto filled = [&](auto a) {
     using S = std::remove_pointer_t<decltype(a.z)>;
     a.rule = {eps, ddof, sigma_grad};
-    a.rows = groups.rows;
+    a.rows = group_rows(groups, ids.numel());
     a.x = data<S>(c);
     a.z = mutable_data<S>(std::get<0>(out));
     a.scale = mutable_data<S>(std::get<1>(out));
@@ -68,7 +68,7 @@ Tensor group_normalize_backward(const Tensor& g, const Tensor& group, const Tens
   const GroupIds groups(ids);
   const auto filled = [&](auto a) {
     using S = std::remove_pointer_t<decltype(a.grad)>;
-    a.rows = groups.rows;
+    a.rows = group_rows(groups, ids.numel());
     a.upstream = data<S>(upstream);
     a.z = data<S>(saved_z);
     a.scale = data<S>(saved_scale);

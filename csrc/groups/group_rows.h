@@ -1,26 +1,11 @@
 // Group ids of an op's tensors in the form its kernel takes.
 #pragma once
-#include <optional>
-#include <utility>
-
 #include "core/arguments.h"
 #include "groups/group_folds.h"
 
 namespace prefkern {
 
-// Sorts where the kernel wants it. Keeps alive what `rows` points to.
-struct GroupIds {
-  Tensor ids;
-  std::optional<std::pair<Tensor, Tensor>> sorted;
-  GroupRows rows;
-
-  explicit GroupIds(const Tensor& checked) : ids(checked), rows{checked.size(0), data<int64_t>(checked), nullptr} {
-    if (!ids.is_cuda() || rows.count <= kScanIdsUpTo) return;
-    sorted = sort_ids(ids);
-    rows.ids = data<int64_t>(sorted->first);
-    rows.order = data<int64_t>(sorted->second);
-  }
-};
+inline GroupRows group_rows(const GroupIds& groups, int64_t count) { return {count, groups.ids, groups.order}; }
 
 // [B] and of a type that is computed in.
 inline DType rows_dtype(const Tensor& t, const char* name) {

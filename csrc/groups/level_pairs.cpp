@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor> level_pairs(const Tensor& scores, const Tenso
   const auto filled = [&](auto a) {
     using S = std::remove_pointer_t<decltype(a.loss)>;
     a.rule = {beta, anisotropy, per_response};
-    a.rows = groups.rows;
+    a.rows = group_rows(groups, ids.numel());
     a.scores = data<S>(h);
     a.levels = data<int64_t>(lv);
     a.loss = mutable_data<S>(std::get<0>(out));

@@ -7,7 +7,7 @@
 namespace prefkern {
 namespace {
 
-constexpr int kThreads = 256, kWarp = 32;
+constexpr int kThreads = 256;
 
 struct RowSums {
   double loss = 0, pairs = 0, grad = 0;

@@ -7,13 +7,6 @@ namespace prefkern {
 inline namespace PK_ISA {
 namespace {
 
-PK_HD double lane_sum(double v) { return v; }
-PK_HD double lane_sum(VecF v) {
-  double s = 0;
-  for (int i = 0; i < kLanes; i++) s += v[i];
-  return s;
-}
-
 // Calls f(i, a, b, keep, count) with the values of tokens [i, i + count), count lanes of them, and which of them count;
 // after every tile, and at the end, flush().
 template <class V, class S, class F, class G>

@@ -6,7 +6,7 @@
 // sequences lose nothing.
 #include "policy/token_loss_cpu.h"
 
-#include "core/simd.h"
+#include "core/mask.h"
 
 namespace prefkern {
 inline namespace PK_ISA {
@@ -14,38 +14,6 @@ namespace {
 
 constexpr int64_t kTile = 4096;
 
-enum class Cover { none, some, all };
-template <int N> PK_HD Cover cover(const uint8_t* p) {
-  if (N < 4) return *p ? Cover::all : Cover::none;
-  constexpr int words = N < 4 ? 1 : N / 4;
-  uint32_t w[words];
-  __builtin_memcpy(w, p, 4 * words);
-  uint32_t any = 0, all = 0x01010101u;
-  for (uint32_t x : w) {
-    any |= x;
-    all &= x;
-  }
-  return any == 0 ? Cover::none : all == 0x01010101u ? Cover::all : Cover::some;
-}
-
-PK_HD int64_t count_tokens(const uint8_t* mask, int64_t n) {
-  int64_t count = 0;
-  constexpr int64_t block = 128;  // so many bytes may be added up in a byte
-  for (int64_t first = 0; first < n; first += block) {
-    const int64_t last = first + block < n ? first + block : n;
-    uint8_t here = 0;
-    for (int64_t i = first; i < last; i++) here = static_cast<uint8_t>(here + (mask[i] != 0));
-    count += here;
-  }
-  return count;
-}
-
-PK_HD double lane_sum(double v) { return v; }
-PK_HD double lane_sum(VecF v) {
-  double s = 0;
-  for (int i = 0; i < kLanes; i++) s += v[i];
-  return s;
-}
 PK_HD double lane_min(double v) { return v; }
 PK_HD double lane_min(VecF v) { return -reduce_max(-v); }
 

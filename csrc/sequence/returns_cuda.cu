@@ -10,7 +10,7 @@
 namespace prefkern {
 namespace {
 
-constexpr int kThreads = 128, kWarp = 32, kItems = 4, kTile = kWarp * kItems;
+constexpr int kThreads = 128, kItems = 4, kTile = kWarp * kItems;
 constexpr unsigned kAll = 0xffffffffu;
 
 struct Tokens {

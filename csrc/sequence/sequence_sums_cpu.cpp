@@ -12,13 +12,6 @@ namespace {
 
 constexpr int64_t kTile = 1024;
 
-PK_HD double lane_sum(double v) { return v; }
-PK_HD double lane_sum(VecF v) {
-  double s = 0;
-  for (int i = 0; i < kLanes; i++) s += v[i];
-  return s;
-}
-
 // The arrays of a sequence. mask is null where all its tokens count.
 template <class S> struct Tokens {
   const S *values, *minus, *weights;

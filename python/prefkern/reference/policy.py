@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prefkern.ops.types import LossOutput
+from prefkern.reference._tokens import kept_tokens, rows_of_tokens
 
 KINDS = ("clip", "cispo", "reinforce", "sapo", "gspo", "gspo_token", "gmpo", "none")
 CLIPPED = ("clip", "gspo", "gspo_token")
@@ -116,8 +117,8 @@ def policy_loss(
     (how many count).
     """
     _check_options(kind, agg, kl, old_logp, advantages, dual_clip, delta, beta, ref_logp, kl_ratio, anchor, scale, cu_seqlens)
-    every_row, rows = _row_of_each_token(logp, cu_seqlens)
-    keep = torch.ones_like(every_row, dtype=torch.bool) if mask is None else mask.reshape(-1)
+    every_row, rows = rows_of_tokens(logp, cu_seqlens, "logp")
+    keep = kept_tokens(logp, mask)
     row = every_row[keep]
     dtype = logp.dtype if logp.dtype == torch.float64 else torch.float32
 
@@ -190,8 +191,8 @@ def masked_aggregate(
 ) -> Tensor:
     """The values of tokens as one number, weighted as :func:`policy_loss` weighs its tokens. Gradient to `values`."""
     _check_aggregation(agg, scale, cu_seqlens)
-    row, rows = _row_of_each_token(values, cu_seqlens)
-    keep = torch.ones_like(row, dtype=torch.bool) if mask is None else mask.reshape(-1)
+    row, rows = rows_of_tokens(values, cu_seqlens, "values")
+    keep = kept_tokens(values, mask)
     kept = values.reshape(-1)[keep].to(values.dtype if values.dtype == torch.float64 else torch.float32)
     return _aggregate(kept, row[keep], rows, agg, norm, scale or _padded_length(values))
 
@@ -240,8 +241,8 @@ def importance_weights(
     for name, value, accepted in (("level", level, ("token", "sequence", "geometric")), ("mode", mode, ("truncate", "mask"))):
         if value not in accepted:
             raise ValueError(f"{name}: got {value!r}, accepted are {list(accepted)}")
-    row, rows = _row_of_each_token(old_logp, cu_seqlens)
-    keep = torch.ones_like(row, dtype=torch.bool) if mask is None else mask.reshape(-1)
+    row, rows = rows_of_tokens(old_logp, cu_seqlens, "old_logp")
+    keep = kept_tokens(old_logp, mask)
     row = row[keep]
     dtype = old_logp.dtype if old_logp.dtype == torch.float64 else torch.float32
     u = old_logp.detach().reshape(-1)[keep].to(dtype) - rollout_logp.detach().reshape(-1)[keep].to(dtype)
@@ -274,8 +275,8 @@ def off_policy_mask(
 
     A token that one of the two could not score (NaN) counts as one without mismatch.
     """
-    row, rows = _row_of_each_token(old_logp, cu_seqlens)
-    keep = torch.ones_like(row, dtype=torch.bool) if mask is None else mask.reshape(-1)
+    row, rows = rows_of_tokens(old_logp, cu_seqlens, "old_logp")
+    keep = kept_tokens(old_logp, mask)
     dtype = old_logp.dtype if old_logp.dtype == torch.float64 else torch.float32
     x = rollout_logp.detach().reshape(-1)[keep].to(dtype) - old_logp.detach().reshape(-1)[keep].to(dtype)
     x = torch.where(x.isnan(), 0.0, x)
@@ -360,19 +361,6 @@ def _aggregate(loss: Tensor, row: Tensor, rows: int, agg: str, norm: float | Ten
 
 def _padded_length(logp: Tensor) -> int:
     return max(logp.shape[-1], 1)
-
-
-def _row_of_each_token(logp: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
-    """The sequence of each token, [N], and the number of sequences."""
-    if cu_seqlens is None:
-        if logp.dim() != 2:
-            raise ValueError(f"logp: got shape {list(logp.shape)}, accepted are [B, T], or [N] with cu_seqlens")
-        rows, length = logp.shape
-        return torch.arange(rows, device=logp.device).repeat_interleave(length), rows
-    lengths = cu_seqlens.diff().long()
-    if logp.dim() != 1 or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != len(logp) or bool((lengths < 0).any()):
-        raise ValueError(f"cu_seqlens: must ascend from 0 to the {logp.numel()} tokens of logp, which must be [N]")
-    return torch.arange(len(lengths), device=logp.device).repeat_interleave(lengths), len(lengths)
 
 
 def _check_options(
