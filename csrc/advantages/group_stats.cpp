@@ -38,6 +38,9 @@ template <class S> bool run_plain(const GroupArgs<S>& args, const GroupStatsWalk
 // The first reward that the rule does not accept.
 template <class S> GroupFault find_reward(const GroupArgs<S>& args) {
   const bool nan = args.nan != NanRule::error;
+  bool suspect = false;
+  for (int64_t i = 0; i < args.count * args.columns; i++) suspect |= !(args.rewards[i] - args.rewards[i] == 0);
+  if (!suspect) return {};
   for (int64_t i = 0; i < args.count * args.columns; i++)
     if (!std::isfinite(args.rewards[i]) && !(nan && std::isnan(args.rewards[i]))) return {GroupFault::reward, i};
   return {};  // finite doubles whose sum overflows: the group is NaN

@@ -432,6 +432,23 @@ GroupSums column_sums(const GroupArgs<S>& a, const int64_t* rows, int64_t n, con
   GroupSums s;
   s.rows = double(n);
   best = -1;
+  bool all = !opo && !finds_best(a.rule.estimator);  // mostly: every reward takes part, and no branch is needed
+  for (int64_t i = 0; i < n; i++) all &= x[i] == x[i];
+  if (all) {
+    s.n = double(n);
+    for (int64_t i = 0; i < n; i++) {
+      s.sum += x[i];
+      s.low = x[i] < s.low ? x[i] : s.low;
+      s.high = x[i] > s.high ? x[i] : s.high;
+    }
+    const double mean = group_mean(s);
+    for (int64_t i = 0; i < n; i++) {
+      const double d = x[i] - mean;
+      s.squares += d * d;
+      s.deviations += d < 0 ? -d : d;
+    }
+    return s;
+  }
   for (int64_t i = 0; i < n; i++) {
     if (x[i] != x[i]) continue;
     s.n += 1;

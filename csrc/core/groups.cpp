@@ -1,20 +1,25 @@
 #include "core/groups.h"
 
+#include <numeric>
 #include <unordered_map>
 
 namespace prefkern {
 
 GroupIndex group_index(const int64_t* ids, int64_t count) {
   GroupIndex index;
+  int64_t groups = count > 0;
+  bool ascending = true;
+  for (int64_t i = 1; i < count; i++) {
+    ascending &= ids[i - 1] <= ids[i];
+    groups += ids[i - 1] != ids[i];
+  }
   index.order.resize(count);
-  bool adjacent = true;
-  for (int64_t i = 1; i < count && adjacent; i++) adjacent = ids[i - 1] <= ids[i];
-  if (adjacent) {
-    for (int64_t i = 0; i < count; i++) {
-      index.order[i] = i;
-      if (i == 0 || ids[i] != ids[i - 1]) index.offsets.push_back(i);
-    }
-    index.offsets.push_back(count);
+  if (ascending) {
+    std::iota(index.order.begin(), index.order.end(), int64_t(0));
+    index.offsets.resize(groups + 1);
+    for (int64_t i = 0, k = 0; i < count; i++)
+      if (i == 0 || ids[i] != ids[i - 1]) index.offsets[k++] = i;
+    index.offsets[groups] = count;
     return index;
   }
   std::unordered_map<int64_t, int64_t> numbers;

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-SAMPLE_SECONDS = 5e-3  # shorter calls are repeated back to back until a sample takes about this long
+SAMPLE_SECONDS = 20e-3  # shorter calls are repeated back to back until a sample takes about this long
 MAX_REPEATS = 2000
 SLOW_SECONDS, SLOW_FACTOR, SLOW_ROUNDS = 1.0, 10.0, 2
 
