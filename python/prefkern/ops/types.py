@@ -94,6 +94,8 @@ class LevelPairs(NamedTuple):
     """0-d: mean over the pairs; 0 without any. float32, or float64 for float64 scores."""
     pairs: Tensor
     """0-d int64: how many there are."""
+
+
 class ConflictRuns(NamedTuple):
     """How far completions agree with one of the other sign in their group; int64 [B] each."""
 
