@@ -872,3 +872,27 @@ def test_exact_gradients_in_float32_stay_close():
         _, gradient = value_and_gradient(logp, old, advantages, kind=kind, ref_logp=ref, beta=0.04)
         _, expected = exactly(logp, old, advantages, kind=kind, ref_logp=ref, beta=0.04)
         assert (gradient.double() - expected).abs().max() <= 3e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["logp", "old_logp", "ref_logp"])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_validation_finds_a_log_prob_that_is_not_finite(device, validation, name, value):
+    tensors = {key: -torch.rand(3, 4, device=device) for key in ("logp", "old_logp", "ref_logp")}
+    mask = torch.ones(3, 4, dtype=torch.bool, device=device)
+    mask[0, 1] = False
+    tensors[name][0, 1] = value  # outside the mask
+    advantages = torch.ones(3, device=device)
+
+    def call(**options):
+        return policy_loss(tensors["logp"], tensors["old_logp"], advantages, mask, ref_logp=tensors["ref_logp"], **options)
+
+    validation(True)
+    assert call().loss.isfinite()
+    tensors[name][2, 3] = value
+    with pytest.raises(ValueError, match=rf"{name}\[2, 3\] is .*; every log-prob inside the mask must be finite"):
+        call()
+    if name == "old_logp":
+        assert call(anchor=torch.tensor([False, False, True], device=device)).loss.isfinite()
+    validation(False)
+    if math.isnan(value):
+        assert call(beta=0.1).loss.isnan()

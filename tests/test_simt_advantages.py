@@ -7,7 +7,18 @@ import torch
 from torch import Tensor
 
 from prefkern import reference
-from simt.harness import GUARD, INF, NAN, close, guards_hold, pointer, same_bits, same_bits_in_every_order, tensor_like
+from simt.harness import (
+    GUARD,
+    INF,
+    NAN,
+    close,
+    guards_hold,
+    launches,
+    pointer,
+    same_bits,
+    same_bits_in_every_order,
+    tensor_like,
+)
 
 STATS = ("mean", "std", "count")
 ALL_STATS = (*STATS, "min", "max")
@@ -191,6 +202,21 @@ def test_lengths_that_cannot_be(simt):
     assert out.isnan().tolist() == [False] * 3 + [True] * 6
     for n in (lengths, torch.zeros(9, dtype=torch.int64), torch.eye(9, dtype=torch.int64)[0]):
         assert group_advantages(simt, rewards, group, batch="token", lengths=n)["advantages"].isnan().all()
+
+
+@pytest.mark.parametrize("by_order", [False, True], ids=["scan", "sorted"])
+def test_one_launch_or_two_with_a_batch_stage(simt, by_order):
+    rewards, group = sample_groups(60, columns=2)
+    ids, order = torch.sort(group, stable=True) if by_order else (group, None)
+    lengths = torch.ones(60, dtype=torch.int64)
+
+    def count(**options):
+        return launches(simt, lambda: group_advantages(simt, rewards, ids, order=order, **options))
+
+    for estimator in ("grpo", "dr_grpo", "rloo", "mad", "pass_at_k"):
+        assert count(estimator=estimator) == count(estimator=estimator, combine="normalize_then_sum") == 1
+    for batch in ("std", "seq", "token", "nonzero"):
+        assert count(batch=batch, lengths=lengths) == 2
 
 
 def test_no_rows_launch_nothing(simt):

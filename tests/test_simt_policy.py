@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prefkern import reference
-from simt.harness import INF, NAN, close, pointer, same_bits, same_bits_in_every_order, tensor_like
+from simt.harness import INF, NAN, close, launches, pointer, same_bits, same_bits_in_every_order, tensor_like
 
 KINDS = ("clip", "cispo", "reinforce", "sapo", "gspo", "gspo_token", "gmpo", "none")
 AGGREGATIONS = (
@@ -242,6 +242,23 @@ def test_backward_of_more_tokens_than_the_grid_has_threads(simt):
     args.upstream, args.inverse_norm = pointer(upstream), pointer(inverse_norm)
     simt.cuda_policy_loss_backward(args)
     assert torch.equal(grad_logp, unnormalised * 0.125)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_launch_forward_and_one_back(simt, kind):
+    """With metrics and gradient. The kinds with a ratio per sequence need that first: one more."""
+    logp, old_logp, ref_logp, mask = sample_policy((3, 50))
+    options = {"kind": kind, "ref_logp": ref_logp, "beta": 0.1}
+
+    def forward():
+        policy_loss(simt, logp, old_logp, torch.randn(3), mask, with_grad=False, **options)
+
+    def forward_and_back():
+        policy_loss(simt, logp, old_logp, torch.randn(3), mask, **options)
+
+    first = 2 if kind in ("gspo", "gspo_token", "gmpo") else 1
+    assert launches(simt, forward) == first
+    assert launches(simt, forward_and_back) == first + 1
 
 
 def test_no_rows_launch_nothing(simt):

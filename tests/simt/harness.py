@@ -14,6 +14,13 @@ def set_order(simt, order: str, seed: int) -> None:
     simt.set_order(getattr(simt.Order, order), seed)
 
 
+def launches(simt, call) -> int:
+    """How many kernels `call` launches."""
+    before = simt.launches()
+    call()
+    return simt.launches() - before
+
+
 def tensor_like(logits: Tensor, *, fill: float = GUARD, dtype: torch.dtype | None = None) -> Tensor:
     """Same shape and strides, in memory of its own that ends with the last element."""
     size = 1 + sum((n - 1) * stride for n, stride in zip(logits.shape, logits.stride(), strict=True))

@@ -13,6 +13,7 @@ PYBIND11_MODULE(simt_kernels, m) {
       .value("reverse", simt::Order::reverse)
       .value("random", simt::Order::random);
   m.def("set_order", &simt::set_order, py::arg("order"), py::arg("seed") = 0);
+  m.def("launches", &simt::launches, "How many kernels have been launched so far.");
   m.def(
       "run_misuse",
       [](const std::string& name, unsigned blocks, unsigned threads, uintptr_t out) {

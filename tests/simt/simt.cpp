@@ -397,7 +397,11 @@ void set_order(Order order, uint64_t seed) {
   machine.seed = seed;
 }
 
+static uint64_t launch_count = 0;
+uint64_t launches() { return launch_count; }
+
 void run(dim3 grid, dim3 block, const std::function<void()>& thread) {
+  launch_count++;
   const std::lock_guard lock(machine.in_use);
   check_launch(grid, block);
   gridDim = grid;

@@ -58,6 +58,7 @@ enum class Order { forward, reverse, random };
 void set_order(Order order, uint64_t seed);  // of the threads of a block, and of the blocks
 
 void run(dim3 grid, dim3 block, const std::function<void()>& thread);
+uint64_t launches();  // so far
 void* shared_array(const void* tag, size_t bytes, size_t alignment);
 void sync_block(const char* file, int line);
 void after_atomic();

@@ -161,7 +161,8 @@ def policy_loss(
         ValueError, TypeError: naming the argument, what came and what is accepted. Wrong ``cu_seqlens``, bounds in a tensor
             and ``norm`` in a tensor are always found on the CPU; on CUDA what they concern comes out NaN (with wrong
             ``cu_seqlens`` or ``norm`` loss and gradient, with a wrong bound those of its tokens), or it raises under
-            ``prefkern.set_validation(True)``.
+            ``prefkern.set_validation(True)``. Under that, a log-prob inside the mask that is not finite is an error too, on
+            every device.
     """
     check_tensors(logp=logp)
     if kind != "none":
@@ -179,8 +180,10 @@ def policy_loss(
             check_tensors(**{name: t})
         if t.requires_grad:
             tensors[name] = t.detach()
-    if logp.is_cuda and validation() and not torch.compiler.is_compiling():
-        _validate(logp, tensors, kind)
+    if validation() and not torch.compiler.is_compiling():
+        if logp.is_cuda:
+            _validate(logp, tensors, kind)
+        _validate_finite(logp, tensors)
     clamp = ratio_clamp if isinstance(ratio_clamp, tuple) else (ratio_clamp, ratio_clamp)
     if len(clamp) != 2:
         raise ValueError(f"ratio_clamp is {ratio_clamp!r}; a number, a pair or None is expected")
@@ -412,6 +415,22 @@ def _validate(logp: Tensor, tensors: dict[str, Any], kind: str) -> None:
     norm = tensors["norm"]
     if norm is not None and not bool(((norm >= 0) & (norm < math.inf)).all()):
         raise ValueError(f"norm is {norm.item()}; it must be finite and not negative")
+
+
+def _validate_finite(logp: Tensor, tensors: dict[str, Any]) -> None:
+    """ValueError that names the first log-prob inside the mask which is not finite. An anchor's old_logp is not looked at."""
+    mask, anchor = tensors["mask"], tensors["anchor"]
+    counts = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
+    for name, t in (("logp", logp), ("old_logp", tensors["old_logp"]), ("ref_logp", tensors["ref_logp"])):
+        if t is None or t.shape != logp.shape or counts.shape != logp.shape:
+            continue  # the op says what is wrong
+        looked_at = counts & ~anchor[:, None] if name == "old_logp" and anchor is not None and logp.dim() == 2 else counts
+        if name == "old_logp" and anchor is not None and logp.dim() == 1:
+            continue
+        bad = looked_at & ~t.isfinite()
+        if bool(bad.any()):
+            at = bad.nonzero()[0].tolist()
+            raise ValueError(f"{name}{at} is {t[tuple(at)].item()}; every log-prob inside the mask must be finite")
 
 
 # ---- fake implementations and autograd -------------------------------------------------------------------------------
