@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from prefkern._names import nearest_hint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 MODES = ("fwd", "bwd")
@@ -73,9 +74,7 @@ def choose(kind: str, name: str, accepted: Iterable[str]) -> str:
     names = list(accepted)
     if name in names:
         return name
-    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UsageError(f"unknown {kind} {name!r}{hint} Accepted: {', '.join(names)}")
+    raise UsageError(f"unknown {kind} {name!r}{nearest_hint(name, names)} Accepted: {', '.join(names)}")
 
 
 def choose_all(kind: str, text: str, accepted: Iterable[str]) -> tuple[str, ...]:
