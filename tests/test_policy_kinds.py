@@ -269,7 +269,7 @@ def test_the_kl_times_the_ratio(function, kl, value, slope):
 
 
 LOSSES = f64([1, 2, 3, 4], [5, 6, NAN, NAN], [7, NAN, NAN, NAN], [NAN] * 4)
-SUMS = {  # numbers of the specification; each token's weight by its row's length
+SUMS = {  # worked out by hand; each token's weight by its row's length
     "token-mean": (4.0, lambda n: 1 / 7),
     "seq-mean-token-mean": (4.9999999654, lambda n: 1 / (n + 1e-8) / 3),
     "seq-mean-token-sum": (9.3333333333, lambda n: 1 / 3),
