@@ -74,7 +74,7 @@ class Settings:
     rl_steps: int = 80
     prompts_per_step: int = 48
     group_size: int = 8
-    minibatches: int = 4  # optimiser steps per rollout
+    minibatches: int = 4  # optimiser steps per rollout; one for a recipe that is on-policy
     rl_lr: float = 3e-4
     warmup_steps: int = 10
     temperature: float = 1.0
@@ -368,14 +368,16 @@ class Trainer:
         }
 
     def minibatches(self, groups: int) -> Sequence[torch.Tensor]:
-        """Rows in random order; groups in random order where the loss compares the members of a group."""
+        """Rows in random order; groups in random order where the loss compares the members of a group. All of them at once
+        where the loss does not see how far the policy has moved."""
         s = self.settings
+        parts_of_rollout = 1 if self.recipe.on_policy else s.minibatches
         parts = groups if self.recipe.whole_groups else groups * s.group_size
         shuffled = torch.randperm(parts, generator=self.generator, device=s.device)
         if self.recipe.whole_groups:
             members = torch.arange(s.group_size, device=s.device)
-            return [(chunk[:, None] * s.group_size + members).flatten() for chunk in shuffled.chunk(s.minibatches)]
-        return shuffled.chunk(s.minibatches)
+            return [(chunk[:, None] * s.group_size + members).flatten() for chunk in shuffled.chunk(parts_of_rollout)]
+        return shuffled.chunk(parts_of_rollout)
 
 
 @dataclass

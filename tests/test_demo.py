@@ -217,6 +217,11 @@ def test_minibatches_hold_each_row_once_and_whole_groups_where_asked(demo):
         assert all(whole) == (recipe == "disco")
 
 
+def test_a_recipe_without_ratios_takes_one_step_per_rollout(demo):
+    settings = demo.Settings(**TINY, group_size=4)
+    assert [len(demo.Trainer(dataclasses.replace(settings, recipe=r), 0).minibatches(8)) for r in ("gtpo", "grpo")] == [1, 4]
+
+
 def test_supervised_start_ends_when_the_probe_is_solved(demo):
     record = train(demo, sft_stop_at=0.0, rl_steps=0)
     assert len(record.supervised_loss) == TINY["eval_every"]

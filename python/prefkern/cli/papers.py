@@ -48,6 +48,7 @@ def collect(name: str) -> dict[str, Any]:
         "recipe": None if recipe is None else recipe.options(),
         "needs": [] if recipe is None else [*recipe.needs, *(["entropy"] if recipe.needs_entropy else [])],
         "whole_groups": recipe is not None and recipe.whole_groups,
+        "on_policy": recipe is not None and recipe.on_policy,
     }
 
 
@@ -102,3 +103,5 @@ def print_one(entry: dict[str, Any]) -> None:
         console.print(f"It needs {', '.join(entry['needs'])} besides rewards, group and mask.", highlight=False)
     if entry["whole_groups"]:
         console.print("Its minibatches must hold whole groups.", highlight=False)
+    if entry["on_policy"]:
+        console.print("It knows no ratio to an older policy: one optimiser step per rollout.", highlight=False)

@@ -87,6 +87,8 @@ class Recipe:
     """Whether `loss` needs the current policy's token entropies."""
     takes_token_weight: ClassVar[bool] = True
     """Whether its loss has a place for token weights; `prepare` raises if it has none and is given some."""
+    on_policy: ClassVar[bool] = False
+    """Whether nothing in the loss says how far the policy has moved since it sampled: one optimiser step per rollout."""
     whole_groups: ClassVar[bool] = False
     """Whether a minibatch must hold whole groups, since the loss itself compares the members of a group."""
 

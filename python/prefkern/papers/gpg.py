@@ -79,6 +79,7 @@ class GPG(Recipe):
     """Centred rewards, scaled; log-probs weighted by them."""
 
     name: ClassVar[str] = "gpg"
+    on_policy: ClassVar[bool] = True
     alpha: Literal["scores", "signals", "none"] = "scores"
     f_norm: float = 1.0
     singleton: Literal["zero", "reward"] = "reward"

@@ -154,6 +154,7 @@ class GTPO(Recipe):
     name: ClassVar[str] = "gtpo"
     needs: ClassVar[tuple[str, ...]] = ("tokens",)
     needs_entropy: ClassVar[bool] = True
+    on_policy: ClassVar[bool] = True
     gamma: float = 0.1
     threshold: float | None = None
     h_init: float | None = None
