@@ -11,6 +11,7 @@ dataclass whose fields are the paper's options: `dataclasses.replace(recipe, r_m
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -74,7 +75,7 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(ABC):
     """One objective. Subclasses set `name`, override `advantages`, and where the loss is not the plain clipped one
     `loss_options` or `loss`."""
 
@@ -92,9 +93,9 @@ class Recipe:
     whole_groups: ClassVar[bool] = False
     """Whether a minibatch must hold whole groups, since the loss itself compares the members of a group."""
 
+    @abstractmethod
     def advantages(self, rollout: Rollout) -> Tensor:
         """[B], or like the tokens."""
-        raise NotImplementedError
 
     def prepare(self, rollout: Rollout) -> Batch:
         """What the loss needs of a rollout, by row; all of it constant."""

@@ -189,6 +189,16 @@ def _masks(place: Tensor, counted: Tensor, start: Tensor, length: Tensor, done: 
     return TPPOMasks(counted & ((place >= start) | ~_within(start, length)), counted & done)
 
 
+class _Window(NamedTuple):
+    """A rollout's tokens as EGAE and the two losses see them."""
+
+    values: Tensor
+    finished: Tensor
+    counted: Tensor
+    rewards: Tensor
+    masks: TPPOMasks
+
+
 @dataclass(frozen=True)
 class TPPO(Recipe):
     """EGAE, the clipped loss over the window, and a critic that learns from finished completions.
@@ -212,6 +222,26 @@ class TPPO(Recipe):
 
     def prepare(self, rollout: Rollout) -> Batch:
         self.check(rollout)
+        window = self._window(rollout)
+        targets = value_targets(
+            window.rewards, window.values, window.counted,
+            cu_seqlens=rollout.cu_seqlens, gamma=self.gamma, lam=self.lam_value,
+        )  # fmt: skip
+        batch = self.batch(rollout, self._advantages(rollout, window))
+        return {**batch, "mask": window.masks.policy_mask, "value_mask": window.masks.value_mask, "value_targets": targets}
+
+    def advantages(self, rollout: Rollout) -> Tensor:
+        return self._advantages(rollout, self._window(rollout))
+
+    def _advantages(self, rollout: Rollout, window: _Window) -> Tensor:
+        advantages = gae(
+            window.rewards, window.values, window.counted, finished=window.finished, gamma=self.gamma, lam=self.lam,
+            bootstrap=self.bootstrap, last_values=rollout.get("last_values") if self.bootstrap == "critic" else None,
+            cu_seqlens=rollout.cu_seqlens,
+        ).advantages  # fmt: skip
+        return whiten(advantages, window.masks.policy_mask) if self.whiten else advantages
+
+    def _window(self, rollout: Rollout) -> _Window:
         values, finished, win_start = (rollout.get(name) for name in self.needs)
         assert values is not None and finished is not None and win_start is not None
         check_rows(len(rollout.group), finished=finished, win_start=win_start)
@@ -229,14 +259,7 @@ class TPPO(Recipe):
             rewards = torch.where(last_tokens(values, counted, cu_seqlens) & done, per_token(r, values, cu_seqlens), 0.0)
         check_starts(win_start, lengths)
         rewards = torch.where(_within(start, length), rewards, torch.nan)
-        policy_mask, value_mask = _masks(place, counted, start, length, done)
-        advantages = gae(
-            rewards, values, counted, finished=finished, gamma=self.gamma, lam=self.lam, bootstrap=self.bootstrap,
-            last_values=rollout.get("last_values") if self.bootstrap == "critic" else None, cu_seqlens=cu_seqlens,
-        ).advantages  # fmt: skip
-        targets = value_targets(rewards, values, counted, cu_seqlens=cu_seqlens, gamma=self.gamma, lam=self.lam_value)
-        batch = self.batch(rollout, whiten(advantages, policy_mask) if self.whiten else advantages)
-        return {**batch, "mask": policy_mask, "value_mask": value_mask, "value_targets": targets}
+        return _Window(values, finished, counted, rewards, _masks(place, counted, start, length, done))
 
     def loss_options(self, batch: Batch) -> dict[str, Any]:
         return {"eps_low": self.eps_low, "eps_high": self.eps_high}
