@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._call import validation
+
 
 def check_tensors(**tensors: Any) -> None:
     """TypeError naming the first argument that is no tensor."""
@@ -35,6 +37,24 @@ def positive_int(name: str, value: int) -> int:
     if not 0 < number < 1 << 63:
         raise ValueError(f"{name} is {number}; it must be positive and below 2^63, or None for the default")
     return number
+
+
+def check_layout(cu_seqlens: Any, tokens: Tensor, name: str, mask: Any = None) -> None:
+    """TypeError unless `mask` and `cu_seqlens` are tensors or None; on CUDA, under validation, also :func:`check_ends`. On the
+    CPU the op itself looks."""
+    if mask is not None:
+        check_tensors(mask=mask)
+    if cu_seqlens is not None:
+        check_tensors(cu_seqlens=cu_seqlens)
+        if cu_seqlens.is_cuda and validation() and not torch.compiler.is_compiling():
+            check_ends(cu_seqlens, tokens, name)
+
+
+def check_ends(cu_seqlens: Tensor, tokens: Tensor, name: str) -> None:
+    """ValueError unless `cu_seqlens` cuts all of `tokens` into rows. Waits for the device."""
+    ends = cu_seqlens.tolist()
+    if not ends or ends[0] != 0 or ends[-1] != tokens.numel() or ends != sorted(ends):
+        raise ValueError(f"cu_seqlens is {ends}; it must ascend from 0 to the {tokens.numel()} tokens of {name}")
 
 
 def accumulator(t: Tensor) -> torch.dtype:

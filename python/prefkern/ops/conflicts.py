@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._arguments import accumulator, check_tensors, number, same_device
+from ._arguments import accumulator, check_ends, check_tensors, number, same_device
 from ._call import call, choice, validation
 from .types import ConflictRuns
 
@@ -104,9 +104,7 @@ def _validate(tokens: Tensor, advantages: Tensor, mask: Tensor | None, cu_seqlen
     if bool((bad := advantages.isnan()).any()):
         raise ValueError(f"advantages[{int(bad.nonzero()[0])}] is nan; its sign is needed")
     if cu_seqlens is not None:
-        ends = cu_seqlens.tolist()
-        if not ends or ends[0] != 0 or ends[-1] != tokens.numel() or ends != sorted(ends):
-            raise ValueError(f"cu_seqlens is {ends}; it must ascend from 0 to the {tokens.numel()} tokens")
+        check_ends(cu_seqlens, tokens, "tokens")
     if mask is None or mask.numel() == 0 or mask.shape != tokens.shape:  # the op refuses a wrong shape
         return
     flat = mask.reshape(-1)

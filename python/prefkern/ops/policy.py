@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ._arguments import accumulator, check_tensors, number, same_device
+from ._arguments import accumulator, check_ends, check_layout, check_tensors, number, same_device
 from ._call import call, choice, no_double_backward, validation
 from .types import LossOutput
 
@@ -239,7 +239,7 @@ def masked_aggregate(
     ``values`` is ``[B, T]`` or packed ``[N]``, and what gets the gradient. Everything else, and what is raised, as there.
     """
     check_tensors(values=values)
-    mask, cu_seqlens = _checked_layout(values, "values", mask, cu_seqlens)
+    check_layout(cu_seqlens, values, "values", mask)
     tensor = norm.detach() if isinstance(norm, Tensor) else None
     numbers = (_scale(scale), -1.0 if norm is None or tensor is not None else _norm(norm))
     modes = (KINDS.index("reinforce"), choice("agg", agg, AGGREGATIONS), 0, 0)
@@ -315,7 +315,7 @@ def importance_weights(
             the CPU; on CUDA weights of sequences come out NaN, or it raises under ``prefkern.set_validation(True)``.
     """
     check_tensors(old_logp=old_logp, rollout_logp=rollout_logp)
-    mask, cu_seqlens = _checked_layout(old_logp, "old_logp", mask, cu_seqlens)
+    check_layout(cu_seqlens, old_logp, "old_logp", mask)
     arguments = (choice("level", level, WEIGHT_LEVELS), choice("mode", mode, WEIGHT_MODES))
     return call(
         _importance_weights, old_logp.detach(), rollout_logp.detach(), mask, cu_seqlens, *arguments,
@@ -352,7 +352,7 @@ def off_policy_mask(
             the CPU; on CUDA no sequence is kept then, or it raises under ``prefkern.set_validation(True)``.
     """
     check_tensors(advantages=advantages, old_logp=old_logp, rollout_logp=rollout_logp)
-    mask, cu_seqlens = _checked_layout(old_logp, "old_logp", mask, cu_seqlens)
+    check_layout(cu_seqlens, old_logp, "old_logp", mask)
     arguments = (advantages.detach(), old_logp.detach(), rollout_logp.detach(), mask, cu_seqlens)
     return call(_off_policy_mask, *arguments, number("threshold", threshold))
 
@@ -383,28 +383,10 @@ def _norm(value: Any) -> float:
     return norm
 
 
-def _checked_layout(
-    tokens: Tensor, name: str, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    if mask is not None:
-        check_tensors(mask=mask)
-    if cu_seqlens is not None:
-        check_tensors(cu_seqlens=cu_seqlens)
-        if cu_seqlens.is_cuda and validation() and not torch.compiler.is_compiling():
-            _validate_ends(cu_seqlens, tokens, name)
-    return mask, cu_seqlens
-
-
-def _validate_ends(cu_seqlens: Tensor, tokens: Tensor, name: str) -> None:
-    ends = cu_seqlens.tolist()
-    if not ends or ends[0] != 0 or ends[-1] != tokens.numel() or ends != sorted(ends):
-        raise ValueError(f"cu_seqlens is {ends}; it must ascend from 0 to the {tokens.numel()} tokens of {name}")
-
-
 def _validate(logp: Tensor, tensors: dict[str, Any], kind: str) -> None:
     """What the kernels cannot say on CUDA, at the price of a synchronisation."""
     if tensors["cu_seqlens"] is not None:
-        _validate_ends(tensors["cu_seqlens"], logp, "logp")
+        check_ends(tensors["cu_seqlens"], logp, "logp")
     for name, most in (("eps_low", math.inf if kind == "gmpo" else 1.0), ("eps_high", math.inf)):
         t, mask = tensors[name], tensors["mask"]
         if t is not None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ._arguments import accumulator, check_tensors, number, same_device
+from ._arguments import accumulator, check_layout, check_tensors, number, same_device
 from ._call import call, choice, no_double_backward, validation
 from .types import GaeOutput
 
@@ -76,7 +76,7 @@ def _sequence_reduce(
 ) -> Tensor:
     check_tensors(values=values)
     check_tensors(**{name: t for name, t in (("mask", mask), ("minus", minus), ("weights", weights)) if t is not None})
-    _check_layout(cu_seqlens, values, "values")
+    check_layout(cu_seqlens, values, "values")
     transform_id = choice("transform", transform, TRANSFORMS)
     if values.dtype in (torch.bfloat16, torch.float16):
         values = values.float()
@@ -111,7 +111,7 @@ def discounted_returns(
     check_tensors(rewards=rewards)
     if mask is not None:
         check_tensors(mask=mask)
-    _check_layout(cu_seqlens, rewards, "rewards")
+    check_layout(cu_seqlens, rewards, "rewards")
     result: Tensor = call(_discounted_returns, _constant(rewards), mask, cu_seqlens, number("gamma", gamma))
     return result
 
@@ -192,7 +192,7 @@ def gae(
     check_tensors(rewards=rewards, values=values)
     given = (("mask", mask), ("lengths", lengths), ("finished", finished), ("last_values", last_values))
     check_tensors(**{name: t for name, t in given if t is not None})
-    _check_layout(cu_seqlens, rewards, "rewards")
+    check_layout(cu_seqlens, rewards, "rewards")
     if lengths is not None and lengths.is_cuda and validation() and not torch.compiler.is_compiling():
         _validate_lengths(lengths, rewards)
     options = (number("gamma", gamma), number("lam", lam), choice("bootstrap", bootstrap, BOOTSTRAPS))
@@ -202,17 +202,6 @@ def gae(
 
 def _constant(t: Any) -> Any:
     return t.detach() if t is not None and t.requires_grad else t
-
-
-def _check_layout(cu_seqlens: Tensor | None, tokens: Tensor, name: str) -> None:
-    if cu_seqlens is None:
-        return
-    check_tensors(cu_seqlens=cu_seqlens)
-    if not cu_seqlens.is_cuda or not validation() or torch.compiler.is_compiling():
-        return
-    ends = cu_seqlens.tolist()
-    if not ends or ends[0] != 0 or ends[-1] != tokens.numel() or ends != sorted(ends):
-        raise ValueError(f"cu_seqlens is {ends}; it must ascend from 0 to the {tokens.numel()} tokens of {name}")
 
 
 def _validate_lengths(lengths: Tensor, rewards: Tensor) -> None:
