@@ -5,6 +5,7 @@
 #include "conflicts/runs_cpu.h"
 
 #include "core/mask.h"
+#include "core/simd_ids.h"
 
 namespace prefkern {
 inline namespace PK_ISA {
@@ -13,54 +14,6 @@ namespace {
 constexpr int64_t kStep = 64;
 
 PK_HD uint64_t first_bits(int64_t n) { return n == 64 ? ~uint64_t(0) : (uint64_t(1) << n) - 1; }
-
-// Bit k: whether a[k] == b[k], for k < n <= 64.
-#if defined(__AVX512F__)
-PK_HD uint64_t equal_bits(const int64_t* a, const int64_t* b, int64_t n) {
-  uint64_t bits = 0;
-  for (int64_t k = 0; k < n; k += 8) {
-    const auto lanes = static_cast<__mmask8>(n - k < 8 ? (1u << (n - k)) - 1 : 0xffu);
-    const __m512i x = _mm512_maskz_loadu_epi64(lanes, a + k), y = _mm512_maskz_loadu_epi64(lanes, b + k);
-    bits |= uint64_t(_mm512_mask_cmpeq_epi64_mask(lanes, x, y)) << k;
-  }
-  return bits;
-}
-PK_HD uint64_t equal_bits(const int32_t* a, const int32_t* b, int64_t n) {
-  uint64_t bits = 0;
-  for (int64_t k = 0; k < n; k += 16) {
-    const auto lanes = static_cast<__mmask16>(n - k < 16 ? (1u << (n - k)) - 1 : 0xffffu);
-    const __m512i x = _mm512_maskz_loadu_epi32(lanes, a + k), y = _mm512_maskz_loadu_epi32(lanes, b + k);
-    bits |= uint64_t(_mm512_mask_cmpeq_epi32_mask(lanes, x, y)) << k;
-  }
-  return bits;
-}
-#else
-#if defined(__AVX2__)
-constexpr int64_t kVectorBytes = 32;
-PK_HD uint64_t equal_lanes(const int64_t* a, const int64_t* b) {
-  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));
-  const __m256i y = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
-  return uint64_t(_mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(x, y))));
-}
-PK_HD uint64_t equal_lanes(const int32_t* a, const int32_t* b) {
-  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));
-  const __m256i y = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
-  return uint64_t(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(x, y))));
-}
-#else
-constexpr int64_t kVectorBytes = 0;
-template <class T> PK_HD uint64_t equal_lanes(const T*, const T*) { return 0; }
-#endif
-template <class T> PK_HD uint64_t equal_bits(const T* a, const T* b, int64_t n) {
-  constexpr int64_t lanes = kVectorBytes / int64_t(sizeof(T));
-  uint64_t bits = 0;
-  int64_t k = 0;
-  if (lanes > 0)
-    for (; k + lanes <= n; k += lanes) bits |= equal_lanes(a + k, b + k) << k;
-  for (; k < n; k++) bits |= uint64_t(a[k] == b[k]) << k;
-  return bits;
-}
-#endif
 
 // How many of a row's next 64 tokens there are; 0 or less past its end.
 template <class T> PK_HD int64_t ahead(const ConflictRow<T>& row, int64_t at) {
