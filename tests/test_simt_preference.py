@@ -163,3 +163,16 @@ def test_what_means_nothing_comes_out_nan(simt):
 def test_one_launch_each_way(simt):
     pairs = sample_pairs(3000, torch.float32)
     assert launches(simt, lambda: loss(simt, pairs)) == 2
+
+
+def test_posteriors(simt):
+    margin, eta, who = torch.randn(300) * 4, torch.tensor([0.0, 0.4, 0.9, 1.0]), torch.randint(0, 4, (300,))
+    bad = who.clone()
+    bad[5], bad[6] = -1, 4
+    args, result = simt.PosteriorArgs(), tensor_like(margin)
+    args.pairs, args.annotators = 300, 4
+    args.margin, args.reliability, args.annotator, args.posterior = map(pointer, (margin, eta, bad, result))
+    simt.cuda_label_posterior(args)
+    assert result.isnan().nonzero().flatten().tolist() == [5, 6]
+    known = bad == who
+    close(result[known], reference.label_posterior(margin.double(), eta.double(), who)[known])
