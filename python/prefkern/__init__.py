@@ -9,15 +9,16 @@ import torch as _torch  # noqa: F401  (its libraries must be loaded before _C)
 from ._C import build_info, capabilities
 from .ops import *  # noqa: F403
 from .ops import __all__ as _ops
+from .optim import ExtragradientStep
 
 _wanted = _os.environ.get("PREFKERN_CPU_ISA")
 if _wanted and _wanted not in capabilities()["cpu_isas"]:
     raise ValueError(f"PREFKERN_CPU_ISA is {_wanted!r}; accepted: {', '.join(capabilities()['cpu_isas'])}")
 
-_LAZY = ("data", "diagnostics", "optim", "papers", "reference")
+_LAZY = ("data", "diagnostics", "papers", "reference")
 
 __version__ = build_info()["version"]
-__all__ = [*_ops, "build_info", "capabilities"]  # noqa: PLE0604
+__all__ = [*_ops, "ExtragradientStep", "build_info", "capabilities"]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> _ModuleType:
