@@ -10,6 +10,7 @@ from ._C import build_info, capabilities
 from .ops import *  # noqa: F403
 from .ops import __all__ as _ops
 from .optim import ExtragradientStep
+from .reliability import AnnotatorReliability
 
 _wanted = _os.environ.get("PREFKERN_CPU_ISA")
 if _wanted and _wanted not in capabilities()["cpu_isas"]:
@@ -18,7 +19,7 @@ if _wanted and _wanted not in capabilities()["cpu_isas"]:
 _LAZY = ("data", "diagnostics", "papers", "reference")
 
 __version__ = build_info()["version"]
-__all__ = [*_ops, "ExtragradientStep", "build_info", "capabilities"]  # noqa: PLE0604
+__all__ = [*_ops, "AnnotatorReliability", "ExtragradientStep", "build_info", "capabilities"]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> _ModuleType:

@@ -129,7 +129,7 @@ def _check(new: dict[str, Tensor], old: dict[str, Tensor], dest: dict[str, Tenso
                 raise ValueError(f"{what} has no {name!r}, which params_new has{nearest_hint(name, others)}")
             if others[name].shape != new[name].shape:
                 raise ValueError(
-                    f"{what}[{name!r}] has shape {list(others[name].shape)}; {list(new[name].shape)} is expected, as of params_new"
+                    f"{what}[{name!r}] has shape {list(others[name].shape)}; {list(new[name].shape)} is that of params_new"
                 )
 
 
