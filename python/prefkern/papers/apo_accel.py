@@ -2,25 +2,25 @@ r"""APO, Accelerated Preference Optimization: Nesterov momentum between the iter
 
 He, Yuan and Gu, "Accelerated Preference Optimization for Large Language Model Alignment", arXiv:2410.06293. (Not Anchored
 Preference Optimization, whose losses trainers know as `apo_zero` and `apo_down`.)
-Evidence: paper. Equations from knowledge of the paper, in agreement with its abstract, its rate and reviews; the full text could
-not be read, and no code was released.
+Evidence: paper. Equations from knowledge of the paper, in agreement with its abstract, its rate and reviews; the full text
+could not be read, and no code was released.
 
 From :math:`\pi_0 = \hat\pi_0 = \pi_\mathrm{ref}`, each iteration trains with the extrapolated policy as reference, and then
 extrapolates:
 
 .. math::
-    \pi_{t+1} &\propto \hat\pi_t\, e^{r_t / \beta} \quad\text{(the optimum of a pair loss whose reference is } \hat\pi_t\text{)} \\
+    \pi_{t+1} &\propto \hat\pi_t\, e^{r_t / \beta} \quad\text{(the optimum of a pair loss with reference } \hat\pi_t\text{)} \\
     \hat\pi_{t+1} &\propto \pi_{t+1}\, (\pi_{t+1} / \pi_t)^\alpha
 
 :math:`\hat\pi_t` both samples the data and is the reference, a constant; it is not :math:`\pi_t`. With DPO as the loss
-(:func:`apo_dpo_loss`) and :math:`\alpha = 0` this is iterated DPO. For a fixed reward :math:`\log\pi_t = \log\pi_0 + c_t r / \beta +
-\text{const}` with steps :math:`c_{t+1} - c_t = 1 + \alpha + \dots + \alpha^t`, so that much of the gain is that of a larger
-effective step, :math:`\beta (1 - \alpha)`: compare with that.
+(:func:`apo_dpo_loss`) and :math:`\alpha = 0` this is iterated DPO. For a fixed reward :math:`\log\pi_t = \log\pi_0 + c_t r /
+\beta + \text{const}` with steps :math:`c_{t+1} - c_t = 1 + \alpha + \dots + \alpha^t`, so that much of the gain is that of a
+larger effective step, :math:`\beta (1 - \alpha)`: compare with that.
 
 :func:`extrapolate` does it in one of three spaces. `"params"`, what the paper does with language models, moves weights
-(:func:`prefkern.optim.nesterov_extrapolate`) and is exact for policies that are linear in them. `"policy"` is the definition, for
-finitely many responses. `"logits"` (inferred) mixes the logits of two models token by token, as for decoding, which is not
-the same for whole sequences.
+(:func:`prefkern.optim.nesterov_extrapolate`) and is exact for policies that are linear in them. `"policy"` is the definition,
+for finitely many responses. `"logits"` (inferred) mixes the logits of two models token by token, as for decoding, which is
+not the same for whole sequences.
 
 Defaults: alpha 0.3, recalled and not verified, and beta 0.1, DPO's. The paper runs three iterations. Where both policies give a
 response probability 0, so does the result; where only one does, it is a ValueError (on CUDA NaN).

@@ -17,10 +17,9 @@ with sums over the tokens of the action only: history has no gradient. Reference
 which are this library's addition, it is DPO's mean.
 
 Where the release differs from the method as described: turns with satisfaction 0, the worst, reach none of its files
-(`min_score=1`; here 0 by default), and it does not check that a rewrite keeps the kind of action (`same_action`). The threshold
-that was trained with is not known. beta 0.1 is the trainer's default. Without pairs, or with weights that are all 0, the loss is 0,
-with a warning. A NaN log-prob is a ValueError on the CPU.
-"""
+(`min_score=1`; here 0 by default), and it does not check that a rewrite keeps the kind of action (`same_action`). The
+threshold that was trained with is not known. beta 0.1 is the trainer's default. Without pairs, or with weights that are all
+0, the loss is 0, with a warning. A NaN log-prob is a ValueError on the CPU."""
 
 import warnings
 

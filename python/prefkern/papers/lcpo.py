@@ -1,12 +1,12 @@
 r"""LCPO, now RE-PO: latent collective preference optimisation. How far each label is believed, by EM, over any base loss.
 
-Cao et al., "Latent Collective Preference Optimization: A General Framework for Robust LLM Alignment", arXiv:2509.24159. (First
-RPO, then LCPO, then RE-PO.)
-Evidence: paper. From the equations of its ICLR 2026 version; the announced code could not be had. The column d below is algebra on
-its equation 2.
+Cao et al., "Latent Collective Preference Optimization: A General Framework for Robust LLM Alignment", arXiv:2509.24159.
+(First RPO, then LCPO, then RE-PO.)
+Evidence: paper. From the equations of its ICLR 2026 version; the announced code could not be had. The column d below is
+algebra on its equation 2.
 
-Pair i was labelled by annotator k with reliability :math:`\eta_k`, the probability that a label is right. With the base loss in both
-orders, :math:`d = L(y_l \succ y_w) - L(y_w \succ y_l)`, :math:`p = \sigma(d)` (equations 2, 4 and 5)
+Pair i was labelled by annotator k with reliability :math:`\eta_k`, the probability that a label is right. With the base loss
+in both orders, :math:`d = L(y_l \succ y_w) - L(y_w \succ y_l)`, :math:`p = \sigma(d)` (equations 2, 4 and 5)
 
 .. math::
     w = \frac{p\,\eta}{p\,\eta + (1 - p)(1 - \eta)} = \sigma(d + \mathrm{logit}\,\eta), \qquad
@@ -29,10 +29,10 @@ with the label confidently; a label that is not believed is trained the other wa
 step (equation 7): :class:`prefkern.AnnotatorReliability`. With :math:`\eta = \frac12` nothing is learned; with 1 it is the base
 loss of Bradley and Terry; eta is held in [1e-6, 1 - 1e-6].
 
-Inside the paper: for bases that are no likelihoods equation 5 is not the base loss reweighted. RE-IPO becomes logistic and loses IPO's
-finite target, RE-CPO loses its likelihood anchor. `variant="log_p"` is equation 5; `"weighted"` (inferred, from earlier versions'
-wording) is :math:`w L(y_w \succ y_l) + (1 - w) L(y_l \succ y_w)`, which for dpo is the same. The paper sums over pairs, here it is
-the mean.
+Inside the paper: for bases that are no likelihoods equation 5 is not the base loss reweighted. RE-IPO becomes logistic and
+loses IPO's finite target, RE-CPO loses its likelihood anchor. `variant="log_p"` is equation 5; `"weighted"` (inferred, from
+earlier versions' wording) is :math:`w L(y_w \succ y_l) + (1 - w) L(y_l \succ y_w)`, which for dpo is the same. The paper sums
+over pairs, here it is the mean.
 
 Defaults: eta 0.9, the moving average's 0.1. A NaN in d is a ValueError on the CPU, before reliabilities hear of it.
 """
@@ -106,7 +106,7 @@ def lcpo_margin(
     if ref_chosen_logp is not None and ref_rejected_logp is not None:
         chosen, rejected = chosen - ref_chosen_logp.detach(), rejected - ref_rejected_logp.detach()
     if kind == "simpo":
-        assert gamma is not None
+        assert gamma is not None and chosen_lengths is not None and rejected_lengths is not None
         m = beta * (chosen / chosen_lengths - rejected / rejected_lengths)
         return F.logsigmoid(m - gamma) - F.logsigmoid(-m - gamma)
     return {"dpo": beta, "ipo": 2 / beta, "cpo": 1 + beta}[kind] * (chosen - rejected)
@@ -135,8 +135,8 @@ def lcpo_loss(
         ref_chosen_logp, ref_rejected_logp: [P]; for "dpo" and "ipo", None for 0.
         beta, gamma: of the base loss. gamma, chosen_lengths and rejected_lengths ([P]) are for "simpo", which needs them.
         eta: the reliability, a number, or one per annotator [K] with annotator: int64 or int32 [P]. Or the
-            :class:`prefkern.AnnotatorReliability` itself: its values are used, and where a gradient is wanted it is told of the w
-            of these pairs; call its `update` once per optimiser step.
+            :class:`prefkern.AnnotatorReliability` itself: its values are used, and where a gradient is wanted it is told of
+            the w of these pairs; call its `update` once per optimiser step.
         variant: "log_p", or "weighted".
 
     Metrics: chosen_reward and rejected_reward (beta times the log-ratio, or for "simpo" and "cpo" the log-prob, per token for
@@ -155,7 +155,7 @@ def lcpo_loss(
         loss = preference_loss(d, torch.zeros_like(d), beta=1.0, label_smoothing=1 - w).loss
     else:
         loss = _weighted(kind, (chosen_logp, rejected_logp), refs, lengths, w, beta, gamma)
-    average = "logp" if kind == "simpo" else None
+    average: Literal["logp"] | None = "logp" if kind == "simpo" else None
     with torch.no_grad():
         metrics = preference_loss(
             chosen_logp, rejected_logp, *refs, beta=beta, average=average, chosen_lengths=chosen_lengths,
@@ -178,16 +178,17 @@ def _weighted(
     if kind == "cpo":
         pair = preference_loss(*logps, beta=beta, label_smoothing=1 - w).loss
         return pair - (w * logps[0] + (1 - w) * logps[1]).sum() / max(len(w), 1)
-    total = logps[0].new_zeros(())
-    for weight, order in ((w, slice(None)), (1 - w, slice(None, None, -1))):
-        (one, other), (ref_one, ref_other), (n_one, n_other) = logps[order], refs[order], lengths[order]
+    total = w.new_zeros(())
+    for weight, i, j in ((w, 0, 1), (1 - w, 1, 0)):
         if kind == "ipo":
-            total = total + preference_loss(one, other, ref_one, ref_other, kind="ipo", beta=beta, weight=weight).loss
+            output = preference_loss(logps[i], logps[j], refs[i], refs[j], kind="ipo", beta=beta, weight=weight)
         else:
             assert gamma is not None
-            total = total + preference_loss(
-                one, other, beta=beta, offset=gamma, average="logp", chosen_lengths=n_one, rejected_lengths=n_other, weight=weight
-            ).loss  # fmt: skip
+            output = preference_loss(
+                logps[i], logps[j], beta=beta, offset=gamma, average="logp", chosen_lengths=lengths[i],
+                rejected_lengths=lengths[j], weight=weight,
+            )  # fmt: skip
+        total = total + output.loss
     return total
 
 

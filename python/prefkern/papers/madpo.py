@@ -12,19 +12,18 @@ With the frozen reward model's margin :math:`h = r(y_w) - r(y_l)` and :math:`\si
 
 .. math:: L = \mathrm{mean}\; w \cdot -\log\sigma\bigl(\beta [x_w - x_l]\bigr), \qquad x = \log\pi - \log\pi_\mathrm{ref}
 
-c falls from :math:`c_{\max}` to :math:`c_{\min}`, and is 1 at :math:`\tau`. The mean is over pairs, not weights. w is a constant.
-Why this w: of pairs seen in both orders as often as h says, the minimiser is :math:`\beta (x_w - x_l) = c(|h|)\,h`, as long as
-:math:`|h| < \tau`.
+c falls from :math:`c_{\max}` to :math:`c_{\min}`, and is 1 at :math:`\tau`. The mean is over pairs, not weights. w is a
+constant. Why this w: of pairs seen in both orders as often as h says, the minimiser is :math:`\beta (x_w - x_l) = c(|h|)\,h`,
+as long as :math:`|h| < \tau`.
 
-What the weights are not: with the published settings those of pairs with h > 0 lie within [0.9949, 1.2060], so that easy pairs are
-hardly damped; what is large is the damping of pairs whose label the reward model contradicts (down to 0.031 at h = -4.41). The
-"amplified" and "dampened" of the abstract speak of target margins. At :math:`h \le -\tau` the weight jumps back to 1, as in the
-release; `floor_below_tau=False` goes on with the ratio, held at e^80.
+What the weights are not: with the published settings those of pairs with h > 0 lie within [0.9949, 1.2060], so that easy
+pairs are hardly damped; what is large is the damping of pairs whose label the reward model contradicts (down to 0.031 at h =
+-4.41). The "amplified" and "dampened" of the abstract speak of target margins. At :math:`h \le -\tau` the weight jumps back
+to 1, as in the release; `floor_below_tau=False` goes on with the ratio, held at e^80.
 
-Defaults are those of the published runs: c_max 2, c_min 1 / c_max, lambda 1, tau log 999, beta 0.1. (Those of the release's class
-are tau 2.) The release's weights are NaN for margins beyond the range of exp; here they are finite for any.
-A NaN margin is a ValueError on the CPU, and NaN on CUDA.
-"""
+Defaults are those of the published runs: c_max 2, c_min 1 / c_max, lambda 1, tau log 999, beta 0.1. (Those of the release's
+class are tau 2.) The release's weights are NaN for margins beyond the range of exp; here they are finite for any. A NaN
+margin is a ValueError on the CPU, and NaN on CUDA."""
 
 import math
 

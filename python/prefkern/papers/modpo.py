@@ -3,21 +3,20 @@ r"""MODPO: multi-objective DPO. The other objectives' rewards become a margin in
 Zhou et al., "Beyond One-Preference-Fits-All Alignment: Multi-Objective Direct Preference Optimization", arXiv:2310.03708.
 Evidence: code. Losses and gradients were checked against the authors' release.
 
-Of n objectives with weights w, number 0 has the preference pairs, and the others have frozen rewards :math:`m_k`, explicit or the
-implicit ones of DPO models (:func:`implicit_reward`). With :math:`M_y = \sum_{k \ge 1} w_k m_k(y)`
+Of n objectives with weights w, number 0 has the preference pairs, and the others have frozen rewards :math:`m_k`, explicit or
+the implicit ones of DPO models (:func:`implicit_reward`). With :math:`M_y = \sum_{k \ge 1} w_k m_k(y)`
 
 .. math::
     r_y = \frac{1}{w_0} \Bigl[\beta \log\frac{\pi(y)}{\pi_\mathrm{ref}(y)} - M_y\Bigr], \qquad
     L = \mathrm{mean}\; -\log\sigma(r_w - r_l) \;\text{ or }\; \max(0, 1 - (r_w - r_l))
 
-Sums over tokens; margins, weights and reference are constants. At the optimum the policy is the one that is optimal for the sum of
-all rewards by their weights. A margin that both sides of a pair share cancels. Without other objectives it is DPO with
+Sums over tokens; margins, weights and reference are constants. At the optimum the policy is the one that is optimal for the
+sum of all rewards by their weights. A margin that both sides of a pair share cancels. Without other objectives it is DPO with
 :math:`\beta / w_0`; so it is where margins are equal: the effective beta grows as :math:`w_0` falls.
 
-Paper and release agree. The release does not check the weights: here those that do not add up to 1, whose result is a rescaled
-reward, bring a warning, and :math:`w_0 \le 0` is a ValueError; below 0.01 the loss is hardly more than its margins. Defaults are
-those of its scripts: beta 0.1. A NaN margin is a ValueError on the CPU.
-"""
+Paper and release agree. The release does not check the weights: here those that do not add up to 1, whose result is a
+rescaled reward, bring a warning, and :math:`w_0 \le 0` is a ValueError; below 0.01 the loss is hardly more than its margins.
+Defaults are those of its scripts: beta 0.1. A NaN margin is a ValueError on the CPU."""
 
 import warnings
 from collections.abc import Sequence
@@ -84,8 +83,8 @@ def modpo_loss(
         "rejected_margin", rejected_margin, weights, rejected_logp
     )
     loss, metrics = preference_loss(
-        chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, kind=kind, beta=beta, scale=1 / first, offset=gap / first,
-        reduction=reduction,
+        chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, kind=kind, beta=beta, scale=1 / first,
+        offset=gap / first, reduction=reduction,
     )  # fmt: skip
     return LossOutput(loss, {**metrics, "margin_gap": gap.sum() / max(len(gap), 1)})
 

@@ -12,12 +12,12 @@ There is no loss of its own: training is DPO,
 
 that is :func:`prefkern.preference_loss`. Here are the parts of the study:
 
-- :func:`self_rm_pair`: of a model's own samples (five in the study) the best and the worst by a reward model; :func:`mix_pair`: an
-  external response over the own one, exchanged if the reward model puts the own strictly higher. Their release carries leftovers
-  of one prompt into the next; here every prompt is by itself.
+- :func:`self_rm_pair`: of a model's own samples (five in the study) the best and the worst by a reward model;
+  :func:`mix_pair`: an external response over the own one, exchanged if the reward model puts the own strictly higher. Their
+  release carries leftovers of one prompt into the next; here every prompt is by itself.
 - :func:`linear_separability`: how well a linear probe tells the sides of held-out pairs apart, from features such as
-  :func:`pool_features` of a base model's hidden states; :func:`surface_features`: the same question of length, first token and mean
-  log-prob, which should not suffice; :func:`margin_saturation_step`: when training no longer errs.
+  :func:`pool_features` of a base model's hidden states; :func:`surface_features`: the same question of length, first token
+  and mean log-prob, which should not suffice; :func:`margin_saturation_step`: when training no longer errs.
 
 The builders compare sets that differ in margin as well as in source: match margins before blaming the source. That sides are
 separable does not prove that a policy exploits it.

@@ -8,25 +8,25 @@ With the gap :math:`g = r(y_w) - r(y_l)` of a reward model and a threshold :math
 :math:`|g| > \gamma`, and hard if not (:func:`prefkern.data.split_by_reward_gap`).
 
 .. math::
-    \text{1: } L = -\log\sigma\bigl(\beta_1 [h(y_w) - h(y_l)]\bigr) \text{ on easy pairs}, \quad h = \log\pi - \log\pi_\mathrm{SFT}
+    \text{1: } L = -\log\sigma\bigl(\beta_1 [h(y_w) - h(y_l)]\bigr) \text{ on easy pairs}, \quad
+    h = \log\pi - \log\pi_\mathrm{SFT}
 
 .. math::
     \text{2: } r_t = s\,[t = \text{last}] - \beta_2 (\log\pi_{\mathrm{old},t} - \log\pi_{\mathrm{DPO},t})
     \text{ on prompts of hard pairs, by PPO}
 
 Stage 2 starts from, and is held near, the result of stage 1. Its rewards of tokens (inferred: the standard of RLHF) are
-constants; they are :func:`prefkern.papers.ppo.token_rewards`, and the rest is :mod:`prefkern.papers.ppo`. At its start the KL is
-exactly 0.
+constants; they are :func:`prefkern.papers.ppo.token_rewards`, and the rest is :mod:`prefkern.papers.ppo`. At its start the KL
+is exactly 0.
 
 The paper's thresholds depend on the data, so gamma has no default: name it, or the share of easy pairs. Both betas are not
-known; 0.1 is DPO's. With `mode="abs"`, which the abstract suggests, a pair that is labelled wrongly with a large gap is easy and
-keeps its label: `contradicted` counts these. `mode="signed"` (inferred) sets them apart as noisy: dropped, or, given as
+known; 0.1 is DPO's. With `mode="abs"`, which the abstract suggests, a pair that is labelled wrongly with a large gap is easy
+and keeps its label: `contradicted` counts these. `mode="signed"` (inferred) sets them apart as noisy: dropped, or, given as
 `swapped`, trained the other way round.
 
-A gap of exactly gamma is hard. A NaN or infinite reward puts the pair in no part. Without easy pairs stage 1 does nothing, with a
-warning; with gamma infinite all is PPO from SFT, with gamma below every gap all is DPO. A completion without tokens gets no
-reward, and its score is lost, with a warning.
-"""
+A gap of exactly gamma is hard. A NaN or infinite reward puts the pair in no part. Without easy pairs stage 1 does nothing,
+with a warning; with gamma infinite all is PPO from SFT, with gamma below every gap all is DPO. A completion without tokens
+gets no reward, and its score is lost, with a warning."""
 
 import warnings
 from collections.abc import Hashable, Iterable, Sequence
@@ -68,8 +68,8 @@ def mpo_dpo_loss(
 ) -> LossOutput:
     """Stage 1: DPO's loss, mean over the pairs that are easy. Gradient to chosen_logp and rejected_logp.
 
-    chosen_logp to ref_rejected_logp: [P], sums over tokens; of the reference, SFT. easy: bool [P]; None: all. swapped: bool [P],
-    noisy pairs to be trained with their sides exchanged, besides the easy ones; None: none.
+    chosen_logp to ref_rejected_logp: [P], sums over tokens; of the reference, SFT. easy: bool [P]; None: all. swapped:
+    bool [P], noisy pairs to be trained with their sides exchanged, besides the easy ones; None: none.
 
     Metrics: those of :func:`prefkern.preference_loss`; by the labels as they are, also where swapped.
     """

@@ -1,30 +1,30 @@
 r"""VPO: value-incentivised preference optimisation. One regulariser for optimism online and pessimism offline.
 
-Cen et al., "Value-Incentivized Preference Optimization: A Unified Approach to Online and Offline RLHF", arXiv:2405.19320. (Not the
-VPO of "V-usable information".)
-Evidence: paper. Stated from knowledge of the paper and re-derived on a table; the text of its equations could not be read again,
-and no code was released. TRL's XPO has the online term with the reference as calibration.
+Cen et al., "Value-Incentivized Preference Optimization: A Unified Approach to Online and Offline RLHF", arXiv:2405.19320.
+(Not the VPO of "V-usable information".)
+Evidence: paper. Stated from knowledge of the paper and re-derived on a table; the text of its equations could not be read
+again, and no code was released. TRL's XPO has the online term with the reference as calibration.
 
-With :math:`x = \log\pi - \log\pi_\mathrm{ref}`, summed over tokens, and calibration responses :math:`y_c` of a fixed distribution
+With :math:`x = \log\pi - \log\pi_\mathrm{ref}`, summed over tokens, and calibration responses :math:`y_c` of a fixed
+distribution
 
 .. math::
     L = \mathrm{mean}\; -\log\sigma\bigl(\beta [x_w - x_l]\bigr) \;\pm\; \alpha \beta\, \mathrm{mean}_c\; x(y_c), \qquad
     \hat J = -\beta\, \mathrm{mean}_c\; x(y_c)
 
-with + online, which makes calibration responses less likely, to look elsewhere, and - offline, which keeps them likely. The second
-term is :math:`\mp \alpha \hat J`: the value of the best policy, when the reward's shift is fixed by having no mean under the
-calibration distribution. The reference is constant and only moves the reported value.
+with + online, which makes calibration responses less likely, to look elsewhere, and - offline, which keeps them likely. The
+second term is :math:`\mp \alpha \hat J`: the value of the best policy, when the reward's shift is fixed by having no mean
+under the calibration distribution. The reference is constant and only moves the reported value.
 
-Calibrate online with samples of the reference or of the last policy, offline with responses of the data set: with the chosen ones,
-offline VPO is DPO plus alpha beta times their negative log-likelihood (RPO's regulariser), up to a constant. With the rejected ones it
-would raise those: a warning.
+Calibrate online with samples of the reference or of the last policy, offline with responses of the data set: with the chosen
+ones, offline VPO is DPO plus alpha beta times their negative log-likelihood (RPO's regulariser), up to a constant. With the
+rejected ones it would raise those: a warning.
 
-What is chosen here: means, where the paper sums its first term over the data set, so that its alpha absorbs the size; and sums over
-tokens in the second, which grow with length (`cal_lengths` divides by it). beta 0.1 and alpha 0.01 are this library's, the paper's
-are not known. The online term has no lower bound: watch `value`, or hold log-probs at `cal_floor`, below which they have no
-gradient (off by default). alpha = 0 is DPO, and needs no calibration responses; else none is a ValueError. A NaN log-prob is a
-ValueError on the CPU.
-"""
+What is chosen here: means, where the paper sums its first term over the data set, so that its alpha absorbs the size; and
+sums over tokens in the second, which grow with length (`cal_lengths` divides by it). beta 0.1 and alpha 0.01 are this
+library's, the paper's are not known. The online term has no lower bound: watch `value`, or hold log-probs at `cal_floor`,
+below which they have no gradient (off by default). alpha = 0 is DPO, and needs no calibration responses; else none is a
+ValueError. A NaN log-prob is a ValueError on the CPU."""
 
 import warnings
 from typing import Literal
@@ -68,8 +68,8 @@ def vpo_loss(
 ) -> LossOutput:
     """The loss of P pairs and C calibration responses. Gradient to chosen_logp, rejected_logp and cal_logp.
 
-    chosen_logp to ref_rejected_logp: [P], cal_logp, ref_cal_logp: [C]; sums over tokens. cal_weight: [C], not negative; instead of
-    1/C, after division by their sum. cal_lengths: [C], divides the log-ratios. cal_floor: log-probs of calibration responses
+    chosen_logp to ref_rejected_logp: [P], cal_logp, ref_cal_logp: [C]; sums over tokens. cal_weight: [C], not negative; instead
+    of 1/C, after division by their sum. cal_lengths: [C], divides the log-ratios. cal_floor: log-probs of calibration responses
     are held at this.
 
     Metrics: those of :func:`prefkern.preference_loss`, pair_loss, and value, the estimate of the best policy's.
