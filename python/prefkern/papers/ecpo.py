@@ -22,15 +22,18 @@ threshold that was trained with is not known. beta 0.1 is the trainer's default.
 0, the loss is 0, with a warning. A NaN log-prob is a ValueError on the CPU."""
 
 import warnings
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from ..data import ecpo_satisfaction, ecpo_select
 from ..ops import LossOutput, preference_loss
 from ._about import About
+from ._pairs import PairRecipe, Pairs
 from ._shared import check_rows, check_values, may_look
 
-__all__ = ["about", "ecpo_satisfaction", "ecpo_select", "turn_dpo_loss"]
+__all__ = ["ECPO", "about", "ecpo_satisfaction", "ecpo_select", "recipe", "turn_dpo_loss"]
 
 about = About(
     name="ECPO",
@@ -46,25 +49,43 @@ about = About(
 def turn_dpo_loss(
     chosen_logp: Tensor,
     rejected_logp: Tensor,
-    ref_chosen_logp: Tensor,
-    ref_rejected_logp: Tensor,
+    ref_chosen_logp: Tensor | None,
+    ref_rejected_logp: Tensor | None,
     *,
     beta: float = 0.1,
     turn_weight: Tensor | None = None,
 ) -> LossOutput:
     """DPO's loss of turns, weighted. Gradient to chosen_logp and rejected_logp.
 
-    chosen_logp to ref_rejected_logp: [P], sums over the tokens of the action. turn_weight: [P], not negative, such as how far
-    the satisfaction lay below the threshold; scaling all changes nothing. None: all alike.
+    chosen_logp to ref_rejected_logp: [P], sums over the tokens of the action; None for 0, of log-ratios. turn_weight: [P],
+    not negative, such as how far the satisfaction lay below the threshold; scaling all changes nothing. None: all alike.
 
     Metrics: those of :func:`prefkern.preference_loss`.
     """
     check_rows(len(chosen_logp), turn_weight=turn_weight)
     given = {"chosen_logp": chosen_logp, "rejected_logp": rejected_logp}
-    for name, logp in (given | {"ref_chosen_logp": ref_chosen_logp, "ref_rejected_logp": ref_rejected_logp}).items():
-        check_values(name, logp, ~logp.isnan(), "a log-prob is expected")
+    for name, logp in {**given, "ref_chosen_logp": ref_chosen_logp, "ref_rejected_logp": ref_rejected_logp}.items():
+        if logp is not None:
+            check_values(name, logp, ~logp.isnan(), "a log-prob is expected")
     if len(chosen_logp) == 0 or (turn_weight is not None and may_look(turn_weight) and not bool(turn_weight.any())):
         warnings.warn("no turn counts: the loss is 0", stacklevel=2)
     return preference_loss(
         chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, beta=beta, weight=turn_weight, reduction="weighted_mean"
     )
+
+
+@dataclass(frozen=True)
+class ECPO(PairRecipe):
+    """DPO of turns that :func:`ecpo_select` picked; masks mark the tokens of the action.
+
+    `extra` may hold `turn_weight`, [P].
+    """
+
+    name: ClassVar[str] = "ecpo"
+    beta: float = 0.1
+
+    def pair_loss(self, pairs: Pairs) -> LossOutput:
+        return turn_dpo_loss(*pairs.log_ratios(), None, None, turn_weight=pairs.get("turn_weight"), **self.options())
+
+
+recipe = ECPO()

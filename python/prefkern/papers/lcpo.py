@@ -37,7 +37,8 @@ over pairs, here it is the mean.
 Defaults: eta 0.9, the moving average's 0.1. A NaN in d is a ValueError on the CPU, before reliabilities hear of it.
 """
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -46,9 +47,10 @@ from torch import Tensor
 from ..ops import LossOutput, preference_loss
 from ..reliability import AnnotatorReliability
 from ._about import About
+from ._pairs import PairRecipe, Pairs
 from ._shared import check_choice, check_rows, check_values
 
-__all__ = ["AnnotatorReliability", "about", "label_posterior", "lcpo_loss", "lcpo_margin"]
+__all__ = ["LCPO", "AnnotatorReliability", "about", "label_posterior", "lcpo_loss", "lcpo_margin", "recipe"]
 
 about = About(
     name="LCPO",
@@ -163,6 +165,53 @@ def lcpo_loss(
         ).metrics  # fmt: skip
     del metrics["clamped"]
     return LossOutput(loss, {**metrics, "posterior": w.sum() / max(len(w), 1)})
+
+
+@dataclass(frozen=True)
+class LCPO(PairRecipe):
+    """A base loss whose labels are believed as far as the policy and their annotator say.
+
+    `extra` may hold `annotator`, ids [P], and `eta`, [K], which goes before the option: the reliabilities as they are now. To
+    move them, give :meth:`posterior` to `AnnotatorReliability.update` after each step of the optimiser.
+    """
+
+    name: ClassVar[str] = "lcpo"
+    needs: ClassVar[tuple[str, ...]] = ()
+    kind: Literal["dpo", "ipo", "simpo", "cpo"] = "dpo"
+    beta: float = 0.1
+    gamma: float | None = None
+    eta: float = 0.9
+    variant: Literal["log_p", "weighted"] = "log_p"
+
+    def posterior(self, pairs: Pairs) -> Tensor:
+        """w [P] of these pairs, a constant."""
+        d = lcpo_margin(self.kind, *self._sides(pairs), beta=self.beta, gamma=self.gamma, **self._lengths(pairs))
+        return label_posterior(d, self._eta(pairs), pairs.get("annotator"))
+
+    def pair_loss(self, pairs: Pairs) -> LossOutput:
+        return lcpo_loss(
+            self.kind, *self._sides(pairs), beta=self.beta, gamma=self.gamma, eta=self._eta(pairs),
+            annotator=pairs.get("annotator"), variant=self.variant, **self._lengths(pairs),
+        )  # fmt: skip
+
+    def _sides(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        if self.kind in ("simpo", "cpo"):
+            return pairs.log_probs()
+        pairs.require("ref_logp")
+        return pairs.log_ratios()
+
+    def _lengths(self, pairs: Pairs) -> dict[str, Tensor]:
+        if self.kind != "simpo":
+            return {}
+        chosen, rejected = pairs.lengths()
+        return {"chosen_lengths": chosen, "rejected_lengths": rejected}
+
+    def _eta(self, pairs: Pairs) -> float | Tensor:
+        given = pairs.get("eta")
+        return self.eta if given is None else given
+
+
+recipe = LCPO()
 
 
 def _weighted(

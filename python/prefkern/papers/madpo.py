@@ -26,6 +26,8 @@ class are tau 2.) The release's weights are NaN for margins beyond the range of 
 margin is a ValueError on the CPU, and NaN on CUDA."""
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +35,10 @@ from torch import Tensor
 
 from ..ops import LossOutput, preference_loss
 from ._about import About
+from ._pairs import PairRecipe, Pairs
 from ._shared import check_rows, check_values
 
-__all__ = ["about", "madpo_loss", "madpo_scale", "madpo_weight"]
+__all__ = ["MADPO", "about", "madpo_loss", "madpo_scale", "madpo_weight", "recipe"]
 
 about = About(
     name="MADPO",
@@ -90,8 +93,8 @@ def madpo_weight(
 def madpo_loss(
     chosen_logp: Tensor,
     rejected_logp: Tensor,
-    ref_chosen_logp: Tensor,
-    ref_rejected_logp: Tensor,
+    ref_chosen_logp: Tensor | None,
+    ref_rejected_logp: Tensor | None,
     margin: Tensor,
     *,
     beta: float = 0.1,
@@ -103,7 +106,8 @@ def madpo_loss(
 ) -> LossOutput:
     """DPO's loss, each pair with its :func:`madpo_weight`. Gradient to chosen_logp and rejected_logp.
 
-    chosen_logp to ref_rejected_logp: [P], sums over tokens. margin: [P], chosen less rejected, of the reward model.
+    chosen_logp to ref_rejected_logp: [P], sums over tokens; None for 0, of log-ratios. margin: [P], chosen less rejected, of
+    the reward model.
 
     Metrics: those of :func:`prefkern.preference_loss`, and weight_mean.
     """
@@ -113,6 +117,26 @@ def madpo_loss(
         chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, beta=beta, weight=weight.to(chosen_logp.dtype)
     )
     return LossOutput(loss, {**metrics, "weight_mean": weight.mean()})
+
+
+@dataclass(frozen=True)
+class MADPO(PairRecipe):
+    """DPO whose pairs are weighted by a reward model's margins: `margin` [P] in `extra`."""
+
+    name: ClassVar[str] = "madpo"
+    needs: ClassVar[tuple[str, ...]] = ("ref_logp", "margin")
+    beta: float = 0.1
+    c_max: float = 2.0
+    c_min: float | None = None
+    lmbda: float = 1.0
+    tau: float = TAU
+    floor_below_tau: bool = True
+
+    def pair_loss(self, pairs: Pairs) -> LossOutput:
+        return madpo_loss(*pairs.log_ratios(), None, None, pairs.require("margin"), **self.options())
+
+
+recipe = MADPO()
 
 
 def _checked(c_max: float, c_min: float | None, lmbda: float, tau: float) -> float:

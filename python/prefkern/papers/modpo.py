@@ -20,16 +20,18 @@ Defaults are those of its scripts: beta 0.1. A NaN margin is a ValueError on the
 
 import warnings
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..ops import LossOutput, preference_loss
 from ._about import About
+from ._pairs import PairRecipe, Pairs
 from ._shared import check_choice, check_values
 
-__all__ = ["about", "implicit_reward", "modpo_loss", "modpo_rewards"]
+__all__ = ["MODPO", "about", "implicit_reward", "modpo_loss", "modpo_rewards", "recipe"]
 
 about = About(
     name="MODPO",
@@ -58,8 +60,8 @@ def modpo_rewards(
 def modpo_loss(
     chosen_logp: Tensor,
     rejected_logp: Tensor,
-    ref_chosen_logp: Tensor,
-    ref_rejected_logp: Tensor,
+    ref_chosen_logp: Tensor | None,
+    ref_rejected_logp: Tensor | None,
     chosen_margin: Tensor | None,
     rejected_margin: Tensor | None,
     weights: Sequence[float],
@@ -70,8 +72,9 @@ def modpo_loss(
 ) -> LossOutput:
     """The loss of pairs that objective 0 has judged. Gradient to chosen_logp and rejected_logp.
 
-    chosen_logp to ref_rejected_logp: [P], sums over tokens. chosen_margin, rejected_margin: the other objectives' rewards,
-    [P, n - 1], or [P] for a single one; None without others. weights: n numbers, objective 0 first.
+    chosen_logp to ref_rejected_logp: [P], sums over tokens; None for 0, of log-ratios. chosen_margin, rejected_margin: the
+    other objectives' rewards, [P, n - 1], or [P] for a single one; None without others. weights: n numbers, objective 0
+    first.
 
     Metrics: those of :func:`prefkern.preference_loss`, whose rewards are beta times the log-ratio, and margin_gap, the mean of
     M_w - M_l.
@@ -87,6 +90,25 @@ def modpo_loss(
         offset=gap / first, reduction=reduction,
     )  # fmt: skip
     return LossOutput(loss, {**metrics, "margin_gap": gap.sum() / max(len(gap), 1)})
+
+
+@dataclass(frozen=True)
+class MODPO(PairRecipe):
+    """Pairs of one objective; `extra` holds the rewards of the others, `chosen_margin` and `rejected_margin`."""
+
+    name: ClassVar[str] = "modpo"
+    needs: ClassVar[tuple[str, ...]] = ("ref_logp", "chosen_margin", "rejected_margin")
+    weights: tuple[float, ...] = (0.5, 0.5)
+    """One per objective, that of the pairs first."""
+    beta: float = 0.1
+    kind: Literal["sigmoid", "hinge"] = "sigmoid"
+
+    def pair_loss(self, pairs: Pairs) -> LossOutput:
+        margins = pairs.require("chosen_margin"), pairs.require("rejected_margin")
+        return modpo_loss(*pairs.log_ratios(), None, None, *margins, **self.options())
+
+
+recipe = MODPO()
 
 
 def _checked(weights: Sequence[float]) -> float:

@@ -27,16 +27,18 @@ below which they have no gradient (off by default). alpha = 0 is DPO, and needs 
 ValueError. A NaN log-prob is a ValueError on the CPU."""
 
 import warnings
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..ops import LossOutput, preference_loss
 from ._about import About
+from ._pairs import PairRecipe, Pairs
 from ._shared import check_choice, check_rows, check_values, may_look
 
-__all__ = ["about", "vpo_loss"]
+__all__ = ["VPO", "about", "recipe", "vpo_loss"]
 
 about = About(
     name="VPO",
@@ -54,8 +56,8 @@ MODES = ("online", "offline")
 def vpo_loss(
     chosen_logp: Tensor,
     rejected_logp: Tensor,
-    ref_chosen_logp: Tensor,
-    ref_rejected_logp: Tensor,
+    ref_chosen_logp: Tensor | None,
+    ref_rejected_logp: Tensor | None,
     cal_logp: Tensor | None,
     ref_cal_logp: Tensor | None,
     *,
@@ -68,9 +70,9 @@ def vpo_loss(
 ) -> LossOutput:
     """The loss of P pairs and C calibration responses. Gradient to chosen_logp, rejected_logp and cal_logp.
 
-    chosen_logp to ref_rejected_logp: [P], cal_logp, ref_cal_logp: [C]; sums over tokens. cal_weight: [C], not negative; instead
-    of 1/C, after division by their sum. cal_lengths: [C], divides the log-ratios. cal_floor: log-probs of calibration responses
-    are held at this.
+    chosen_logp to ref_rejected_logp: [P], sums over tokens; the reference None for 0, of log-ratios. cal_logp, ref_cal_logp: [C],
+    alike. cal_weight: [C], not negative; instead of 1/C, after division by their sum. cal_lengths: [C], divides the log-ratios.
+    cal_floor: log-probs of calibration responses are held at this.
 
     Metrics: those of :func:`prefkern.preference_loss`, pair_loss, and value, the estimate of the best policy's.
     """
@@ -96,6 +98,29 @@ def vpo_loss(
     if alpha == 0:
         return LossOutput(pair_loss, metrics)
     return LossOutput(pair_loss + (alpha if mode == "online" else -alpha) * beta * ratio, metrics)
+
+
+@dataclass(frozen=True)
+class VPO(PairRecipe):
+    """DPO and a value term. `extra` holds `cal_logp`, with its gradient, and `ref_cal_logp`, sums over tokens [C]; offline,
+    where it does not, the chosen responses calibrate."""
+
+    name: ClassVar[str] = "vpo"
+    beta: float = 0.1
+    alpha: float = 0.01
+    mode: Literal["online", "offline"] = "online"
+    cal_floor: float | None = None
+
+    def pair_loss(self, pairs: Pairs) -> LossOutput:
+        ratios = pairs.log_ratios()
+        calibration = (pairs.get("cal_logp"), pairs.get("ref_cal_logp"))
+        if calibration == (None, None) and self.mode == "offline":
+            chosen, references = pairs.log_probs().chosen, pairs.ref_log_probs().chosen
+            calibration = (chosen, references)
+        return vpo_loss(*ratios, None, None, *calibration, **self.options())
+
+
+recipe = VPO()
 
 
 def _mean_ratio(logp: Tensor, ref_logp: Tensor, weight: Tensor | None, lengths: Tensor | None, floor: float | None) -> Tensor:
