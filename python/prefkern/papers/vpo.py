@@ -70,9 +70,9 @@ def vpo_loss(
 ) -> LossOutput:
     """The loss of P pairs and C calibration responses. Gradient to chosen_logp, rejected_logp and cal_logp.
 
-    chosen_logp to ref_rejected_logp: [P], sums over tokens; the reference None for 0, of log-ratios. cal_logp, ref_cal_logp: [C],
-    alike. cal_weight: [C], not negative; instead of 1/C, after division by their sum. cal_lengths: [C], divides the log-ratios.
-    cal_floor: log-probs of calibration responses are held at this.
+    chosen_logp to ref_rejected_logp: [P], sums over tokens; the reference None for 0, of log-ratios. cal_logp, ref_cal_logp:
+    [C], alike. cal_weight: [C], not negative; instead of 1/C, after division by their sum. cal_lengths: [C], divides the
+    log-ratios. cal_floor: log-probs of calibration responses are held at this.
 
     Metrics: those of :func:`prefkern.preference_loss`, pair_loss, and value, the estimate of the best policy's.
     """
