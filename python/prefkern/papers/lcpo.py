@@ -74,7 +74,10 @@ def label_posterior(margin: Tensor, eta: float | Tensor, annotator: Tensor | Non
     eta: the reliability, a number, or one per annotator [K] with annotator: ids [P]; without ids one for all.
     """
     d = margin.detach() if margin.dtype == torch.float64 else margin.detach().float()
-    rates = torch.as_tensor(eta, dtype=torch.float64, device=d.device).detach().reshape(-1)
+    if isinstance(eta, Tensor):
+        rates = eta.detach().to(d.device, torch.float64).reshape(-1)
+    else:
+        rates = torch.full((1,), eta, dtype=torch.float64, device=d.device)
     check_values("eta", rates, (rates >= 0) & (rates <= 1), "a probability is expected")
     rates = rates.clamp(_EDGE, 1 - _EDGE)
     logit = torch.logit(rates).to(d.dtype)
@@ -153,17 +156,18 @@ def lcpo_loss(
     w = label_posterior(d, rates, annotator)
     if isinstance(eta, AnnotatorReliability) and d.requires_grad:
         eta.accumulate(w, annotator)
-    if variant == "log_p" or kind == "dpo":
-        loss = preference_loss(d, torch.zeros_like(d), beta=1.0, label_smoothing=1 - w).loss
-    else:
-        loss = _weighted(kind, (chosen_logp, rejected_logp), refs, lengths, w, beta, gamma)
     average: Literal["logp"] | None = "logp" if kind == "simpo" else None
-    with torch.no_grad():
-        metrics = preference_loss(
+    smoothing = 1 - w if kind == "dpo" else 0.0  # the two variants are one, and its loss is the op's own
+    with torch.set_grad_enabled(kind == "dpo" and torch.is_grad_enabled()):
+        loss, metrics = preference_loss(
             chosen_logp, rejected_logp, *refs, beta=beta, average=average, chosen_lengths=chosen_lengths,
-            rejected_lengths=rejected_lengths,
-        ).metrics  # fmt: skip
-    del metrics["clamped"]
+            rejected_lengths=rejected_lengths, label_smoothing=smoothing,
+        )  # fmt: skip
+    if kind != "dpo" and variant == "log_p":
+        loss = preference_loss(d, torch.zeros_like(d), beta=1.0, label_smoothing=1 - w).loss
+    elif kind != "dpo":
+        loss = _weighted(kind, (chosen_logp, rejected_logp), refs, lengths, w, beta, gamma)
+    metrics = {name: value for name, value in metrics.items() if name != "clamped"}
     return LossOutput(loss, {**metrics, "posterior": w.sum() / max(len(w), 1)})
 
 

@@ -112,9 +112,10 @@ def kl_shaped_rewards(
     """
     if not beta >= 0:
         raise ValueError(f"beta is {beta}; it must not be negative")
-    lengths = sequence_sum(torch.ones_like(old_logp), mask, cu_seqlens=cu_seqlens)
-    check_rows(len(lengths), rewards=rewards)
-    if may_look(lengths) and not bool(lengths.all()):
-        empty = int((lengths == 0).nonzero()[0])
-        warnings.warn(f"completion {empty} has no token that counts: its score is dropped", stacklevel=2)
+    check_rows(len(old_logp) if cu_seqlens is None else len(cu_seqlens) - 1, rewards=rewards)
+    if may_look(old_logp):
+        lengths = sequence_sum(torch.ones_like(old_logp), mask, cu_seqlens=cu_seqlens)
+        if not bool(lengths.all()):
+            empty = int((lengths == 0).nonzero()[0])
+            warnings.warn(f"completion {empty} has no token that counts: its score is dropped", stacklevel=2)
     return token_rewards(rewards, old_logp, mask, cu_seqlens=cu_seqlens, ref_logp=ref_logp, beta=beta)
