@@ -146,3 +146,16 @@ def test_the_recipe_is_aot_of_the_sums(form) -> None:
 def test_refused(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         run(**options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([1.0], REJECTED), "chosen_logp is a list; a torch.Tensor is expected"),
+        ((CHOSEN, None), "rejected_logp is a NoneType; a torch.Tensor is expected"),
+        ((CHOSEN, REJECTED, 0.0), "ref_chosen_logp is a float; a torch.Tensor is expected"),
+    ],
+)
+def test_other_types_are_refused(arguments, message) -> None:
+    with pytest.raises(TypeError, match=message):
+        aot_loss(*arguments)

@@ -189,6 +189,18 @@ def test_refused(options, message) -> None:
         run(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lengths": ([1, 1], torch.ones(2))}, "chosen_lengths is a list; a torch.Tensor is expected"),
+        ({"beta": None}, "beta is None; a number is expected"),
+    ],
+)
+def test_other_types_are_refused(options, message) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        run(**options)
+
+
 def test_the_recipe_is_asft_of_the_means() -> None:
     lengths = torch.tensor([4, 2, 3, 5])
     mask = torch.arange(5) < lengths[:, None]

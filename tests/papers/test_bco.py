@@ -204,3 +204,10 @@ def test_the_recipe_takes_shift_and_weights_from_the_pairs() -> None:
 def test_refused(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         run(**options)
+
+
+def test_other_types_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"rejected_weight is a float; a torch\.Tensor is expected"):
+        run(rejected_weight=1.0)
+    with pytest.raises(TypeError, match=r"rewards is a float; a torch\.Tensor is expected"):
+        RewardShift().update(1.0)

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from ..ops import LossOutput, preference_loss
+from ..ops._arguments import check_tensors
 from ..ops.preference import Reduction
 from ._about import About
 from ._pairs import PairRecipe, Pairs
@@ -65,11 +66,11 @@ def aot_loss(
     Metrics are those of `prefkern.preference_loss`; accuracy is the share of ranks with a positive margin.
     """
     check_choice("form", form, ("paired", "unpaired"))
-    sides = {
-        "rejected_logp": rejected_logp, "ref_chosen_logp": ref_chosen_logp, "ref_rejected_logp": ref_rejected_logp,
-    }  # fmt: skip
-    for name, t in sides.items():
-        if t is not None and t.shape != chosen_logp.shape:
+    sides = {"chosen_logp": chosen_logp, "rejected_logp": rejected_logp}
+    references = {"ref_chosen_logp": ref_chosen_logp, "ref_rejected_logp": ref_rejected_logp}
+    for name, t in (sides | {name: t for name, t in references.items() if t is not None}).items():
+        check_tensors(**{name: t})
+        if t.shape != chosen_logp.shape:
             shapes = f"{list(t.shape)}; chosen_logp has shape {list(chosen_logp.shape)}"
             raise ValueError(f"{name} has shape {shapes}, and both sides must be as many")
     chosen, rejected, zeros = chosen_logp.detach(), rejected_logp.detach(), torch.zeros_like(chosen_logp)

@@ -1,8 +1,8 @@
 r"""APO, anchored: whether both responses should rise or fall is said, not left to the data.
 
 D'Oosterlinck et al., "Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in Alignment",
-arXiv:2408.06266. Not the accelerated preference optimisation of arXiv:2410.06293, which shares the acronym and moves the
-reference policy by Nesterov's rule.
+arXiv:2408.06266. Not accelerated preference optimisation (arXiv:2410.06293, `prefkern.papers.apo_accel`), which shares the
+acronym and extrapolates the reference policy by Nesterov's rule.
 Evidence: code. TRL and Liger-Kernel, values and gradients; the unpaired form was read in TRL, not run.
 
 With :math:`u = \beta (\log\pi - \log\pi_\mathrm{ref})` summed over a response:

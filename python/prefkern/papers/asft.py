@@ -32,10 +32,11 @@ import torch
 from torch import Tensor
 
 from ..ops import LossOutput, preference_loss
+from ..ops._arguments import check_tensors, number
 from ..ops.preference import Reduction
 from ._about import About
 from ._pairs import PairRecipe, Pairs, check_pair_lengths
-from ._shared import check_values
+from ._shared import check_values, may_look
 
 about = About(
     name="ASFT (aligned)",
@@ -65,7 +66,12 @@ def asft_loss(
     Gradient to chosen_logp and rejected_logp. lam, ce_coef: lambda and c above. Metrics: those of `prefkern.preference_loss`,
     rewards being beta times the log-odds; clamped counts pairs with a response above max_p.
     """
-    if max_p is None and chosen_logp.shape == chosen_lengths.shape and rejected_logp.shape == rejected_lengths.shape:
+    check_tensors(
+        chosen_logp=chosen_logp, rejected_logp=rejected_logp, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths
+    )
+    beta = number("beta", beta)
+    alike = chosen_logp.shape == chosen_lengths.shape and rejected_logp.shape == rejected_lengths.shape
+    if max_p is None and alike and may_look(chosen_logp):
         check_pair_lengths(chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
         below = "a mean log-prob below 0 is expected, or max_p"
         a_w, a_l = chosen_logp.detach() / chosen_lengths, rejected_logp.detach() / rejected_lengths

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from ..ops import LossOutput, preference_loss, unpaired_loss
+from ..ops._arguments import check_tensors
 from ..ops.preference import Reduction
 from ._about import About
 from ._pairs import PairRecipe, Pairs
@@ -69,6 +70,7 @@ class RewardShift:
         A reward that is not finite is a ValueError, or, where it may not be looked at, gives this mean and leaves the next ones
         without this batch.
         """
+        check_tensors(rewards=rewards)
         check_finite("rewards", rewards)
         new = rewards.detach().double()
         total = new.sum()
@@ -113,6 +115,7 @@ def bco_pair_loss(
     logps = (chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp)
     if rejected_weight is None:
         return preference_loss(*logps, kind="bco_pair", beta=beta, offset=delta, reduction=reduction)
+    check_tensors(chosen_logp=chosen_logp, rejected_logp=rejected_logp, rejected_weight=rejected_weight)
     for name, t in (("rejected_logp", rejected_logp), ("rejected_weight", rejected_weight)):
         if t.shape != chosen_logp.shape:
             raise ValueError(f"{name} has shape {list(t.shape)}; chosen_logp has shape {list(chosen_logp.shape)}, so the same")

@@ -1,8 +1,9 @@
 r"""RPO: DPO plus the likelihood of the chosen response.
 
 Liu et al., "Provably Mitigating Overoptimization in RLHF: Your SFT Loss is Implicitly an Adversarial Regularizer",
-arXiv:2405.16436; the same loss, on pairs that the policy wrote, is Iterative RPO's (Pang et al., "Iterative Reasoning
-Preference Optimization", arXiv:2404.19733). Neither relative nor reward-aware preference optimisation, which share the acronym.
+arXiv:2405.16436; on pairs that the policy wrote, and with a likelihood per token, it is Iterative RPO's (Pang et al.,
+"Iterative Reasoning Preference Optimization", arXiv:2404.19733). Neither relative nor reward-aware preference optimisation,
+which share the acronym.
 Evidence: code. TRL's and Liger's loss; OpenRLHF's reduction of the likelihood was read.
 
 With :math:`z = \beta (x_w - x_l)`, x the log-ratio :math:`\log\pi - \log\pi_\mathrm{ref}` summed over a response of n tokens:
