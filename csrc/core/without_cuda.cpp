@@ -4,6 +4,7 @@
 #include "advantages/masked_pairs.h"
 #include "advantages/moments.h"
 #include "advantages/question_weights.h"
+#include "conflicts/divergence.h"
 #include "conflicts/runs.h"
 #include "core/cuda_runtime.h"
 #include "filters/select.h"
@@ -12,6 +13,7 @@
 #include "logprobs/logits_fold.h"
 #include "policy/importance.h"
 #include "policy/token_loss.h"
+#include "sequence/pooling.h"
 #include "sequence/returns.h"
 #include "sequence/sequence_sums.h"
 
@@ -27,6 +29,8 @@ int cuda_group_advantages(const GroupArgs<float>&, void*) { return kBuiltWithout
 int cuda_conflict_runs(const ConflictArgs<int32_t>&, void*) { return kBuiltWithoutCuda; }
 int cuda_conflict_runs(const ConflictArgs<int64_t>&, void*) { return kBuiltWithoutCuda; }
 int cuda_conflict_weights(const ConflictWeightArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_first_divergence(const DivergenceArgs<int32_t>&, void*) { return kBuiltWithoutCuda; }
+int cuda_first_divergence(const DivergenceArgs<int64_t>&, void*) { return kBuiltWithoutCuda; }
 int cuda_quantile(const SelectArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_keep_largest(const SelectArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_keep_from(const SelectArgs<float>&, void*) { return kBuiltWithoutCuda; }
@@ -39,6 +43,8 @@ int cuda_policy_loss(const PolicyArgs<float>&, void*) { return kBuiltWithoutCuda
 int cuda_policy_loss_backward(const PolicyGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_sequence_sums(const SequenceSumArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_sequence_sums_backward(const SequenceSumArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_pool(const PoolArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_pool_backward(const PoolArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_returns(const ReturnsArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_segmented_returns(const SegmentedArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_group_reduce(const GroupReduceArgs<float>&, void*) { return kBuiltWithoutCuda; }
