@@ -19,7 +19,7 @@ __all__ = [*_ops, "build_info", "capabilities"]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> _ModuleType:
-    """`prefkern.papers` and `prefkern.reference` are loaded when they are first asked for."""
-    if name in ("papers", "reference"):
+    """`prefkern.mcts`, `prefkern.papers` and `prefkern.reference` are loaded when they are first asked for."""
+    if name in ("mcts", "papers", "reference"):
         return _importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -88,7 +88,7 @@ def _sums(
     if weights is not None:
         terms = terms * weights.detach().reshape(-1)[keep].to(terms.dtype)
     place = _positions(row[keep], rows)
-    if head is not None:
+    if head is not None and tail_weight is not None:
         terms = torch.where(place < head[row[keep]], terms, terms * tail_weight)
     terms = terms * decay ** place.to(terms.dtype)
     zeros = terms.new_zeros(rows)
