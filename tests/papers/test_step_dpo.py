@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from prefkern import preference_loss
-from prefkern.data.steps import first_error_step
+from prefkern.data import first_error_step
 from prefkern.papers import step_dpo
 
 F64, NAN = torch.float64, math.nan

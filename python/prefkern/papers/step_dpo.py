@@ -20,7 +20,7 @@ positions where the step begins and behind which it is over. A span is never cut
 ValueError, as is an empty one (on CUDA such pairs come out NaN).
 
 Pairs (paper and code): sample with the reference policy, keep solutions with a wrong answer, find their first wrong step
-(`prefkern.data.steps.first_error_step`); sample again from the correct prefix, and take the next step of a continuation whose
+(`prefkern.data.first_error_step`); sample again from the correct prefix, and take the next step of a continuation whose
 answer is right. Both sides are the policy's own. A solution without a wrong step makes no pair. Two equal steps give the loss
 log 2 and gradients that cancel in the weights of the model; they are worth leaving out.
 
