@@ -19,6 +19,7 @@ WORDS = {
     "gcpo": "part", "otc": "paper", "mo_grpo": "part", "apo_accel": "paper", "curry_dpo": "paper", "ecpo": "code",
     "lcpo": "paper", "madpo": "code", "modpo": "code", "more_is_less": "part", "mpo_mixed": "paper", "vpo": "paper",
     "spo_self": "inferred",
+    "r_dpo": "paper", "soft_preference": "paper", "dpo_survey": "part",
 }  # fmt: skip
 
 
