@@ -16,6 +16,7 @@ WORDS = {
     "grpo": "code", "dr_grpo": "code",
     "gdpo": "code", "ngrpo": "code", "gtpo": "code", "etr": "inferred", "dgpo": "code", "dagrpo": "inferred",
     "reg_grpo": "paper", "gigpo": "code", "disco": "code", "trpa": "code", "tppo": "part", "copg": "paper", "cgpo": "paper",
+    "dno": "paper",
     "gcpo": "part", "otc": "paper", "mo_grpo": "part",
 }  # fmt: skip
 
