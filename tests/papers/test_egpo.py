@@ -219,6 +219,15 @@ def test_a_small_gap_has_its_digits() -> None:
     assert gaps[2] / gaps[1] == pytest.approx(1e-4, rel=1e-2)
 
 
+def test_a_policy_far_from_its_best_response_has_a_finite_gap() -> None:
+    _, ref, preference = random_game(5)
+    pure = tensor(0, -2000, 0, -900, -3)
+    log_pi = torch.log_softmax(pure, -1)
+    expected = 0.2 * (log_pi.exp() * (log_pi - egpo.best_response(pure, ref, preference, beta=0.1))).sum()
+    close(egpo.dual_gap(pure, ref, preference, beta=0.1), expected, atol=1e-13)
+    assert torch.autograd.grad(egpo.dual_gap(pure.requires_grad_(), ref, preference, beta=0.1), pure)[0].isfinite().all()
+
+
 # ---- the loss of sampled responses
 
 PAIRS = {

@@ -104,8 +104,11 @@ def dual_gap(logits: Tensor, ref_logits: Tensor, preference: Tensor, *, beta: fl
     The game is symmetric, so both players have the same best response and the gap is
     :math:`2\beta\,\mathrm{KL}(\pi \| \mathrm{best\ response})`, summed so that a gap of 1e-20 has its digits.
     """
-    x = torch.log_softmax(logits, -1) - best_response(logits, ref_logits, preference, beta=beta)
-    return 2 * beta * (torch.softmax(logits, -1) * (torch.expm1(-x) + x)).sum(-1)
+    logp, best = torch.log_softmax(logits, -1), best_response(logits, ref_logits, preference, beta=beta)
+    x, pi = logp - best, logp.exp()
+    # Both are q - p + p log(p/q), whose sum is the KL; the first keeps its digits near 0, the second cannot overflow.
+    near, far = pi * (torch.expm1(-x.clamp_min(-1)) + x), best.exp() - pi + pi * x
+    return 2 * beta * torch.where(x > -1, near, far).sum(-1)
 
 
 def online_ipo_uniform(
