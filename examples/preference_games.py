@@ -34,7 +34,7 @@ from rich.table import Table
 from torch import Tensor
 
 from prefkern import preference_loss
-from prefkern.papers import dno, egpo, sppo
+from prefkern.papers import apo_accel, dno, egpo, sppo
 
 F64 = torch.float64
 
@@ -243,20 +243,9 @@ def log_regret(logp: Tensor, reward: Tensor) -> Tensor:
     return torch.logsumexp(logp + (reward.amax(-1, keepdim=True) - reward).log(), -1)
 
 
-def apo_tabular(logpi0: Tensor, reward: Tensor, *, beta: float, alpha: float, steps: int) -> tuple[Tensor, Tensor]:
-    """Log-probs [steps + 1, n] of the policies and of the extrapolated ones, exact steps."""
-    policies = [torch.log_softmax(logpi0, -1)]
-    extrapolated = list(policies)
-    for _ in range(steps):
-        new = torch.log_softmax(extrapolated[-1] + reward / beta, -1)
-        extrapolated.append(torch.log_softmax(new + alpha * (new - policies[-1]), -1))
-        policies.append(new)
-    return torch.stack(policies), torch.stack(extrapolated)
-
-
 def exact_outer_steps(reward: Tensor, *, beta: float, alpha: float) -> Tensor:
     """log regret [steps + 1] of the policies of APO from the uniform one."""
-    logp, _ = apo_tabular(torch.zeros_like(reward), reward, beta=beta, alpha=alpha, steps=EXACT_STEPS)
+    logp, _ = apo_accel.apo_tabular(torch.zeros_like(reward), reward, beta=beta, alpha=alpha, steps=EXACT_STEPS)
     return log_regret(logp, reward)
 
 

@@ -130,14 +130,6 @@ def test_log_regret_keeps_its_digits(games):
     close(games.log_regret(torch.tensor([0, -800.0, -2000], dtype=F64), reward), math.log(0.5) - 800)
 
 
-def test_exact_steps_of_three_arms(games):
-    reward = torch.tensor([1, 0.5, 0], dtype=F64)
-    policies, extrapolated = games.apo_tabular(torch.zeros(3, dtype=F64), reward, beta=1.0, alpha=0.3, steps=2)
-    close(policies[1], [-0.6802696706, -1.180269671, -1.680269671])
-    close(extrapolated[1], [-0.5847696571, -1.234769657, -1.884769657])
-    close(policies[2], [-0.3484682905, -1.49846829, -2.64846829])
-
-
 def test_momentum_of_exact_steps(games):
     for seed in range(3):
         reward = games.bandit(seed)
