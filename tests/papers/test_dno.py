@@ -243,6 +243,11 @@ def test_float32() -> None:
     loss, _, gradient, _ = run({name: value.float() for name, value in (PAIRS | RATES).items()}, eta=0.5)
     assert loss.dtype == gradient.dtype == torch.float32
     assert_close(loss.double(), torch.tensor(0.66548908, dtype=F64), rtol=1e-6, atol=0)
+    # Log-probs that bfloat16 holds exactly; win rates keep their digits, whatever their dtype.
+    exact = dict(zip(NAMES, (vector(x, y) for x, y in ((-9.5, -9), (-9.25, -10.75), (-10, -8), (-9, -11))), strict=True))
+    loss, _, gradient, _ = run({name: value.bfloat16() for name, value in exact.items()} | RATES, eta=0.5)
+    assert loss.dtype == torch.float32 and gradient.dtype == torch.bfloat16
+    assert_close(loss.double(), run(exact | RATES, eta=0.5)[0], rtol=1e-6, atol=0)
 
 
 def test_it_compiles_without_a_break() -> None:

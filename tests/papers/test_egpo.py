@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from prefkern.optim import ExtragradientStep
 from prefkern.papers import Pairs, egpo, load_pair_recipe
 
 F64 = torch.float64
@@ -78,6 +79,25 @@ def test_worked_step_by_sgd_and_as_a_map() -> None:
     close(THETA - 0.02 * gradient, FULL, atol=1e-10)
     for logits, expected in zip(egpo.egpo_tabular_step(THETA, REF, P, beta=0.1, eta=ETA), (HALF, FULL), strict=True):
         assert_close(torch.log_softmax(logits, -1), torch.log_softmax(expected, -1), rtol=0, atol=1e-9)
+
+
+def test_the_step_of_an_optimiser_is_the_map() -> None:
+    """Three iterations of SGD with ExtragradientStep, each loss against the policy that would have sampled."""
+    theta = THETA.clone().requires_grad_()
+    optimizer = torch.optim.SGD([theta], lr=0.02)
+    ahead = ExtragradientStep(optimizer)
+    table = THETA
+    for _ in range(3):
+        optimizer.zero_grad()
+        egpo.online_ipo_uniform(theta, REF, P, beta=0.1).backward()
+        ahead.extrapolate()
+        opponent = theta.detach().clone()
+        ahead.restore()
+        optimizer.zero_grad()
+        egpo.online_ipo_uniform(theta, REF, P, beta=0.1, opponent=opponent).backward()
+        ahead.step()
+        _, table = egpo.egpo_tabular_step(table, REF, P, beta=0.1, eta=ETA)
+        assert_close(torch.log_softmax(theta.detach(), -1), torch.log_softmax(table, -1), rtol=0, atol=1e-12)
 
 
 # ---- definitions
@@ -357,6 +377,11 @@ def test_the_recipe_composes_it() -> None:
 def test_float32() -> None:
     loss, metrics, gradient, _ = run({name: value.float() for name, value in PAIRS.items()})
     assert loss.dtype == gradient.dtype == metrics["reward_margin"].dtype == torch.float32
+    assert_close(loss.double(), tensor(14.125)[0], rtol=1e-6, atol=0)
+    # Log-probs that bfloat16 holds exactly; preferences keep their digits, whatever their dtype.
+    coarse = {name: value.bfloat16() if "logp" in name else value for name, value in PAIRS.items()}
+    loss, _, gradient, _ = run(coarse)
+    assert loss.dtype == torch.float32 and gradient.dtype == torch.bfloat16
     assert_close(loss.double(), tensor(14.125)[0], rtol=1e-6, atol=0)
 
 

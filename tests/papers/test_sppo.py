@@ -266,6 +266,12 @@ def test_dtypes() -> None:
     assert loss.dtype == torch.float32  # float64 win probabilities promote nothing
     assert_close(loss.double(), vector(71942.4192144581)[0], rtol=1e-6, atol=0)
     assert sppo.sppo_all_loss(torch.zeros(1, 5), torch.zeros(1, 5), SCORES).loss.dtype == torch.float32
+    half = [x.bfloat16() for x in logps]  # these four are exact there; the targets are not
+    assert_close(sppo.sppo_loss(*half, pairs.chosen_win, pairs.rejected_win).loss, loss, rtol=1e-6, atol=0)
+    r, exact = torch.tensor([[1, 0.5, -0.25, 2, -1]]).bfloat16().requires_grad_(), SCORES.float()
+    coarse = sppo.sppo_all_loss(r, torch.zeros_like(r), exact, eta=10.0).loss
+    assert coarse.dtype == torch.float32 and torch.autograd.grad(coarse, r)[0].dtype == torch.bfloat16
+    assert_close(coarse.detach(), sppo.sppo_all_loss(r.detach().float(), torch.zeros(1, 5), exact, eta=10.0).loss)
     assert sppo.win_probability(SCORES.bfloat16()).dtype == torch.float32
     close(sppo.win_probability(torch.tensor([[1, 0]])).double(), sppo.win_probability(vector(1, 0)[None]), atol=1e-7)
 

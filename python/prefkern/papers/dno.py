@@ -84,7 +84,8 @@ def dno_loss(
         len(logp), pair_logp=pair_logp, ref_logp=ref_logp, pair_ref_logp=pair_ref_logp, winrate=winrate,
         pair_winrate=pair_winrate, mask=mask,
     )  # fmt: skip
-    first, second = (_rate(name, r, mask).to(logp.dtype) for name, r in (("winrate", winrate), ("pair_winrate", pair_winrate)))
+    dtype = torch.promote_types(logp.dtype, torch.float32)
+    first, second = (_rate(name, r, mask).to(dtype) for name, r in (("winrate", winrate), ("pair_winrate", pair_winrate)))
     return preference_loss(
         logp, pair_logp, ref_logp, pair_ref_logp, kind="sigmoid", beta=reward_scale * eta,
         label_smoothing=torch.sigmoid(reward_scale * (second - first)), mask=mask, reduction=reduction,

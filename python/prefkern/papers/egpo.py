@@ -31,7 +31,7 @@ constant in the logits. Adam and gradient clipping break that equality. For samp
 .. math:: L = \frac1B \sum \bigl[h_y - h_{y'} - (a - b)/\beta\bigr]^2
 
 One EGPO iteration on a model: sample with :math:`\theta_t` and step; sample with the result, return to :math:`\theta_t` and the
-optimiser's state there, and step on the new samples. It costs two rounds of sampling and two steps.
+optimiser's state there, and step on the new samples (`prefkern.optim.ExtragradientStep`). It costs two rounds of sampling and two steps.
 
 Where theory and release differ: theory draws y and y' uniformly, which no language model can; the release draws them from a
 hotter copy of the policy, without a correction; this loss takes any pairs, without one. The release divides each log-prob
@@ -165,8 +165,9 @@ def online_ipo_loss(
         pair_preference=pair_preference, lengths=lengths, pair_lengths=pair_lengths, mask=mask,
     )  # fmt: skip
     counts = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
-    first = _probability("preference", preference, counts)
-    second = 0.5 if pair_preference is None else _probability("pair_preference", pair_preference, counts)
+    dtype = torch.promote_types(logp.dtype, torch.float32)
+    first = _probability("preference", preference, counts).to(dtype)
+    second = 0.5 if pair_preference is None else _probability("pair_preference", pair_preference, counts).to(dtype)
     if (lengths is None) != (pair_lengths is None):
         missing = "lengths" if lengths is None else "pair_lengths"
         raise ValueError(f"{missing} is None; both lengths are expected, or neither")

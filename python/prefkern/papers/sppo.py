@@ -109,7 +109,7 @@ def sppo_loss(
         if p is None:
             raise ValueError(f"{name} is None; mode {mode!r} needs it")
         p = _checked_wins(name, p, mask)
-        targets.append(eta * (p.to(chosen_logp.dtype) - 0.5))
+        targets.append(eta * (p.to(torch.promote_types(chosen_logp.dtype, torch.float32)) - 0.5))
     pairs = (chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp)
     if mode == "hard":
         return preference_loss(*pairs, kind="sppo_hard", beta=1 / eta, mask=mask, reduction=reduction)
@@ -150,16 +150,17 @@ def sppo_all_loss(
     for name, t in (("ref_logp", ref_logp), ("scores", scores), ("win", win)):
         if t is not None and t.shape != logp.shape:
             raise ValueError(f"{name} has shape {list(t.shape)}; {list(logp.shape)} is expected")
-    r = logp - ref_logp.detach()
+    dtype = torch.promote_types(logp.dtype, torch.float32)
+    r = logp.to(dtype) - ref_logp.detach().to(dtype)
     if scores is not None and target == "centered_reward":
         if may_look(scores) and not bool(scores.isfinite().all()):
             raise ValueError('scores has an entry that is not finite; target "centered_reward" needs finite rewards')
-        scores = scores.detach().to(r.dtype)
+        scores = scores.detach().to(dtype)
         goal = eta * (scores - (scores.flatten().logsumexp(0) - math.log(max(scores.numel(), 1))))
     else:
         p = win_probability(scores, include_self=include_self) if scores is not None else win
         assert p is not None
-        goal = eta * (_checked_wins("win", p, None).to(r.dtype) - 0.5)
+        goal = eta * (_checked_wins("win", p, None).to(dtype) - 0.5)
     squares = (r - goal).square()
     metrics = {
         "log_ratio": r.detach().mean(), "target": goal.mean(), "error": (r.detach() - goal).abs().mean()
