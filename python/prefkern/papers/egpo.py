@@ -30,8 +30,9 @@ constant in the logits. Adam and gradient clipping break that equality. For samp
 
 .. math:: L = \frac1B \sum \bigl[h_y - h_{y'} - (a - b)/\beta\bigr]^2
 
-One EGPO iteration on a model: sample with :math:`\theta_t` and step; sample with the result, return to :math:`\theta_t` and the
-optimiser's state there, and step on the new samples (`prefkern.optim.ExtragradientStep`). It costs two rounds of sampling and two steps.
+One EGPO iteration on a model: sample with :math:`\theta_t` and step; sample with the result, return to :math:`\theta_t` and
+the optimiser's state there, and step on the new samples (`prefkern.optim.ExtragradientStep`). It costs two rounds of sampling
+and two steps.
 
 Where theory and release differ: theory draws y and y' uniformly, which no language model can; the release draws them from a
 hotter copy of the policy, without a correction; this loss takes any pairs, without one. The release divides each log-prob
