@@ -315,6 +315,7 @@ def extragradient_claims(numbers) -> None:
     runs = {(r["game"], r["beta"], r["method"]): r for r in numbers["runs"]}
     for (game, beta, method), run in runs.items():
         ours = runs[game, beta, "EGPO"]["evaluations"]
+        assert all(1e-3 < rate < 1 for rate in run["rate"])  # the best step sizes are inside the grid
         if method == "EGPO":
             assert all(slope < 0 for slope in run["slope"])
             continue
