@@ -566,18 +566,20 @@ def test_kto_metrics(api, kto):
     assert mine["rejected_reward"].item() == pytest.approx(expected["rewards/rejected"], rel=1e-6)
 
 
-def test_kto_of_a_nan_is_refused_here_and_left_out_in_trl(api, kto):
+def test_kto_of_a_nan_is_nan_here_or_refused_and_left_out_in_trl(api, kto, validation):
     """TRL's nanmean divides by one response less, and its gradient is NaN all the same."""
     batch, label, *kl = judged(6)
-    row, first = 3, batch.mask[3].nonzero()[0]
     finite = kto.loss(batch, label, *kl)
-    batch.logp[row, first] = float("nan")
+    batch.logp[3, batch.mask[3].nonzero()[0]] = float("nan")
     theirs = kto.loss(batch, label, *kl)
     assert theirs[0].isfinite()
     assert theirs[0] != finite[0]
-    assert theirs[1][row][batch.mask[row]].isnan().all()
+    assert theirs[1][3][batch.mask[3]].isnan().all()
+    mean = (kl[0] - kl[1]).mean()
+    assert our_unpaired(api, batch, label, beta=BETA, kl=mean)[0].isnan()
+    validation(True)
     with pytest.raises(ValueError, match="logp"):
-        our_unpaired(api, batch, label, beta=BETA, kl=(kl[0] - kl[1]).mean())
+        our_unpaired(api, batch, label, beta=BETA, kl=mean)
 
 
 def test_trl_mismatches_by_rotating_completions(kto_trainer):
