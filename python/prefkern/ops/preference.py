@@ -306,7 +306,7 @@ def _run(
     given = tuple(v.detach() if isinstance(v, Tensor) else None for v in values)
     numbers = tuple(d if isinstance(v, Tensor) else v for v, d in zip(values, (1.0, 0.0, 0.5, 0.0, 0.0), strict=True))
     norm_tensor = norm.detach() if isinstance(norm, Tensor) else None
-    norm_number = -1.0 if norm is None or norm_tensor is not None else _norm(norm)
+    norm_number = -1.0 if norm is None or isinstance(norm, Tensor) else _norm(norm)
     constants = (
         *refs, desirable, *lengths, *given, weight, tie, mask, norm_tensor, *modes, *betas, *numbers, *options, norm_number
     )  # fmt: skip
