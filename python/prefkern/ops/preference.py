@@ -49,6 +49,7 @@ _WITHOUT_OFFSET = ("nca_pair", "squared_targets", "sppo_hard", "apo_zero", "asft
 _WITH_TARGETS = ("squared_targets", "cal_dpo")
 _WITH_TIES = ("rao_kupper", "davidson")
 _WITH_FACTOR = ("squared_targets", "cal_dpo", "asft")
+_OWN_TARGETS = ("ipo", "sppo_hard", "cal_dpo")  # beta is in them alone
 _PARAMETERS = {"discopop": "tau", "dpop": "penalty", "focal": "gamma", "rao_kupper": "nu", "davidson": "nu", "asft": "sft"}
 _PARAMETER_DEFAULTS = {"tau": 0.05, "penalty": 50.0, "gamma": 0.05, "sft": 1.0}
 
@@ -163,9 +164,42 @@ def preference_loss(
     check_tensors(chosen_logp=chosen_logp, rejected_logp=rejected_logp)
     beta = number("beta", beta)
     inner = beta  # what multiplies the scores; rewards are beta s whatever the kind
-    smoothing = _number_or_tensor("label_smoothing", label_smoothing)
-    margin = _number_or_tensor("offset", offset)
-    targets = [_number_or_tensor("chosen_target", chosen_target), _number_or_tensor("rejected_target", rejected_target)]
+    _check_kind(kind, label_smoothing, offset, chosen_target, rejected_target, factor, average, rejected_beta)
+    margin, targets = _number_or_tensor("offset", offset), (chosen_target, rejected_target)
+    if kind in _OWN_TARGETS:
+        if not (beta > 0 and math.isfinite(beta)):
+            raise ValueError(f"beta is {beta}; it must be finite and positive")
+        inner, half = 1.0, 0.5 / beta
+        if kind == "ipo":
+            margin = margin + half
+        else:
+            targets = (half if chosen_target is None else chosen_target, -half if rejected_target is None else rejected_target)
+    other = inner if rejected_beta is None else number("rejected_beta", rejected_beta)
+    rewards = (beta, beta if rejected_beta is None else other)
+    score, alpha = _limit_of(score, alpha)
+    given = (("label_smoothing", label_smoothing), ("chosen_target", targets[0]), ("rejected_target", targets[1]))
+    values = (_number_or_tensor("scale", scale), margin, *(0.0 if t is None else _number_or_tensor(n, t) for n, t in given))
+    parameter = _parameter(kind, {"tau": tau, "penalty": penalty, "gamma": gamma, "nu": nu, "sft": sft})
+    modes = (place, _kind(score, SCORES, "score"), _average(average), _kind(reduction, REDUCTIONS, "reduction"))
+    bounds = (alpha, number("exp_cap", exp_cap), _bound("max_p", max_p))
+    return _run(
+        chosen_logp, rejected_logp, (ref_chosen_logp, ref_rejected_logp), None, (chosen_lengths, rejected_lengths), values,
+        (weight, tie, mask), norm, modes, (inner, other, *rewards),
+        (*bounds, parameter, _bound("clip", clip), number("factor", factor), 1.0, 1.0),
+    )  # fmt: skip
+
+
+def _check_kind(
+    kind: str,
+    label_smoothing: float | Tensor,
+    offset: float | Tensor,
+    chosen_target: float | Tensor | None,
+    rejected_target: float | Tensor | None,
+    factor: float,
+    average: str | None,
+    rejected_beta: float | None,
+) -> None:
+    """ValueError for an option that means nothing for this kind."""
     if kind not in _SMOOTHED and not _is_zero(label_smoothing):
         _refuse("label_smoothing", label_smoothing, kind, _SMOOTHED)
     if kind in _WITHOUT_OFFSET and not _is_zero(offset):
@@ -175,31 +209,10 @@ def preference_loss(
             _refuse(name, target, kind, _WITH_TARGETS)
     if factor != 1 and kind not in _WITH_FACTOR:
         _refuse("factor", factor, kind, _WITH_FACTOR)
-    if kind in ("ipo", "sppo_hard", "cal_dpo"):
-        if not (beta > 0 and math.isfinite(beta)):
-            raise ValueError(f"beta is {beta}; it must be finite and positive")
-        if rejected_beta is not None:
-            raise ValueError(f"rejected_beta is {rejected_beta}; kind {kind!r} has one beta, in its target")
-        inner, half = 1.0, 0.5 / beta
-        if kind == "ipo":
-            margin = margin + half
-        else:
-            targets = [half if chosen_target is None else targets[0], -half if rejected_target is None else targets[1]]
-    other = inner if rejected_beta is None else number("rejected_beta", rejected_beta)
-    rewards = (beta, beta if rejected_beta is None else other)
-    if score != "alpha_divergence" or abs(number("alpha", alpha)) >= 1e-6:
-        power = score
-    else:
-        power, alpha = "reverse_kl", 1.0  # the limit
-    values = (_number_or_tensor("scale", scale), margin, smoothing, *(0.0 if t is None else t for t in targets))
-    parameter = _parameter(kind, {"tau": tau, "penalty": penalty, "gamma": gamma, "nu": nu, "sft": sft})
-    modes = (place, _kind(power, SCORES, "score"), _average(average), _kind(reduction, REDUCTIONS, "reduction"))
-    bounds = (number("alpha", alpha), number("exp_cap", exp_cap), _bound("max_p", max_p))
-    return _run(
-        chosen_logp, rejected_logp, (ref_chosen_logp, ref_rejected_logp), None, (chosen_lengths, rejected_lengths), values,
-        (weight, tie, mask), norm, modes, (inner, other, *rewards),
-        (*bounds, parameter, _bound("clip", clip), number("factor", factor), 1.0, 1.0),
-    )  # fmt: skip
+    if average == "score" and kind == "asft":
+        raise ValueError("average is 'score' but kind is 'asft', whose likelihood has no score; accepted: None, 'logp'")
+    if rejected_beta is not None and kind in _OWN_TARGETS:
+        raise ValueError(f"rejected_beta is {rejected_beta}; kind {kind!r} has one beta, in its target")
 
 
 def unpaired_loss(
@@ -267,10 +280,10 @@ def unpaired_loss(
             shift = max(0.0, number("kl", kl, "a number or a torch.Tensor")) * beta
     if kind == "apo_zero" and not _is_zero(offset):
         _refuse("offset", offset, kind, ("kto", "bco", "squared"))
-    power, alpha = ("reverse_kl", 1.0) if score == "alpha_divergence" and abs(number("alpha", alpha)) < 1e-6 else (score, alpha)
+    score, alpha = _limit_of(score, alpha)
     place = 0 if kind == "apo_zero" else UNPAIRED_KINDS.index(kind)
-    modes = (place, _kind(power, SCORES, "score"), _average(average), _kind(reduction, REDUCTIONS, "reduction"))
-    bounds = (number("alpha", alpha), number("exp_cap", exp_cap), _bound("max_p", max_p))
+    modes = (place, _kind(score, SCORES, "score"), _average(average), _kind(reduction, REDUCTIONS, "reduction"))
+    bounds = (alpha, number("exp_cap", exp_cap), _bound("max_p", max_p))
     weights = (number("desirable_weight", desirable_weight), number("undesirable_weight", undesirable_weight))
     return _run(
         logp, None, (ref_logp, None), desirable, (lengths, None), (_number_or_tensor("scale", scale), shift, 0.0, 0.0, 0.0),
@@ -329,8 +342,9 @@ def _same_dtype(chosen: Tensor, rejected: Tensor | None) -> tuple[Tensor, Tensor
         if rejected.dtype in low:
             rejected = rejected.float()
         if rejected.dtype != chosen.dtype:
-            if not rejected.is_floating_point():
-                raise TypeError(f"rejected_logp has dtype {rejected.dtype}; accepted: float32, bfloat16, float16, float64")
+            for name, t in (("chosen_logp", chosen), ("rejected_logp", rejected)):
+                if not t.is_floating_point():
+                    raise TypeError(f"{name} has dtype {t.dtype}; accepted: float32, bfloat16, float16, float64")
             both = torch.promote_types(chosen.dtype, rejected.dtype)
             chosen, rejected = chosen.to(both), rejected.to(both)
     return chosen, rejected
@@ -343,6 +357,12 @@ def _kind(value: str, accepted: tuple[str, ...], name: str = "kind") -> int:
         hint = nearest_hint(value, accepted) if isinstance(value, str) else ""
         raise ValueError(f"{name} is {value!r}; accepted: {listed}{hint}")
     return _KERNEL_KIND[value] if accepted is KINDS else accepted.index(value)
+
+
+def _limit_of(score: Score, alpha: float) -> tuple[Score, float]:
+    """The score, and alpha: at 0 the alpha divergence is the reverse KL."""
+    alpha = number("alpha", alpha)
+    return ("reverse_kl", 1.0) if score == "alpha_divergence" and abs(alpha) < 1e-6 else (score, alpha)
 
 
 def _average(average: str | None) -> int:

@@ -18,6 +18,7 @@ from prefkern.reference.filters import masked_quantile, top_quantile_mask
 from prefkern.reference.groups import group_normalize, group_reduce, level_pairs
 from prefkern.reference.logprobs import linear_logprobs, logits_logprobs
 from prefkern.reference.policy import importance_weights, kl_penalty, masked_aggregate, off_policy_mask, policy_loss
+from prefkern.reference.preference import preference_loss, unpaired_loss
 from prefkern.reference.sequence import discounted_returns, gae, segmented_returns, sequence_mean, sequence_sum
 
 __all__ = [
@@ -41,10 +42,12 @@ __all__ = [
     "off_policy_mask",
     "pair_masked_advantages",
     "policy_loss",
+    "preference_loss",
     "question_weights",
     "segmented_returns",
     "sequence_mean",
     "sequence_sum",
     "top_quantile_mask",
+    "unpaired_loss",
     "whiten",
 ]
