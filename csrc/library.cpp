@@ -149,6 +149,7 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "float rejected_target_number, float alpha, float exp_cap, float max_p, float parameter, float clip, float factor, "
       "float chosen_weight, float rejected_weight, float norm, bool with_grad) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("preference_loss_backward(Tensor g_loss, Tensor unnormalised, Tensor inverse_norm) -> Tensor");
+  m.def("label_posterior(Tensor margin, Tensor reliability, Tensor? annotator) -> Tensor");
 }
 
 #define PK_REGISTER(key)                                                              \
@@ -193,6 +194,7 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("preference_loss", PK_OP(preference_loss));                                \
     m.impl("preference_loss_fwd", PK_OP(preference_loss));                            \
     m.impl("preference_loss_backward", PK_OP(preference_loss_backward));              \
+    m.impl("label_posterior", PK_OP(label_posterior));                                \
   }
 PK_REGISTER(CPU)
 PK_REGISTER(CUDA)

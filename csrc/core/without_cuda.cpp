@@ -13,6 +13,7 @@
 #include "policy/importance.h"
 #include "policy/token_loss.h"
 #include "preference/pair_loss.h"
+#include "preference/posterior.h"
 #include "sequence/returns.h"
 #include "sequence/sequence_sums.h"
 
@@ -40,6 +41,7 @@ int cuda_policy_loss(const PolicyArgs<float>&, void*) { return kBuiltWithoutCuda
 int cuda_policy_loss_backward(const PolicyGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_preference_loss(const PreferenceArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_preference_loss_backward(const PreferenceGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_label_posterior(const PosteriorArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_sequence_sums(const SequenceSumArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_sequence_sums_backward(const SequenceSumArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_returns(const ReturnsArgs<float>&, void*) { return kBuiltWithoutCuda; }

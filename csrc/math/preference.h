@@ -382,6 +382,14 @@ PK_HD PreferenceTerm<V> response_term(const PreferenceOptions& o, const Preferen
   return {loss * weight, du * by * r.score.slope * r.share * weight, zero, s * rule.chosen_reward, zero, r.score.capped};
 }
 
+// How likely a label is right: p eta / (p eta + (1 - p)(1 - eta)) with p = sigmoid(d) and the annotator's reliability eta, which
+// at 0 and 1 would leave nothing to doubt. As sigmoid(d + logit eta) nothing underflows.
+PK_HD double label_posterior(double d, double eta) {
+  const double least = 1e-6, most = 1 - 1e-6, held = eta < least ? least : eta > most ? most : eta;
+  const double z = d + vlog(held) - vlog1p(-held), e = vexp(z > 0 ? -z : z);
+  return eta >= 0 && eta <= 1 ? (z > 0 ? 1.0 : e) / (1 + e) : __builtin_nan("");
+}
+
 // Whether a lane's options are such that its loss means something; others come out NaN.
 template <class V> PK_HD LanesIf<V> smoothing_valid(PreferenceKind kind, V e) {
   using S = typename Lanes<V>::Scalar;

@@ -52,7 +52,8 @@ __device__ __forceinline__ void add_pair(const PreferenceArgs<float>& a, const P
   v[kPairCount] += 1;
   if (a.desirable) {
     v[kPairChosenCount] += desirable;
-    v[desirable ? kPairChosen : kPairRejected] += t.chosen_reward;
+    v[kPairChosen] += desirable ? t.chosen_reward : 0.0f;
+    v[kPairRejected] += desirable ? 0.0f : t.chosen_reward;
     v[kPairCorrect] += desirable ? t.chosen_reward > 0 : t.chosen_reward < 0;
   } else {
     v[kPairChosen] += t.chosen_reward;

@@ -16,7 +16,8 @@ WORDS = {
     "grpo": "code", "dr_grpo": "code",
     "gdpo": "code", "ngrpo": "code", "gtpo": "code", "etr": "inferred", "dgpo": "code", "dagrpo": "inferred",
     "reg_grpo": "paper", "gigpo": "code", "disco": "code", "trpa": "code", "tppo": "part", "copg": "paper", "cgpo": "paper",
-    "gcpo": "part", "otc": "paper", "mo_grpo": "part",
+    "gcpo": "part", "otc": "paper", "mo_grpo": "part", "apo_accel": "paper", "curry_dpo": "paper", "ecpo": "code",
+    "lcpo": "paper", "madpo": "code", "modpo": "code", "more_is_less": "part", "mpo_mixed": "paper", "vpo": "paper",
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from .filters import masked_quantile, top_quantile_mask
 from .groups import group_normalize, group_reduce, level_pairs
 from .logprobs import linear_logprobs, logits_logprobs, plan_chunks
 from .policy import importance_weights, kl_penalty, masked_aggregate, off_policy_mask, policy_loss
-from .preference import preference_loss, unpaired_loss
+from .preference import label_posterior, preference_loss, unpaired_loss
 from .sequence import discounted_returns, gae, segmented_returns, sequence_mean, sequence_sum
 from .types import (
     ConflictRuns,
@@ -48,6 +48,7 @@ __all__ = [
     "group_reduce",
     "importance_weights",
     "kl_penalty",
+    "label_posterior",
     "level_pairs",
     "linear_logprobs",
     "logits_logprobs",

@@ -14,7 +14,7 @@ from .types import LossOutput
 
 _OPS = torch.ops.prefkern
 _loss, _loss_fwd = _OPS.preference_loss.default, _OPS.preference_loss_fwd.default
-_loss_backward = _OPS.preference_loss_backward.default
+_loss_backward, _posterior = _OPS.preference_loss_backward.default, _OPS.label_posterior.default
 
 # In the order of the enumerations of csrc/math/preference.h.
 _KERNEL_KINDS = (
@@ -291,6 +291,40 @@ def unpaired_loss(
     )  # fmt: skip
 
 
+def label_posterior(margin: Tensor, reliability: float | Tensor, annotator: Tensor | None = None) -> Tensor:
+    r"""How likely each of P labels is right, :math:`w = \sigma(d + \mathrm{logit}\,\eta)` (LCPO, RE-PO, equation 4).
+
+    This is :math:`p\eta / (p\eta + (1 - p)(1 - \eta))` with :math:`p = \sigma(d)`, without its underflow. A constant: use
+    :math:`1 - w` as ``label_smoothing`` of :func:`preference_loss`.
+
+    Args:
+        margin: d, ``[P]``: the loss of the opposite label less that of the given one, :math:`\beta (x_w - x_l)` for DPO.
+            float32, bfloat16 or float16 (float64 on the CPU).
+        reliability: :math:`\eta`, a number, or a tensor of one element, or ``[K]`` with ``annotator``; held in
+            [1e-6, 1 - 1e-6].
+        annotator: int64 or int32 ``[P]``, ids from 0 to K - 1.
+
+    Returns:
+        ``[P]`` float32, or float64 for float64 margins. NaN where the margin is.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what is accepted. A wrong id or reliability in a tensor is
+            always found on the CPU; on CUDA its pairs come out NaN.
+    """
+    check_tensors(margin=margin)
+    if annotator is not None:
+        check_tensors(annotator=annotator)
+    margin = margin.detach()
+    if margin.dtype in (torch.bfloat16, torch.float16):
+        margin = margin.float()
+    if isinstance(reliability, Tensor):
+        eta = reliability.detach()
+    else:
+        eta = margin.new_full((), number("reliability", reliability, "a number or a torch.Tensor"))
+    result: Tensor = call(_posterior, margin, eta, annotator)
+    return result
+
+
 def _run(
     chosen: Tensor,
     rejected: Tensor | None,
@@ -503,6 +537,12 @@ class _PreferenceLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, Tensor | None, None]:
         return (*_side_grads(ctx, g_loss), None)
+
+
+@torch.library.register_fake("prefkern::label_posterior")
+def _fake_posterior(margin: Tensor, reliability: Tensor, annotator: Tensor | None) -> Tensor:
+    same_device("margin", margin, reliability=reliability, annotator=annotator)
+    return margin.new_empty(margin.shape)
 
 
 torch.library.register_autograd("prefkern::preference_loss", _backward, setup_context=_setup)

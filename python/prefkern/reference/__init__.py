@@ -18,7 +18,7 @@ from prefkern.reference.filters import masked_quantile, top_quantile_mask
 from prefkern.reference.groups import group_normalize, group_reduce, level_pairs
 from prefkern.reference.logprobs import linear_logprobs, logits_logprobs
 from prefkern.reference.policy import importance_weights, kl_penalty, masked_aggregate, off_policy_mask, policy_loss
-from prefkern.reference.preference import preference_loss, unpaired_loss
+from prefkern.reference.preference import label_posterior, preference_loss, unpaired_loss
 from prefkern.reference.sequence import discounted_returns, gae, segmented_returns, sequence_mean, sequence_sum
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "group_reduce",
     "importance_weights",
     "kl_penalty",
+    "label_posterior",
     "level_pairs",
     "linear_logprobs",
     "logits_logprobs",

@@ -215,6 +215,13 @@ def unpaired_loss(
     return _output(loss, keep, constant(weight), reduction, norm, (reward, reward), correct, held, *sides)
 
 
+def label_posterior(margin: Tensor, reliability: float | Tensor, annotator: Tensor | None = None) -> Tensor:
+    """`prefkern.label_posterior`."""
+    d = margin.detach().to(torch.promote_types(margin.dtype, torch.float32))
+    eta = torch.as_tensor(reliability, dtype=d.dtype, device=d.device).detach().clamp(1e-6, 1 - 1e-6)
+    return torch.sigmoid(d + torch.logit(eta if annotator is None else eta.reshape(-1)[annotator.long()]))
+
+
 def _output(
     loss: Tensor, keep: Tensor, weight: Tensor | None, reduction: str, norm: float | Tensor | None,
     rewards: tuple[Tensor, Tensor], correct: Tensor, held: Tensor, chosen: Tensor, rejected: Tensor,
