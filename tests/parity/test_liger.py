@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import prefkern
 from parity.batches import F32, close
 from parity.pairs import make_pairs, response_sums
 
@@ -153,11 +154,11 @@ def test_sigmoid_with_label_smoothing_is_plain_dpo_in_liger(api):
 
 
 @pytest.mark.parametrize(("name", "smoothing"), [("exo_pair", 0.0), ("robust", 0.5), ("robust", 0.7)])
-def test_both_refuse_smoothing_out_of_range(api, name, smoothing):
+def test_both_refuse_smoothing_out_of_range(name, smoothing):
     with pytest.raises(ValueError, match="label_smoothing"):
         liger.LigerFusedLinearDPOLoss(loss_type=name, label_smoothing=smoothing)
     with pytest.raises(ValueError, match="label_smoothing"):
-        our_loss(api, make_pairs(0, F32), 0, kind=name, label_smoothing=smoothing)
+        our_loss(prefkern, make_pairs(0, F32), 0, kind=name, label_smoothing=smoothing)
 
 
 def test_the_gradient_is_scaled_by_what_comes_from_above(api):
@@ -230,7 +231,7 @@ def test_orpo_with_a_likelihood_of_prompt_and_response(api):
     same(value_and_gradients(loss, policy), expected)
 
 
-def test_orpo_of_what_is_nearly_certain(api):
+def test_orpo_of_what_is_nearly_certain():
     """Liger takes 1 - p from a rounded p: infinite log-odds where they are about 18, and a gradient that is NaN."""
     certain, likely = torch.tensor([-2e-8, -0.5]), torch.tensor([-0.7, -0.9])
     liger_loss = liger.orpo_loss.LigerFusedLinearORPOFunction.preference_loss_fn
@@ -243,7 +244,7 @@ def test_orpo_of_what_is_nearly_certain(api):
     assert gradient(lambda leaf: liger_loss(leaf, likely, torch.zeros(4, 3))[0], certain)[0].isnan()
 
     def odds(chosen, rejected):
-        return api.preference_loss(chosen, rejected, beta=1.0, score="log_odds")
+        return prefkern.preference_loss(chosen, rejected, beta=1.0, score="log_odds")
 
     exact, single = odds(certain.double(), likely.double()), odds(certain, likely)
     close(single.loss, exact.loss, F32)
@@ -253,13 +254,13 @@ def test_orpo_of_what_is_nearly_certain(api):
     assert_close(gradient(lambda leaf: odds(leaf, likely).loss, certain).double(), expected, rtol=1e-4, atol=0)
 
 
-def test_empty_responses_of_means_are_nan_in_liger_and_refused_here(api):
+def test_empty_responses_of_means_are_nan_in_liger_and_refused_here():
     batch = make_pairs(5, F32)
     batch.mask[2] = False
     module = liger.LigerFusedLinearSimPOLoss(beta=2.0, compute_nll_loss=False, compiled=False)
     assert theirs(module, batch, 5)[0].isnan()
     with pytest.raises(ValueError, match="chosen_lengths"):
-        our_loss(api, batch, 5, beta=2.0, average="logp", offset=0.5)
+        our_loss(prefkern, batch, 5, beta=2.0, average="logp", offset=0.5)
 
 
 # -------------------------------------------------------------------------------------------------------------------- KTO

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import prefkern
 from parity.batches import DTYPES, F32, F64, close, names, same, value_and_gradient
 from parity.pairs import make_pairs, our_pairs, response_sums
+from prefkern.papers import Pairs, load_pair_recipe
 
 trl = pytest.importorskip("trl", minversion="1.16")
 transformers = pytest.importorskip("transformers")
@@ -431,11 +433,11 @@ def test_ipo_divides_each_side_by_its_own_length_in_trl_and_here_if_asked(api, d
     assert our_loss(api, batch, "ipo", average=None)[0] > 1.05 * expected[0]
 
 
-def test_both_refuse_exo_without_label_smoothing(api, model_path, tmp_path):
+def test_both_refuse_exo_without_label_smoothing(model_path, tmp_path):
     with refusal_to_build(ValueError, "Label smoothing must be greater than 0"):
         build(trl.DPOTrainer, trl.DPOConfig, model_path, tmp_path, loss_type=["exo_pair"])
     with pytest.raises(ValueError, match="label_smoothing"):
-        our_loss(api, make_pairs(0), "exo_pair", label_smoothing=0.0)
+        our_loss(prefkern, make_pairs(0), "exo_pair", label_smoothing=0.0)
 
 
 def test_discopop_far_below_the_margin_is_0_here_and_nan_in_trl(api, dpo):
@@ -579,7 +581,7 @@ def test_kto_of_a_nan_is_nan_here_or_refused_and_left_out_in_trl(api, kto, valid
     assert our_unpaired(api, batch, label, beta=BETA, kl=mean)[0].isnan()
     validation(True)
     with pytest.raises(ValueError, match="logp"):
-        our_unpaired(api, batch, label, beta=BETA, kl=mean)
+        our_unpaired(prefkern, batch, label, beta=BETA, kl=mean)
 
 
 def test_trl_mismatches_by_rotating_completions(kto_trainer):
@@ -875,3 +877,174 @@ def test_every_loss_of_trl_is_here():
     listed = source[source.index("Should be one of [") :].split("]")[0]
     theirs = {word for word in listed.split("'") if word.isidentifier()}
     assert theirs == {*LOSSES, "aot", "aot_unpaired", "sft"}
+
+
+# ------------------------------------------------------------------------------------------------------- recipes, by name
+
+packed_or_not = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+
+
+def our_recipe(name, batch, *, packed=False, logp=None, extra=None, reference=True):
+    """Loss and gradient of every token. extra: per token like `batch.logp`, or per pair."""
+    hidden = batch.nan_outside()
+
+    def argument(values):
+        return values[batch.inside] if packed and values.shape == batch.mask.shape else values
+
+    cu_seqlens = None
+    if packed:
+        cu_seqlens = torch.cat([torch.zeros(1), batch.inside.sum(1).cumsum(0)]).to(torch.int32)
+
+    def loss(leaf):
+        pairs = Pairs(
+            argument(leaf), argument(batch.mask), argument(hidden.ref_logp) if reference else None, cu_seqlens,
+            {key: argument(values) for key, values in (extra or {}).items()},
+        )  # fmt: skip
+        return load_pair_recipe(name).loss(pairs)
+
+    return value_and_gradient(loss, hidden.logp if logp is None else logp)
+
+
+SMOOTHED = {"label_smoothing": SMOOTHING}
+DPO_RECIPES = {
+    "dpo:beta=0.3": ("sigmoid", {"beta": 0.3}),
+    "slic": ("hinge", {}),
+    "ipo": ("ipo", {}),
+    "exo:label_smoothing=0.1": ("exo_pair", ROUNDED),
+    "nca": ("nca_pair", {}),
+    "robust_dpo": ("robust", SMOOTHED),
+    "bco": ("bco_pair", {}),
+    "apo_anchored:anchor=zero": ("apo_zero", {}),
+    "apo_anchored:anchor=down": ("apo_down", {}),
+    "discopop": ("discopop", {}),
+    "ln_dpo": ("sigmoid_norm", {}),
+    "aot:label_smoothing=0.1": ("aot", SMOOTHED),
+    "aot:form=unpaired": ("aot_unpaired", {}),
+    "f_dpo:divergence=forward_kl": ("sigmoid", {"f_divergence_type": "forward_kl"}),
+    "f_dpo": ("sigmoid", {"f_divergence_type": "js_divergence"}),
+    "ld_dpo:alpha=0.25": ("sigmoid", {"ld_alpha": 0.25}),
+    "rpo:nll_weight=1.5": (["sigmoid", "sft"], {"weights": [1.0, 1.5]}),
+}
+
+
+@pytest.mark.parametrize("name", DPO_RECIPES)
+@packed_or_not
+@each_dtype
+def test_recipes_of_the_dpo_trainer(dpo, name, packed, dtype):
+    batch = make_pairs(15, dtype)
+    loss_type, settings = DPO_RECIPES[name]
+    same(our_recipe(name, batch, packed=packed), dpo.loss(batch, loss_type, **settings), dtype)
+
+
+@pytest.mark.parametrize("coefficient", [0.3, 0.5])
+def test_f_dpo_in_trls_convention(dpo, coefficient):
+    batch = make_pairs(16, F32, spread=0.2)
+    expected = dpo.loss(batch, f_divergence_type="alpha_divergence", f_alpha_divergence_coef=coefficient)
+    name = f"f_dpo:divergence=alpha_divergence,alpha={coefficient}"
+    same(our_recipe(name + ",convention=trl", batch), expected, F32)
+    if coefficient != 0.5:
+        assert not torch.isclose(our_recipe(name, batch)[0], expected[0], rtol=1e-4)
+
+
+@packed_or_not
+def test_wpo_recipe_clamps_unless_asked_not_to(dpo, packed):
+    batch = make_pairs(9)
+    extra = {"sum_sq_probs": batch.nan_outside().log_sum_sq_probs.exp()}
+    expected = dpo.loss(batch, use_weighting=True)
+    same(our_recipe("wpo:clamp=None", batch, packed=packed, extra=extra), expected)
+    assert our_recipe("wpo", batch, packed=packed, extra=extra)[0] < expected[0]
+
+
+@packed_or_not
+def test_sppo_recipe_with_a_sure_judge(dpo, packed):
+    """TRL's loss is the sum of two squares, that of the paper their mean."""
+    batch = make_pairs(17)
+    ones = torch.ones(batch.pairs, dtype=F64)
+    expected = dpo.loss(batch, "sppo_hard", beta=0.2)
+    mine = our_recipe("sppo:eta=5.0", batch, packed=packed, extra={"chosen_win": ones, "rejected_win": 0 * ones})
+    same([2 * x for x in mine[:2]], expected)
+    same(our_recipe("sppo:eta=5.0,mode=hard", batch, packed=packed), expected)
+
+
+@packed_or_not
+@each_dtype
+def test_kto_recipe(kto, packed, dtype):
+    batch, label, kl_logp, ref_kl_logp = judged(8, dtype)
+    label = torch.arange(len(label)) < batch.pairs
+    expected = kto.loss(batch, label, kl_logp, ref_kl_logp, beta=0.3, **WEIGHTS)
+    extra = {"kl": prefkern.papers.kto.kto_kl(kl_logp, ref_kl_logp)}
+    same(our_recipe("kto:beta=0.3,undesirable_weight=1.33", batch, packed=packed, extra=extra), expected, dtype)
+    no_kl = kto.loss(batch, label, ref_kl_logp, ref_kl_logp, beta=0.3, **WEIGHTS)
+    same(our_recipe("kto:beta=0.3,undesirable_weight=1.33", batch, packed=packed), no_kl, dtype)
+
+
+def test_kto_mismatches_as_trl_does(kto_trainer):
+    rows = kto_trainer.train_dataset
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows["completion_ids"]], batch_first=True)
+    theirs = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows["KL_completion_ids"]], batch_first=True)
+    assert torch.equal(prefkern.papers.kto.kto_mismatched(ids), theirs)
+
+
+def recipe_from_logits(name, batch, seed, extra=None):
+    """The same, from logits, which a recipe without reference starts from."""
+    logits, tokens = make_logits(batch, seed)
+
+    def loss(leaf):
+        logp = prefkern.logits_logprobs(leaf[:, :-1].contiguous(), tokens[:, 1:]).logp
+        return load_pair_recipe(name).loss(Pairs(logp, batch.mask, extra=extra(logp) if extra else None))
+
+    return value_and_gradient(loss, logits)
+
+
+CPO_RECIPES = {
+    "cpo": {"loss_type": "sigmoid", "cpo_alpha": 1.0},
+    "cpo:label_smoothing=0.1,cpo_alpha=0.3": {"loss_type": "sigmoid", "cpo_alpha": 0.3} | SMOOTHED,
+    "cpo:kind=hinge,cpo_alpha=0.0": {"loss_type": "hinge", "cpo_alpha": 0.0},
+    "cpo:kind=ipo": {"loss_type": "ipo", "cpo_alpha": 1.0},
+    "cpo:kind=simpo,beta=2.0": {"loss_type": "simpo", "cpo_alpha": 1.0, "beta": 2.0, "simpo_gamma": 0.5},
+    "cpo:kind=simpo,beta=2.0,alpha=0.25,gamma=0.3,cpo_alpha=0.0": {
+        "loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 0.3, "alpha": 0.25,
+    },
+    "simpo:gamma=0.5": {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 0.5},
+    "simpo:gamma=0.5,sft_weight=1.0,label_smoothing=0.1": {
+        "loss_type": "simpo", "cpo_alpha": 1.0, "beta": 2.0, "simpo_gamma": 0.5, "label_smoothing": SMOOTHING,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CPO_RECIPES)
+@each_dtype
+def test_recipes_of_the_cpo_trainer(cpo, name, dtype):
+    batch = make_pairs(18, dtype)
+    cpo.monkeypatch.setattr(cpo.trainer, "simpo_gamma", 0.0, raising=False)
+    expected = cpo.loss(batch, 18, **{"beta": BETA} | CPO_RECIPES[name])
+    same(recipe_from_logits(name, batch, 18), expected, dtype)
+
+
+def test_orpo_recipe_takes_the_likelihood_of_what_it_is_given(orpo):
+    """TRL's is over prompt and response; Liger's, and ours by default, over the response."""
+    batch = make_pairs(19, F32)
+
+    def extra(logp):
+        inside = batch.inside[: batch.pairs]
+        return {"nll_logp": logp[: batch.pairs].where(inside, 0.0).sum(1), "nll_lengths": inside.sum(1)}
+
+    expected = orpo.loss(batch, 19, beta=0.3)
+    same(recipe_from_logits("orpo:nll=given,beta=0.3", batch, 19, extra), expected, F32)
+    assert not torch.isclose(recipe_from_logits("orpo:beta=0.3", batch, 19)[0], expected[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("center", [0.0, 0.01])
+def test_reward_model_loss(reward_trainer, monkeypatch, center):
+    batch = make_pairs(20)
+    Theirs(reward_trainer, monkeypatch).settings(center_rewards_coefficient=center or None)
+    inputs = {"attention_mask": torch.ones(1), "margin": batch.margins}
+    rewards = batch.logp[:, 0] + 1
+    expected = value_and_gradient(
+        lambda leaf: reward_trainer.compute_loss(lambda **_: SimpleNamespace(logits=leaf[:, None]), dict(inputs)), rewards
+    )
+    mine = value_and_gradient(
+        lambda leaf: prefkern.papers.reward_model.reward_model_loss(*leaf.chunk(2), margin=batch.margins, centering=center),
+        rewards,
+    )
+    same(mine, expected)
