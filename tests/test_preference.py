@@ -372,7 +372,8 @@ def test_numbers_and_tensors_mean_the_same(device):
     for name, value, options in (
         ("scale", 1.7, {}), ("offset", 0.3, {}), ("label_smoothing", 0.2, {}),
         ("chosen_target", 0.4, {"kind": "squared_targets"}),
-        ("rejected_target", -0.4, {"kind": "cal_dpo"}), ("label_smoothing", 0.2, {"kind": "robust"}), ("offset", 0.3, {"kind": "ipo"}), ("norm", 5.0, {}),
+        ("rejected_target", -0.4, {"kind": "cal_dpo"}), ("label_smoothing", 0.2, {"kind": "robust"}),
+        ("offset", 0.3, {"kind": "ipo"}), ("norm", 5.0, {}),
     ):  # fmt: skip
         expected = preference_loss(**pairs, **{name: value}, **options)
         for tensor in (torch.tensor(value), torch.full((7,), value)):

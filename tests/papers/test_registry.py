@@ -18,6 +18,7 @@ WORDS = {
     "reg_grpo": "paper", "gigpo": "code", "disco": "code", "trpa": "code", "tppo": "part", "copg": "paper", "cgpo": "paper",
     "gcpo": "part", "otc": "paper", "mo_grpo": "part", "apo_accel": "paper", "curry_dpo": "paper", "ecpo": "code",
     "lcpo": "paper", "madpo": "code", "modpo": "code", "more_is_less": "part", "mpo_mixed": "paper", "vpo": "paper",
+    "spo_self": "inferred",
 }  # fmt: skip
 
 
