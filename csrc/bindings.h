@@ -9,6 +9,7 @@
 #include "groups/bindings.h"
 #include "logprobs/bindings.h"
 #include "policy/bindings.h"
+#include "preference/bindings.h"
 #include "sequence/bindings.h"
 
 namespace prefkern {
@@ -22,6 +23,7 @@ inline void bind_argument_structs(py::module_& m) {
   bind_groups(m);
   bind_conflicts(m);
   bind_filters(m);
+  bind_preference(m);
 }
 
 inline void bind_cpu_launchers(py::module_& m) {
@@ -32,6 +34,7 @@ inline void bind_cpu_launchers(py::module_& m) {
   bind_groups_cpu(m);
   bind_conflicts_cpu(m);
   bind_filters_cpu(m);
+  bind_preference_cpu(m);
 }
 
 inline void bind_cuda_launchers(py::module_& m) {
@@ -42,6 +45,7 @@ inline void bind_cuda_launchers(py::module_& m) {
   bind_groups_cuda(m);
   bind_conflicts_cuda(m);
   bind_filters_cuda(m);
+  bind_preference_cuda(m);
 }
 
 }  // namespace prefkern

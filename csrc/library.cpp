@@ -7,6 +7,7 @@
 #include "filters/ops.h"
 #include "logprobs/ops.h"
 #include "policy/ops.h"
+#include "preference/ops.h"
 #include "sequence/ops.h"
 
 using namespace prefkern;
@@ -128,6 +129,36 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
   m.def(
       "off_policy_mask(Tensor advantages, Tensor logp, Tensor rollout_logp, Tensor? mask, Tensor? cu_seqlens, float threshold) "
       "-> Tensor");
+
+  // ---- preference, lists: kind, gain, rank and reduction are the enumerations of math/lists.h; results are (loss, metrics,
+  // unnormalised, inverse), of skew_score with three gradients, as `needs` of preference/ops.h says, in place of one; only the
+  // scores, or embeddings and scales, have one, which preference_rows_backward gives.
+  m.def(
+      "listwise_loss(Tensor scores, Tensor? labels, Tensor? mask, Tensor? norm_tensor, int kind, int gain, int rank, "
+      "bool per_pair, int reduction, float beta, float temperature, float smoothing, float norm, bool with_grad) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "listwise_loss_fwd(Tensor scores, Tensor? labels, Tensor? mask, Tensor? norm_tensor, int kind, int gain, int rank, "
+      "bool per_pair, int reduction, float beta, float temperature, float smoothing, float norm, bool with_grad) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "group_preference_loss(Tensor scores, Tensor is_winner, Tensor? mask, Tensor? norm_tensor, int ddof, "
+      "bool scale_variance, int reduction, float beta, float lam, float norm, bool with_grad) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "group_preference_loss_fwd(Tensor scores, Tensor is_winner, Tensor? mask, Tensor? norm_tensor, int ddof, "
+      "bool scale_variance, int reduction, float beta, float lam, float norm, bool with_grad) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "skew_score(Tensor v_i, Tensor v_j, Tensor? scales, Tensor? margin, Tensor? norm_tensor, bool normalize, "
+      "bool with_loss, int reduction, float tau, float norm, int needs) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "skew_score_fwd(Tensor v_i, Tensor v_j, Tensor? scales, Tensor? margin, Tensor? norm_tensor, bool normalize, "
+      "bool with_loss, int reduction, float tau, float norm, int needs) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("skew_row_means(Tensor v, Tensor? mask, Tensor? scales, bool normalize, float tau) -> Tensor");
+  m.def("preference_rows_backward(Tensor g_loss, Tensor unnormalised, Tensor inverse) -> Tensor");
 }
 
 #define PK_REGISTER(key)                                                              \
@@ -169,6 +200,14 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("level_pairs_backward", PK_OP(level_pairs_backward));                      \
     m.impl("importance_weights", PK_OP(importance_weights));                          \
     m.impl("off_policy_mask", PK_OP(off_policy_mask));                                \
+    m.impl("listwise_loss", PK_OP(listwise_loss));                                    \
+    m.impl("listwise_loss_fwd", PK_OP(listwise_loss));                                \
+    m.impl("group_preference_loss", PK_OP(group_preference_loss));                    \
+    m.impl("group_preference_loss_fwd", PK_OP(group_preference_loss));                \
+    m.impl("skew_score", PK_OP(skew_score));                                          \
+    m.impl("skew_score_fwd", PK_OP(skew_score));                                      \
+    m.impl("skew_row_means", PK_OP(skew_row_means));                                  \
+    m.impl("preference_rows_backward", PK_OP(preference_rows_backward));              \
   }
 PK_REGISTER(CPU)
 PK_REGISTER(CUDA)

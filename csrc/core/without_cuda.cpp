@@ -12,6 +12,10 @@
 #include "logprobs/logits_fold.h"
 #include "policy/importance.h"
 #include "policy/token_loss.h"
+#include "preference/group_preference.h"
+#include "preference/listwise.h"
+#include "preference/row_loss.h"
+#include "preference/skew.h"
 #include "sequence/returns.h"
 #include "sequence/sequence_sums.h"
 
@@ -48,5 +52,10 @@ int cuda_level_pairs(const PairArgs<float>&, void*) { return kBuiltWithoutCuda; 
 int cuda_level_pairs_backward(const PairGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_importance_weights(const WeightArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_off_policy_mask(const OffPolicyArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_listwise(const ListArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_group_preference(const GroupPreferenceArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_skew(const SkewArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_skew_means(const SkewMeansArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_row_gradient(const RowGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
 }  // namespace prefkern
 #endif
