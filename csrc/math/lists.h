@@ -149,45 +149,57 @@ template <class V> PK_HD V luce_margin(V u, V top, V log_sum, decltype(V{} == V{
 
 // What softmax kinds know of a list before they look at its items.
 template <class V> struct ListSoftmax {
-  V top, log_sum;  // of u
-  V label_top, label_log_sum;  // of the labels, over the temperature
-  V best, other;  // the target of a best item and of another one, with smoothing
-  V log_best, log_other;
-  V items;
+  V top, log_sum, inverse_sum;  // of u
+  V label_top, label_log_sum, label_inverse_sum;  // of the labels over the temperature
+  V best, other, log_best, log_other;  // the target of a best item and of another one, with smoothing
+  V inverse_items;
 };
-template <class V> struct ListItem {
-  V loss, slope, weight;  // of the loss; its derivative in u; p, by which what `centred` says has to be multiplied
-};
+// From the sums of exp(u - top) and exp((label - label_top) / T), and how many items have the best label.
+template <class V, class S>
+PK_HD ListSoftmax<V> list_softmax(const ListRule& r, V items, V top, V exps, V label_top, V label_exps, V best) {
+  const V one = splat<V>(1), rest = items - best;
+  const S e = S(r.smoothing);
+  const auto any = best > 0, soft = label_exps > 0;
+  const V sum = any ? exps : one, label_sum = soft ? label_exps : one;
+  ListSoftmax<V> l;
+  l.top = top, l.log_sum = list_log(sum), l.inverse_sum = one / sum;
+  l.label_top = label_top, l.label_log_sum = list_log(label_sum), l.label_inverse_sum = one / label_sum;
+  l.best = (1 - e) / (any ? best : one), l.other = e / (rest > 0 ? rest : one);
+  l.log_best = list_log(l.best), l.log_other = list_log(l.other);
+  l.inverse_items = one / (any ? items : one);
+  return l;
+}
 
 template <class V> struct ListTarget {
   V value, log;
 };
-template <class V, class S> PK_HD ListTarget<V> list_target(const ListRule& r, const ListSoftmax<V>& l, S inverse_temperature,
-                                                            V label) {
+template <class V, class S>
+PK_HD ListTarget<V> list_target(const ListRule& r, const ListSoftmax<V>& l, S inverse_temperature, V label, V label_exp) {
   if (r.smoothing >= 0) {
     const auto best = label == l.label_top;
     return {best ? l.best : l.other, best ? l.log_best : l.log_other};
   }
-  const V log = (label - l.label_top) * inverse_temperature - l.label_log_sum;
-  return {vexp(log), log};
+  return {label_exp * l.label_inverse_sum, (label - l.label_top) * inverse_temperature - l.label_log_sum};
 }
 
-// The loss of one item and its derivative. For exo and lire the derivative is p (f - sum of the losses): slope is then p f, and
-// weight p; else weight is 0.
+// The loss of one item, and its derivative in u. For exo and lire the latter is p (f - sum of the losses): slope is p f, weight p.
+template <class V> struct ListItem {
+  V loss, slope, weight;
+};
 template <ListKind kind, class V, class S>
-PK_HD ListItem<V> list_item(const ListRule& r, const ListSoftmax<V>& l, S inverse_temperature, V u, V label) {
-  const V zero = {};
-  if constexpr (kind == ListKind::nca) {
-    const ListTarget<V> t = list_target(r, l, inverse_temperature, label);
-    const Logistic<V> g = logistic(u);
-    return {t.value * g.loss + g.opposite / l.items, g.opposite_slope / l.items - t.value * g.slope, zero};
+PK_HD ListItem<V> list_item(const ListRule& r, const ListSoftmax<V>& l, S inverse_temperature, V u, V label, V exp_u,
+                            V label_exp) {
+  const V zero = {}, p = exp_u * l.inverse_sum;
+  if constexpr (kind == ListKind::lire) {
+    const V term = -p * label;
+    return {term, term, p};
   } else {
-    const V log_p = (u - l.top) - l.log_sum, p = vexp(log_p);
-    if constexpr (kind == ListKind::lire) {
-      const V term = -p * label;
-      return {term, term, p};
+    const ListTarget<V> t = list_target(r, l, inverse_temperature, label, label_exp);
+    if constexpr (kind == ListKind::nca) {
+      const Logistic<V> g = logistic(u);
+      return {t.value * g.loss + g.opposite * l.inverse_items, g.opposite_slope * l.inverse_items - t.value * g.slope, zero};
     } else {
-      const ListTarget<V> t = list_target(r, l, inverse_temperature, label);
+      const V log_p = (u - l.top) - l.log_sum;
       if constexpr (kind == ListKind::exo) {
         const V term = p * (log_p - t.log);
         return {term, term, p};

@@ -14,15 +14,16 @@ template <class V>
 void load(const Tile<V>& t, const GroupPreferenceArgs<typename Lanes<V>::Scalar>& a, int64_t first, int64_t last) {
   using S = typename Lanes<V>::Scalar;
   constexpr int64_t L = Lanes<V>::count;
+  const int64_t row = first * t.items, rows = last - first;
+  t.load(kScore, a.scores + row, rows, t.items, t.items);
   S *score = t.array(kScore), *winner = t.array(kWinner);
-  for (int64_t lane = 0; lane < L; lane++) {
-    const int64_t row = (first + lane) * t.items;
+  for (int64_t lane = 0; lane < L; lane++)
     for (int64_t i = 0; i < t.items; i++) {
-      const bool keep = first + lane < last && (!a.mask || a.mask[row + i]);
-      score[i * L + lane] = keep ? a.scores[row + i] : 0;
-      winner[i * L + lane] = keep ? S(a.winner[row + i] != 0) : S(no_label());
+      const int64_t at = row + (lane < rows ? lane : 0) * t.items + i, to = i * L + lane;
+      const bool keep = !a.mask || a.mask[at];
+      winner[to] = keep ? S(a.winner[at] != 0) : S(no_label());
+      if (!keep) score[to] = 0;
     }
-  }
 }
 
 template <class V>

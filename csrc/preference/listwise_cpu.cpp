@@ -22,16 +22,19 @@ template <class V> struct ListSums {
 template <class V> void load(const Tile<V>& t, const ListArgs<typename Lanes<V>::Scalar>& a, int64_t first, int64_t last) {
   using S = typename Lanes<V>::Scalar;
   constexpr int64_t L = Lanes<V>::count;
-  const S beta = S(a.rule.beta), none = S(no_label());
-  S *u = t.array(kU), *label = t.array(kLabel);
-  for (int64_t lane = 0; lane < L; lane++) {
-    const int64_t row = (first + lane) * t.items;
-    for (int64_t i = 0; i < t.items; i++) {
-      const bool keep = first + lane < last && (!a.mask || a.mask[row + i]);
-      u[i * L + lane] = keep ? beta * a.scores[row + i] : 0;
-      label[i * L + lane] = keep ? (a.labels ? a.labels[row + i] : S(-i)) : none;
-    }
+  const int64_t row = first * t.items, rows = last - first;
+  t.load(kU, a.scores + row, rows, t.items, t.items);
+  if (a.labels) t.load(kLabel, a.labels + row, rows, t.items, t.items);
+  else
+    for (int64_t i = 0; i < t.items; i++) t.set(kLabel, i, splat<V>(S(-i)));
+  if (a.mask) {
+    S *u = t.array(kU), *label = t.array(kLabel);
+    for (int64_t lane = 0; lane < rows && lane < L; lane++)
+      for (int64_t i = 0; i < t.items; i++)
+        if (!a.mask[row + lane * t.items + i]) u[i * L + lane] = 0, label[i * L + lane] = S(no_label());
   }
+  const S beta = S(a.rule.beta);
+  for (int64_t i = 0; i < t.items; i++) t.set(kU, i, t.get(kU, i) * beta);
 }
 
 template <class V> PK_HD ListSums<V> look(const Tile<V>& t) {
@@ -187,31 +190,25 @@ template <bool with_grad, class V> PK_HD void plackett_luce(const Tile<V>& t, Li
 }
 
 // ---- softmax kinds ----------------------------------------------------------------------------------------------------
+// Leaves exp(u - top) in kTop and that of the labels in kGain.
 template <class V> PK_HD ListSoftmax<V> softmax(const Tile<V>& t, const ListRule& rule, const ListSums<V>& sums) {
   using S = typename Lanes<V>::Scalar;
   const V zero = {}, one = splat<V>(1);
   const S inverse = S(1 / rule.temperature);
-  ListSoftmax<V> l;
-  l.top = sums.top;
-  l.label_top = sums.best;
-  l.items = sums.items;
+  const bool soft = rule.smoothing < 0 && rule.kind != ListKind::lire;
   V exps = zero, label_exps = zero, best = zero;
   for (int64_t i = 0; i < t.items; i++) {
-    const V label = t.get(kLabel, i), u = t.get(kU, i);
-    const auto keep = counts(label);
-    exps += keep ? vexp(u - l.top) : zero;
-    label_exps += keep ? vexp((label - l.label_top) * inverse) : zero;
-    best += label == l.label_top ? one : zero;
+    const V label = t.get(kLabel, i);
+    const Mask<V> keep = counts(label);
+    const V e = keep ? vexp(t.get(kU, i) - sums.top) : zero;
+    exps += e;
+    t.set(kTop, i, e);
+    const V of_label = soft ? (keep ? vexp((label - sums.best) * inverse) : zero) : zero;
+    label_exps += of_label;
+    t.set(kGain, i, of_label);
+    best += label == sums.best ? one : zero;
   }
-  const auto any = l.items > 0;
-  l.log_sum = list_log(any ? exps : one);
-  l.label_log_sum = list_log(any ? label_exps : one);
-  const S e = S(rule.smoothing);
-  l.best = (1 - e) / (any ? best : one);
-  l.other = e / (l.items > best ? l.items - best : one);
-  l.log_best = list_log(l.best);
-  l.log_other = list_log(l.other);
-  return l;
+  return list_softmax<V, S>(rule, sums.items, sums.top, exps, sums.best, label_exps, best);
 }
 
 template <ListKind kind, class V> PK_HD void softmax_list(const Tile<V>& t, const ListRule& rule, ListSums<V>& sums) {
@@ -221,8 +218,8 @@ template <ListKind kind, class V> PK_HD void softmax_list(const Tile<V>& t, cons
   const ListSoftmax<V> l = softmax(t, rule, sums);
   for (int64_t i = 0; i < t.items; i++) {
     const V label = t.get(kLabel, i);
-    const auto keep = counts(label);
-    const ListItem<V> item = list_item<kind>(rule, l, inverse, t.get(kU, i), label);
+    const Mask<V> keep = counts(label);
+    const ListItem<V> item = list_item<kind>(rule, l, inverse, t.get(kU, i), label, t.get(kTop, i), t.get(kGain, i));
     sums.loss += keep ? item.loss : zero;
     t.set(kGrad, i, keep ? item.slope : zero);
     t.set(kRank, i, keep ? item.weight : zero);
@@ -260,8 +257,6 @@ void lists(const ListArgs<typename Lanes<V>::Scalar>& a, const typename Lanes<V>
     ListSums<V> sums = look(t);
     a.unnormalised ? one_tile<true>(t, a.rule, discounts, sums) : one_tile<false>(t, a.rule, discounts, sums);
     const Mask<V> compares = sums.best > sums.worst;
-    S comparing[L];
-    Mem<V>::store(comparing, compares ? one : zero);
     const int64_t rows = last - first;
     double* to = a.out.sums + first * kRowSums;
     each_lane(compares ? sums.loss : zero, rows, [&](int64_t lane, S x) { to[lane * kRowSums + kRowLoss] = double(x); });
@@ -270,15 +265,11 @@ void lists(const ListArgs<typename Lanes<V>::Scalar>& a, const typename Lanes<V>
               [&](int64_t lane, S x) { to[lane * kRowSums + kRowFirst] = double(x); });
     each_lane(compares ? sums.items : zero, rows, [&](int64_t lane, S x) { to[lane * kRowSums + kRowSecond] = double(x); });
     if (!a.unnormalised) continue;
-    const S* grad = t.array(kGrad);
-    for (int64_t lane = 0; lane < rows && lane < L; lane++) {
-      S* out = a.unnormalised + (first + lane) * t.items;
-      const bool wanted = comparing[lane] != 0;
-      for (int64_t i = 0; i < t.items; i++) {
-        const bool keep = wanted && (!a.mask || a.mask[(first + lane) * t.items + i]);
-        out[i] = keep ? grad[i * L + lane] * beta : 0;
-      }
-    }
+    for (int64_t i = 0; i < t.items; i++) t.set(kGrad, i, compares ? t.get(kGrad, i) * beta : zero);
+    t.store(kGrad, a.unnormalised + first * t.items, rows, t.items);
+    if (a.mask)
+      for (int64_t i = first * t.items; i < last * t.items; i++)
+        if (!a.mask[i]) a.unnormalised[i] = 0;
   }
 }
 

@@ -131,27 +131,25 @@ __device__ __forceinline__ float plackett_luce(const List& l, int lane) {
 
 template <ListKind kind> __device__ __forceinline__ float softmax_list(const List& l, int lane, const Look& k) {
   const ListRule& rule = l.a.rule;
-  const float inverse = float(1 / rule.temperature), e = float(rule.smoothing);
+  const float inverse = float(1 / rule.temperature);
+  const bool soft = rule.smoothing < 0 && kind != ListKind::lire;
+  const auto exp_u = [&](int64_t i) { return vexp(l.u(i) - k.top); };
+  const auto label_exp = [&](int64_t i) { return soft ? vexp((l.given(i) - k.best) * inverse) : 0.0f; };
   float exps = 0, label_exps = 0, best = 0;
   each_item(l, lane, [&](int64_t i) {
-    exps += vexp(l.u(i) - k.top);
-    label_exps += vexp((l.given(i) - k.best) * inverse);
+    exps += exp_u(i);
+    label_exps += label_exp(i);
     best += l.given(i) == k.best;
   });
-  best = sum(best);
-  ListSoftmax<float> s;
-  s.top = k.top, s.log_sum = list_log(sum(exps));
-  s.label_top = k.best, s.label_log_sum = list_log(sum(label_exps));
-  s.items = k.items;
-  s.best = (1 - e) / best, s.other = e / (k.items > best ? k.items - best : 1.0f);
-  s.log_best = list_log(s.best), s.log_other = list_log(s.other);
+  const auto s = list_softmax<float, float>(rule, k.items, k.top, sum(exps), k.best, sum(label_exps), sum(best));
+  const auto item = [&](int64_t i) { return list_item<kind>(rule, s, inverse, l.u(i), l.given(i), exp_u(i), label_exp(i)); };
   float loss = 0;
-  each_item(l, lane, [&](int64_t i) { loss += list_item<kind>(rule, s, inverse, l.u(i), l.given(i)).loss; });
+  each_item(l, lane, [&](int64_t i) { loss += item(i).loss; });
   loss = sum(loss);
   if (l.a.unnormalised)
     each_item(l, lane, [&](int64_t i) {
-      const auto item = list_item<kind>(rule, s, inverse, l.u(i), l.given(i));
-      l.a.unnormalised[l.row + i] = item.slope - item.weight * loss;
+      const auto x = item(i);
+      l.a.unnormalised[l.row + i] = x.slope - x.weight * loss;
     });
   return loss;
 }

@@ -18,11 +18,13 @@ template <class V> struct Tile {
   PK_HD V get(int a, int64_t i) const { return Mem<V>::load(base + a * stride + i * L); }
   PK_HD void set(int a, int64_t i, V v) const { Mem<V>::store(base + a * stride + i * L, v); }
 
-  // Rows of `columns` elements, `step` apart; lanes without a row get 0.
+  // Rows of `columns` elements, `step` apart; a lane without a row gets the first one's, and whatever comes of it is dropped.
   PK_HD void load(int a, const S* from, int64_t rows, int64_t columns, int64_t step) const {
+    const S* row[L];
+    for (int64_t lane = 0; lane < L; lane++) row[lane] = from + (lane < rows ? lane * step : 0);
     S* to = array(a);
-    for (int64_t lane = 0; lane < L; lane++)
-      for (int64_t i = 0; i < columns; i++) to[i * L + lane] = lane < rows ? from[lane * step + i] : 0;
+    for (int64_t i = 0; i < columns; i++)
+      for (int64_t lane = 0; lane < L; lane++) to[i * L + lane] = row[lane][i];
   }
   PK_HD void store(int a, S* to, int64_t rows, int64_t columns) const {
     const S* from = array(a);

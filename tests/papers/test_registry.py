@@ -17,6 +17,7 @@ WORDS = {
     "gdpo": "code", "ngrpo": "code", "gtpo": "code", "etr": "inferred", "dgpo": "code", "dagrpo": "inferred",
     "reg_grpo": "paper", "gigpo": "code", "disco": "code", "trpa": "code", "tppo": "part", "copg": "paper", "cgpo": "paper",
     "gcpo": "part", "otc": "paper", "mo_grpo": "part",
+    "gepo": "part", "lipo": "paper", "lire": "paper", "plackett_luce": "paper", "rrhf": "paper", "tpo_tree": "paper",
 }  # fmt: skip
 
 
