@@ -18,7 +18,6 @@ struct List {
   __device__ __forceinline__ bool counts(int64_t i) const { return !a.mask || a.mask[row + i] != 0; }
   __device__ __forceinline__ float u(int64_t i) const { return beta * a.scores[row + i]; }
   __device__ __forceinline__ float given(int64_t i) const { return a.labels ? a.labels[row + i] : -float(i); }
-  __device__ __forceinline__ float label(int64_t i) const { return counts(i) ? given(i) : no_label(); }
   __device__ __forceinline__ float& scratch(int64_t i, int k) const { return a.scratch[(row + i) * 3 + k]; }
 };
 
@@ -34,7 +33,7 @@ __device__ __forceinline__ float sum(float x) { return warp_reduce(x, Add()); }
 
 // A list at a glance. Of equal scores the first is the highest.
 struct Look {
-  float items = 0, best = -__builtin_inff(), worst = __builtin_inff(), top = -__builtin_inff(), top_label = 0;
+  float items = 0, best = -float(__builtin_inf()), worst = float(__builtin_inf()), top = -float(__builtin_inf()), top_label = 0;
   bool valid = true;
 };
 __device__ __forceinline__ Look look(const List& l, int lane) {
