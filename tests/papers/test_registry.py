@@ -14,9 +14,10 @@ from prefkern.papers import EVIDENCE, NAMES, Rollout, load_pair_recipe, load_rec
 
 WORDS = {
     "apo_accel": "paper", "cgpo": "paper", "copg": "paper", "curry_dpo": "paper", "dagrpo": "inferred", "dno": "paper",
-    "dpo_survey": "part", "etr": "inferred", "gcpo": "part", "lcpo": "paper", "mo_grpo": "part",
-    "more_is_less": "part", "mpo_mixed": "paper", "otc": "paper", "r_dpo": "paper", "reg_grpo": "paper",
-    "soft_preference": "paper", "spo_self": "inferred", "tppo": "part", "vpo": "paper",
+    "dpo_survey": "part", "etr": "inferred", "gcpo": "part", "gepo": "part", "lcpo": "paper", "lipo": "paper",
+    "lire": "paper", "mo_grpo": "part", "more_is_less": "part", "mpo_mixed": "paper", "otc": "paper",
+    "plackett_luce": "paper", "r_dpo": "paper", "reg_grpo": "paper", "rrhf": "paper", "soft_preference": "paper",
+    "spo_self": "inferred", "tpo_tree": "paper", "tppo": "part", "vpo": "paper",
 }  # fmt: skip
 
 
