@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import LossOutput, listwise_loss
+from ..ops import LossOutput, listwise_loss, step_mean
 from ._about import About
 from ._shared import check_choice, may_look
 
@@ -65,13 +65,8 @@ def align_steps(step_ids: Tensor, mask: Tensor | None = None) -> Tensor:
 def step_means(values: Tensor, step_ids: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Means over the tokens of each step from 1 to `steps`, and which steps have any: [B, N, S] or [B, N, S, H] from [B, N, T]
     or [B, N, T, H], and bool [B, N, S]. Tokens of step 0 are never looked at."""
-    wide = values if values.dtype == torch.float64 else values.float()
-    member = (step_ids[..., None] == torch.arange(1, steps + 1, device=step_ids.device)).to(wide.dtype).transpose(-1, -2)
-    count = member.sum(-1)
-    outside = (step_ids < 1) | (step_ids > steps)
-    columns = wide.masked_fill(outside, 0.0)[..., None] if wide.dim() == 3 else wide.masked_fill(outside[..., None], 0.0)
-    means = member @ columns / count.clamp_min(1)[..., None]
-    return (means[..., 0] if values.dim() == 3 else means), count > 0
+    means, counts = step_mean(values.flatten(0, 1), step_ids.flatten(0, 1), max(steps, 1))
+    return means.unflatten(0, step_ids.shape[:2]), (counts > 0).unflatten(0, step_ids.shape[:2])
 
 
 def step_cosine_weights(hidden: Tensor, step_ids: Tensor, ref_row: int = 0, *, steps: int | None = None) -> Tensor:
