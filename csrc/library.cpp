@@ -27,6 +27,15 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "Tensor? bias, Tensor? row_temperature, Tensor entropy, Tensor stats, float temperature, float softcap, float logit_scale, "
       "int ignore_index, int needs, int chunk_bytes) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "linear_chunk_(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? row_temperature, Tensor(a!) workspace, "
+      "float temperature, float softcap, float logit_scale, int ignore_index, int outputs) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_chunk_backward_(Tensor? g_logp, Tensor? g_entropy, Tensor? g_lse, Tensor hidden, Tensor weight, Tensor targets, "
+      "Tensor? bias, Tensor? row_temperature, Tensor entropy, Tensor stats, Tensor(a!) workspace, Tensor(b!)? d_hidden, "
+      "Tensor(c!)? d_weight, Tensor(d!)? d_bias, float temperature, float softcap, float logit_scale, int ignore_index, "
+      "bool accumulate) -> ()");
+  m.def(
       "logits_logprobs(Tensor logits, Tensor targets, Tensor? row_temperature, float temperature, float softcap, "
       "float logit_scale, int ignore_index, int outputs, bool inplace_backward) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -135,6 +144,8 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("linear_logprobs", PK_OP(linear_logprobs));                                \
     m.impl("linear_logprobs_fwd", PK_OP(linear_logprobs));                            \
     m.impl("linear_logprobs_backward", PK_OP(linear_logprobs_backward));              \
+    m.impl("linear_chunk_", PK_OP(linear_chunk));                                     \
+    m.impl("linear_chunk_backward_", PK_OP(linear_chunk_backward));                   \
     m.impl("logits_logprobs", PK_OP(logits_logprobs));                                \
     m.impl("logits_logprobs_fwd", PK_OP(logits_logprobs));                            \
     m.impl("logits_logprobs_backward", PK_OP(logits_logprobs_backward));              \
