@@ -1,0 +1,186 @@
+"""The single pass over a linear head: chunk by chunk logits, their log-probs, the loss's gradient in those, and from the same
+logits the gradients of hidden, weight and bias. 3 GEMMs of 2 N V H flops instead of the 4 of ``linear_logprobs`` and its
+backward; 2 where the head is frozen.
+
+What the loss is, is a function: it gets the log-probs of a chunk and returns their gradient. A chunk holds whatever rows that
+function has to see together. Heavy work is in ``csrc/logprobs/linear_chunk.cpp``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ._arguments import accumulator
+
+_OPS = torch.ops.prefkern
+_chunk, _chunk_backward = _OPS.linear_chunk_.default, _OPS.linear_chunk_backward_.default
+GRAD_HIDDEN, GRAD_WEIGHT, GRAD_BIAS = 1, 2, 4
+_SAVE_STATS = 32
+_DTYPES = {
+    torch.float32: _C.DType.float32,
+    torch.bfloat16: _C.DType.bfloat16,
+    torch.float16: _C.DType.float16,
+    torch.float64: _C.DType.float64,
+}
+
+
+class Head(NamedTuple):
+    """A linear head and the rows that go through it, as ``linear_logprobs`` takes them."""
+
+    hidden: Tensor
+    """[N, H]"""
+    weight: Tensor
+    targets: Tensor
+    """[N]; ignore_index where a row does not count."""
+    bias: Tensor | None
+    row_temperature: Tensor | None
+    options: tuple[float, float, float, int]
+    """temperature, softcap, logit_scale, ignore_index"""
+
+
+class Rows(NamedTuple):
+    """Which rows of [N] a chunk holds: ranges one behind the other, or an index."""
+
+    count: int
+    ranges: tuple[tuple[int, int], ...] = ()
+    index: Tensor | None = None
+
+    def take(self, t: Tensor) -> Tensor:
+        if self.index is not None:
+            return t.index_select(0, self.index)
+        parts = [t[begin:end] for begin, end in self.ranges]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def put(self, into: Tensor, values: Tensor) -> None:
+        if self.index is not None:
+            into.index_copy_(0, self.index, values.to(into.dtype))
+            return
+        at = 0
+        for begin, end in self.ranges:
+            into[begin:end].copy_(values[at : at + end - begin])
+            at += end - begin
+
+    def window(self, t: Tensor) -> Tensor | None:
+        """The rows as part of t's own memory, where they are that."""
+        return t[self.ranges[0][0] : self.ranges[0][1]] if len(self.ranges) == 1 else None
+
+
+def rows_of(*ranges: tuple[int, int]) -> Rows:
+    """Rows of ranges; such as meet become one."""
+    merged: list[tuple[int, int]] = []
+    for begin, end in ranges:
+        if merged and merged[-1][1] == begin:
+            merged[-1] = (merged[-1][0], end)
+        else:
+            merged.append((begin, end))
+    return Rows(sum(end - begin for begin, end in merged), tuple(merged))
+
+
+def rows_that_fit(head: Head, rows: int, chunk_bytes: int) -> int:
+    """How many rows a chunk should have at most."""
+    hidden, weight = head.hidden, head.weight
+    if rows == 0:
+        return 1
+    plan = _C.plan_kept(rows, hidden.shape[1], weight.shape[0], _DTYPES[hidden.dtype], hidden.is_cuda, True, chunk_bytes)
+    return int(plan.row_chunk)
+
+
+def share_out(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
+    """Cut items into runs of at most ``limit`` rows, of about equal size; an item that is larger has a run of its own."""
+    total = sum(sizes)
+    if total == 0:
+        return []
+    target = total / -(-total // limit)
+    runs, begin, held = [], 0, 0
+    for i, size in enumerate(sizes):
+        if held and (held + size > limit or held + size / 2 > target):
+            runs.append((begin, i))
+            begin, held = i, 0
+        held += size
+    if held:
+        runs.append((begin, len(sizes)))
+    else:  # items without rows at the end
+        runs[-1] = (runs[-1][0], len(sizes))
+    return runs
+
+
+def single_pass(
+    head: Head, chunks: Sequence[Rows], gradient: Callable[[int, Tensor], Tensor], needs: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias, as far as ``needs`` asks for them: those of a loss of which
+    ``gradient(k, logp)`` is the gradient in the log-probs of the rows of ``chunks[k]``.
+
+    No row is in two chunks; one that is in none has no gradient. Rows are taken in order, so equal calls give equal bits.
+    """
+    hidden, weight, targets, bias, row_temperature, options = head
+    acc, vocab, width = accumulator(hidden), weight.shape[0], hidden.shape[1]
+    most = max((rows.count for rows in chunks), default=0)
+    covered = sum(rows.count for rows in chunks) == hidden.shape[0]
+    new = hidden.new_empty
+    workspace = new(most * vocab, dtype=acc)
+    # One chunk's gradient of the weight is all of it, and needs no accumulator of its own.
+    d_weight = new((vocab, width), dtype=weight.dtype if len(chunks) == 1 else acc) if needs & GRAD_WEIGHT else None
+    d_bias = new(vocab, dtype=acc) if needs & GRAD_BIAS else None
+    d_hidden = buffer = None
+    if needs & GRAD_HIDDEN:
+        d_hidden = new(hidden.shape) if covered else hidden.new_zeros(hidden.shape)
+        if hidden.dtype != acc or any(len(rows.ranges) != 1 for rows in chunks):
+            buffer = new((most, width), dtype=acc)
+    if not chunks:
+        for t in (d_weight, d_bias):
+            if t is not None:
+                t.zero_()
+    for k, rows in enumerate(chunks):
+        x, t = rows.take(hidden), rows.take(targets)
+        if hidden.is_cuda and d_weight is not None:  # there, ignored rows stay: 0 times NaN would reach the weight's gradient
+            x = torch.where((t != options[3]).unsqueeze(1), x, 0)
+        tau = None if row_temperature is None else rows.take(row_temperature)
+        logp, entropy, *_, stats = _chunk(x, weight, t, bias, tau, workspace, *options, _SAVE_STATS)
+        g = gradient(k, logp)
+        d_rows = None
+        if d_hidden is not None:
+            d_rows = rows.window(d_hidden) if buffer is None else buffer[: rows.count]
+        _chunk_backward(
+            g, None, None, x, weight, t, bias, tau, entropy, stats, workspace, d_rows, d_weight, d_bias, *options, k > 0
+        )  # fmt: skip
+        if d_hidden is not None and buffer is not None and d_rows is not None:
+            rows.put(d_hidden, d_rows)
+    del workspace, buffer
+    if d_weight is not None:
+        d_weight = d_weight.to(weight.dtype)
+    if d_bias is not None and bias is not None:
+        d_bias = d_bias.to(bias.dtype)
+    return d_hidden, d_weight, d_bias
+
+
+class Stored:
+    """Gradients that a forward has already computed, on their way to the backward. They are handed over rather than copied, so
+    a second backward finds nothing unless the first one was told to keep the graph."""
+
+    def __init__(self, gradients: tuple[Tensor | None, ...]):
+        self.gradients: tuple[Tensor | None, ...] | None = gradients
+
+    def times(self, g: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients times the upstream gradient of the loss."""
+        held = self.gradients
+        if held is None:
+            raise RuntimeError(
+                "the gradients of this loss went to an earlier backward; call that one with retain_graph=True to have two"
+            )
+        one = not g.is_cuda and float(g) == 1
+        if _keeps_graph():
+            return tuple(t if t is None else t.clone() if one else t * g.to(t.dtype) for t in held)
+        self.gradients = None
+        return held if one else tuple(t if t is None else t.mul_(g) for t in held)
+
+
+_keep_graph: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+
+
+def _keeps_graph() -> bool:
+    return True if _keep_graph is None else bool(_keep_graph())
