@@ -9,6 +9,7 @@
 #include "groups/bindings.h"
 #include "logprobs/bindings.h"
 #include "policy/bindings.h"
+#include "preference/bindings.h"
 #include "sequence/bindings.h"
 
 namespace prefkern {
@@ -18,6 +19,7 @@ inline void bind_argument_structs(py::module_& m) {
   bind_logprobs(m);
   bind_advantages(m);
   bind_policy(m);
+  bind_preference(m);
   bind_sequence(m);
   bind_groups(m);
   bind_conflicts(m);
@@ -28,6 +30,7 @@ inline void bind_cpu_launchers(py::module_& m) {
   bind_logprobs_cpu(m);
   bind_advantages_cpu(m);
   bind_policy_cpu(m);
+  bind_preference_cpu(m);
   bind_sequence_cpu(m);
   bind_groups_cpu(m);
   bind_conflicts_cpu(m);
@@ -38,6 +41,7 @@ inline void bind_cuda_launchers(py::module_& m) {
   bind_logprobs_cuda(m);
   bind_advantages_cuda(m);
   bind_policy_cuda(m);
+  bind_preference_cuda(m);
   bind_sequence_cuda(m);
   bind_groups_cuda(m);
   bind_conflicts_cuda(m);

@@ -7,6 +7,7 @@
 #include "filters/ops.h"
 #include "logprobs/ops.h"
 #include "policy/ops.h"
+#include "preference/ops.h"
 #include "sequence/ops.h"
 
 using namespace prefkern;
@@ -137,6 +138,26 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
   m.def(
       "off_policy_mask(Tensor advantages, Tensor logp, Tensor rollout_logp, Tensor? mask, Tensor? cu_seqlens, float threshold) "
       "-> Tensor");
+
+  // ---- preference: kind, score, average and reduction are the enumerations of math/preference.h; a tensor stands in for the
+  // number of its name. With `desirable` the rows are single responses and kind is an UnpairedKind.
+  m.def(
+      "preference_loss(Tensor chosen, Tensor? rejected, Tensor? ref_chosen, Tensor? ref_rejected, Tensor? desirable, "
+      "Tensor? chosen_lengths, Tensor? rejected_lengths, Tensor? scale, Tensor? offset, Tensor? smoothing, "
+      "Tensor? chosen_target, Tensor? rejected_target, Tensor? weight, Tensor? tie, Tensor? mask, Tensor? norm_tensor, "
+      "int kind, int score, int average, int reduction, float beta, float rejected_beta, float chosen_reward, "
+      "float rejected_reward, float scale_number, float offset_number, float smoothing_number, float chosen_target_number, "
+      "float rejected_target_number, float alpha, float exp_cap, float max_p, float parameter, float clip, float factor, "
+      "float chosen_weight, float rejected_weight, float norm, bool with_grad) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "preference_loss_fwd(Tensor chosen, Tensor? rejected, Tensor? ref_chosen, Tensor? ref_rejected, Tensor? desirable, "
+      "Tensor? chosen_lengths, Tensor? rejected_lengths, Tensor? scale, Tensor? offset, Tensor? smoothing, "
+      "Tensor? chosen_target, Tensor? rejected_target, Tensor? weight, Tensor? tie, Tensor? mask, Tensor? norm_tensor, "
+      "int kind, int score, int average, int reduction, float beta, float rejected_beta, float chosen_reward, "
+      "float rejected_reward, float scale_number, float offset_number, float smoothing_number, float chosen_target_number, "
+      "float rejected_target_number, float alpha, float exp_cap, float max_p, float parameter, float clip, float factor, "
+      "float chosen_weight, float rejected_weight, float norm, bool with_grad) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("preference_loss_backward(Tensor g_loss, Tensor unnormalised, Tensor inverse_norm) -> Tensor");
 }
 
 #define PK_REGISTER(key)                                                              \
@@ -180,6 +201,9 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("level_pairs_backward", PK_OP(level_pairs_backward));                      \
     m.impl("importance_weights", PK_OP(importance_weights));                          \
     m.impl("off_policy_mask", PK_OP(off_policy_mask));                                \
+    m.impl("preference_loss", PK_OP(preference_loss));                                \
+    m.impl("preference_loss_fwd", PK_OP(preference_loss));                            \
+    m.impl("preference_loss_backward", PK_OP(preference_loss_backward));              \
   }
 PK_REGISTER(CPU)
 PK_REGISTER(CUDA)

@@ -298,9 +298,40 @@ PK_HD VecF vtanh(VecF x) {
 PK_HD float vtanh(float x) { return __builtin_tanhf(x); }
 PK_HD double vtanh(double x) { return __builtin_tanh(x); }
 
+// log x with relative error <= 2.5e-7: x = 2^n m with m in [sqrt 1/2, sqrt 2), log m = 2 artanh((m - 1) / (m + 1)) by its
+// series. -infinity at 0, NaN below.
+PK_HD VecF vlog(VecF x) {
+  constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
+  const VecI tiny = x < 0x1p-126f;
+  const VecF scaled = tiny ? x * 0x1p25f : x;
+  VecI bits;
+  __builtin_memcpy(&bits, &scaled, sizeof bits);
+  const VecI n = (bits - 0x3f3504f3) >> 23, mantissa = bits - (n << 23);  // 0x3f3504f3 is sqrt 1/2
+  VecF m;
+  __builtin_memcpy(&m, &mantissa, sizeof m);
+  const VecF s = (m - 1) / (m + 1), s2 = s * s;
+  const VecF log_m = s * 2 + s * s2 * (0.666666667f + s2 * (0.4f + s2 * (0.285714286f + s2 * 0.222222222f)));
+  const VecF e = __builtin_convertvector(n, VecF) - (tiny ? splat<VecF>(25.0f) : VecF{});
+  const VecF r = e * ln2_high + (log_m + e * ln2_low), infinity = splat<VecF>(__builtin_inff());
+  return x > 0 ? (x < infinity ? r : x) : (x == 0 ? -infinity : splat<VecF>(__builtin_nanf("")));
+}
+
+// log(1 + u) for u >= -1, with relative error <= 3e-7: below 1, and not far below 0, 2 artanh(u / (2 + u)) by its series,
+// which loses nothing where u is small.
+PK_HD VecF vlog1p(VecF u) {
+  const VecF s = u / (u + 2), s2 = s * s;
+  const VecF series =
+      s2 * (0.666666667f +
+            s2 * (0.4f + s2 * (0.285714286f +
+                               s2 * (0.222222222f +
+                                     s2 * (0.181818182f + s2 * (0.153846154f + s2 * (0.133333333f + s2 * 0.117647059f)))))));
+  return (u > -0.5f) & (u <= 1) ? s * 2 + s * series : vlog(u + 1);
+}
 PK_HD float vlog2(float x) { return __builtin_log2f(x); }
 PK_HD double vlog2(double x) { return __builtin_log2(x); }
+PK_HD float vlog(float x) { return __builtin_logf(x); }
 PK_HD double vlog(double x) { return __builtin_log(x); }
+PK_HD float vlog1p(float x) { return __builtin_log1pf(x); }
 PK_HD double vlog1p(double x) { return __builtin_log1p(x); }
 PK_HD double vsqrt(double x) { return __builtin_sqrt(x); }
 PK_HD VecD vsqrt(VecD x) {

@@ -12,6 +12,7 @@
 #include "logprobs/logits_fold.h"
 #include "policy/importance.h"
 #include "policy/token_loss.h"
+#include "preference/pair_loss.h"
 #include "sequence/returns.h"
 #include "sequence/sequence_sums.h"
 
@@ -37,6 +38,8 @@ int cuda_question_weights(const QuestionArgs<float>&, void*) { return kBuiltWith
 int cuda_masked_pairs(const MaskedPairArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_policy_loss(const PolicyArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_policy_loss_backward(const PolicyGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_preference_loss(const PreferenceArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_preference_loss_backward(const PreferenceGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_sequence_sums(const SequenceSumArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_sequence_sums_backward(const SequenceSumArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_returns(const ReturnsArgs<float>&, void*) { return kBuiltWithoutCuda; }

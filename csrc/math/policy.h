@@ -17,7 +17,7 @@
 //
 // V is float, double, or a vector of float, for which comparisons and ?: work lane by lane.
 #pragma once
-#include "core/elementary.h"
+#include "math/exponential.h"
 
 namespace prefkern {
 
@@ -126,8 +126,6 @@ template <class S> PK_HD PolicyRule<S> policy_rule(const PolicyOptions& o) {
   return r;
 }
 
-template <class V> using LanesIf = decltype(V() < V());  // what ?: takes: bool, or one integer per lane
-
 // What a token brings along. Where not own_bounds, eps_low and eps_high are those of the rule.
 template <class V> struct PolicyToken {
   V logp, d, advantage, to_ref;  // to_ref = ref_logp - logp; not looked at without a reference
@@ -146,33 +144,6 @@ template <class V> struct PolicyTerm {
   LanesIf<V> low, high, dual;     // whether that bound holds the loss
   V ratio, approx_kl, kl;
 };
-
-// e^x, and where |x| < kExpTail also tail = e^x - 1 - x = x^2 (1/2! + x/3! + ...). Vectors on the CPU have their own.
-template <class V> PK_HD V exp_tail(V x, V& tail) {
-  constexpr int terms = sizeof(V) == 8 ? 13 : 6;
-  constexpr double inverse_factorial[] = {1.0 / 2,         1.0 / 6,          1.0 / 24,         1.0 / 120,     1.0 / 720,
-                                          1.0 / 5040,      1.0 / 40320,      1.0 / 362880,     1.0 / 3628800, 1.0 / 39916800,
-                                          1.0 / 479001600, 1.0 / 6227020800, 1.0 / 87178291200};
-  V series = V(inverse_factorial[terms - 1]);
-  for (int k = terms - 2; k >= 0; k--) series = series * x + V(inverse_factorial[k]);
-  tail = x * x * series;
-  return vexp(x);
-}
-
-// e^x - 1 - x. Subtracting loses nothing where the result is not small, and where it is there is `tail`: relative error
-// <= 3e-6 in float, 1e-14 in double.
-template <class V> PK_HD V exp_minus_1_minus(V x, V exp_x, V tail) {
-  using S = typename Lanes<V>::Scalar;
-  return (x < S(kExpTail)) & (x > S(-kExpTail)) ? tail : (exp_x - S(1)) - x;
-}
-
-// q = sigmoid(z) and its derivative q (1 - q), for every z.
-template <class V> PK_HD void sigmoid(V z, V& q, V& slope) {
-  using S = typename Lanes<V>::Scalar;
-  const V e = vexp(-vmax(z, -z)), inverse = splat<V>(1) / (e + S(1));
-  q = z < S(0) ? e * inverse : inverse;
-  slope = e * inverse * inverse;
-}
 
 // Estimate of KL(policy || reference) and its derivative by logp.
 template <Penalty PENALTY, class V, class S> PK_HD void kl_term(const PolicyRule<S>& rule, V x, V& value, V& grad) {

@@ -36,7 +36,7 @@ def papers(
 
 def collect(name: str) -> dict[str, Any]:
     """What there is to say about a paper, JSON-ready."""
-    from prefkern.papers import module
+    from prefkern.papers import PairRecipe, module
 
     paper = module(name)
     recipe = getattr(paper, "recipe", None)
@@ -46,15 +46,20 @@ def collect(name: str) -> dict[str, Any]:
         "link": paper.about.link,
         "evidence_text": paper.about.evidence_text,
         "recipe": None if recipe is None else recipe.options(),
-        "needs": [] if recipe is None else [*recipe.needs, *(["entropy"] if recipe.needs_entropy else [])],
-        "whole_groups": recipe is not None and recipe.whole_groups,
-        "on_policy": recipe is not None and recipe.on_policy,
+        "needs": [] if recipe is None else [*recipe.needs, *(["entropy"] if getattr(recipe, "needs_entropy", False) else [])],
+        "takes": "" if recipe is None else "pairs" if isinstance(recipe, PairRecipe) else "rollouts",
+        "whole_groups": getattr(recipe, "whole_groups", False),
+        "on_policy": getattr(recipe, "on_policy", False),
     }
 
 
 def recipe_needs(entry: dict[str, Any]) -> str:
-    """What a recipe has to be given besides group and mask."""
-    return ", ".join(entry["needs"]) or "rewards" if entry["recipe"] is not None else "no recipe"
+    """What a recipe has to be given besides mask and, for rollouts, group."""
+    if entry["recipe"] is None:
+        return "no recipe"
+    if entry["takes"] == "pairs":
+        return "pairs" + "".join(f", {need}" for need in entry["needs"])
+    return ", ".join(entry["needs"]) or "rewards"
 
 
 def markdown_table(entries: list[dict[str, Any]]) -> str:
@@ -96,11 +101,12 @@ def print_one(entry: dict[str, Any]) -> None:
     if entry["recipe"] is None:
         console.print("No recipe: see its functions.", highlight=False)
         return
-    console.print(f'\nRecipe "{entry["slug"]}", options and defaults:', markup=False, highlight=False)
+    console.print(f'\nRecipe "{entry["slug"]}" for {entry["takes"]}, options and defaults:', markup=False, highlight=False)
     for option, value in entry["recipe"].items():
         console.print(f"  {option} = {value!r}", markup=False, highlight=False)
     if entry["needs"]:
-        console.print(f"It needs {', '.join(entry['needs'])} besides rewards, group and mask.", highlight=False)
+        besides = "the pairs' log-probs and mask" if entry["takes"] == "pairs" else "rewards, group and mask"
+        console.print(f"It needs {', '.join(entry['needs'])} besides {besides}.", highlight=False)
     if entry["whole_groups"]:
         console.print("Its minibatches must hold whole groups.", highlight=False)
     if entry["on_policy"]:

@@ -15,6 +15,7 @@ from .filters import masked_quantile, top_quantile_mask
 from .groups import group_normalize, group_reduce, level_pairs
 from .logprobs import linear_logprobs, logits_logprobs, plan_chunks
 from .policy import importance_weights, kl_penalty, masked_aggregate, off_policy_mask, policy_loss
+from .preference import preference_loss, unpaired_loss
 from .sequence import discounted_returns, gae, segmented_returns, sequence_mean, sequence_sum
 from .types import (
     ConflictRuns,
@@ -57,12 +58,14 @@ __all__ = [
     "pair_masked_advantages",
     "plan_chunks",
     "policy_loss",
+    "preference_loss",
     "question_weights",
     "segmented_returns",
     "sequence_mean",
     "sequence_sum",
     "set_validation",
     "top_quantile_mask",
+    "unpaired_loss",
     "validation",
     "whiten",
 ]

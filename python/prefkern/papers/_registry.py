@@ -9,10 +9,11 @@ from ast import literal_eval
 from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .._names import nearest_hint
 from ._about import About
+from ._pairs import PairRecipe
 from ._recipe import Recipe
 
 NAMES: tuple[str, ...] = tuple(
@@ -34,21 +35,42 @@ def about() -> dict[str, About]:
 
 
 def recipes() -> dict[str, Recipe]:
-    """Every recipe with its default options, by name."""
-    found = (getattr(module(name), "recipe", None) for name in NAMES)
-    return {recipe.name: recipe for recipe in found if recipe is not None}
+    """Every recipe for rollouts with its default options, by name."""
+    return {recipe.name: recipe for recipe in _all_recipes() if isinstance(recipe, Recipe)}
+
+
+def pair_recipes() -> dict[str, PairRecipe]:
+    """Every recipe for preference pairs with its default options, by name."""
+    return {recipe.name: recipe for recipe in _all_recipes() if isinstance(recipe, PairRecipe)}
+
+
+def _all_recipes() -> list[Any]:
+    return [module(name).recipe for name in NAMES if hasattr(module(name), "recipe")]
 
 
 def load_recipe(text: str, **options: Any) -> Recipe:
-    """The recipe that a string names, such as "ngrpo" or "ngrpo:r_max=2.0,n_virtual=2", with its options replaced.
+    """The recipe for rollouts that a string names, such as "ngrpo" or "ngrpo:r_max=2.0,n_virtual=2", with its options
+    replaced.
 
     Values in the string are Python literals; what is none is taken as text. Keyword arguments go on top of those.
     Raises ValueError, with the nearest name there is, for a recipe or an option that does not exist.
     """
+    return _load(text, options, recipes(), "load_pair_recipe" if text.partition(":")[0] in pair_recipes() else "")
+
+
+def load_pair_recipe(text: str, **options: Any) -> PairRecipe:
+    """The recipe for preference pairs that a string names, such as "dpo" or "simpo:beta=2.5": as :func:`load_recipe`."""
+    return _load(text, options, pair_recipes(), "load_recipe" if text.partition(":")[0] in recipes() else "")
+
+
+T = TypeVar("T", Recipe, PairRecipe)
+
+
+def _load(text: str, options: dict[str, Any], known: dict[str, T], elsewhere: str) -> T:
     name, _, tail = text.partition(":")
-    known = recipes()
     if name not in known:
-        raise ValueError(f"recipe is {name!r}; accepted: {', '.join(known)}{nearest_hint(name, known)}")
+        hint = f"; {elsewhere} has it" if elsewhere else nearest_hint(name, known)
+        raise ValueError(f"recipe is {name!r}; accepted: {', '.join(known)}{hint}")
     recipe = known[name]
     given = _parse_options(tail, text) | options
     accepted = sorted(f.name for f in fields(recipe))

@@ -1,0 +1,65 @@
+// Exponentials, logarithms and the logistic function without cancellation, for formulas of several rooms.
+//
+// V is float, double, or a vector of float, for which comparisons and ?: work lane by lane.
+#pragma once
+#include "core/elementary.h"
+
+namespace prefkern {
+inline namespace PK_ISA {
+
+template <class V> using LanesIf = decltype(V() < V());  // what ?: takes: bool, or one integer per lane
+
+// e^x, and where |x| < kExpTail also tail = e^x - 1 - x = x^2 (1/2! + x/3! + ...). Vectors on the CPU have their own.
+template <class V> PK_HD V exp_tail(V x, V& tail) {
+  constexpr int terms = sizeof(V) == 8 ? 13 : 6;
+  constexpr double inverse_factorial[] = {1.0 / 2,         1.0 / 6,          1.0 / 24,         1.0 / 120,     1.0 / 720,
+                                          1.0 / 5040,      1.0 / 40320,      1.0 / 362880,     1.0 / 3628800, 1.0 / 39916800,
+                                          1.0 / 479001600, 1.0 / 6227020800, 1.0 / 87178291200};
+  V series = V(inverse_factorial[terms - 1]);
+  for (int k = terms - 2; k >= 0; k--) series = series * x + V(inverse_factorial[k]);
+  tail = x * x * series;
+  return vexp(x);
+}
+
+// e^x - 1 - x. Subtracting loses nothing where the result is not small, and where it is there is `tail`: relative error
+// <= 3e-6 in float, 1e-14 in double.
+template <class V> PK_HD V exp_minus_1_minus(V x, V exp_x, V tail) {
+  using S = typename Lanes<V>::Scalar;
+  return (x < S(kExpTail)) & (x > S(-kExpTail)) ? tail : (exp_x - S(1)) - x;
+}
+
+// q = sigmoid(z) and its derivative q (1 - q), for every z.
+template <class V> PK_HD void sigmoid(V z, V& q, V& slope) {
+  using S = typename Lanes<V>::Scalar;
+  const V e = vexp(-vmax(z, -z)), inverse = splat<V>(1) / (e + S(1));
+  q = z < S(0) ? e * inverse : inverse;
+  slope = e * inverse * inverse;
+}
+
+// e^x - 1.
+template <class V> PK_HD V vexpm1(V x) {
+  using S = typename Lanes<V>::Scalar;
+  V tail;
+  const V e = exp_tail(x, tail);
+  return (x < S(kExpTail)) & (x > S(-kExpTail)) ? x + tail : e - S(1);
+}
+
+// log(1 - e^a) for a <= 0; -infinity at 0, NaN above.
+template <class V> PK_HD V log1mexp(V a) {
+  using S = typename Lanes<V>::Scalar;
+  return a < S(-0.6931471805599453) ? vlog1p(-vexp(a)) : vlog(-vexpm1(a));
+}
+
+// sigmoid(z), sigmoid(-z) and -log sigmoid(z), for every z, from one exponential.
+template <class V> struct Logistic {
+  V q, p, nll;
+};
+template <class V> PK_HD Logistic<V> logistic(V z) {
+  using S = typename Lanes<V>::Scalar;
+  const V e = vexp(-vmax(z, -z)), inverse = splat<V>(1) / (e + S(1)), small = e * inverse;
+  const LanesIf<V> negative = z < S(0);
+  return {negative ? small : inverse, negative ? inverse : small, vmax(-z, splat<V>(0)) + vlog1p(e)};
+}
+
+}  // namespace PK_ISA
+}  // namespace prefkern
