@@ -13,6 +13,7 @@ from .advantages import (
 from .conflicts import conflict_runs, conflict_weights
 from .filters import masked_quantile, top_quantile_mask
 from .groups import group_normalize, group_reduce, level_pairs
+from .linear_losses import linear_preference_loss
 from .logprobs import linear_logprobs, logits_logprobs, plan_chunks
 from .policy import importance_weights, kl_penalty, masked_aggregate, off_policy_mask, policy_loss
 from .preference import preference_loss, unpaired_loss
@@ -50,6 +51,7 @@ __all__ = [
     "kl_penalty",
     "level_pairs",
     "linear_logprobs",
+    "linear_preference_loss",
     "logits_logprobs",
     "masked_aggregate",
     "masked_quantile",

@@ -15,18 +15,12 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ._arguments import accumulator
+from ._arguments import accumulator, same_device
+from .logprobs import _DTYPES, _GRAD_BIAS, _GRAD_HIDDEN, _GRAD_WEIGHT, _SAVE_STATS, _fake_outputs
 
 _OPS = torch.ops.prefkern
 _chunk, _chunk_backward = _OPS.linear_chunk_.default, _OPS.linear_chunk_backward_.default
-GRAD_HIDDEN, GRAD_WEIGHT, GRAD_BIAS = 1, 2, 4
-_SAVE_STATS = 32
-_DTYPES = {
-    torch.float32: _C.DType.float32,
-    torch.bfloat16: _C.DType.bfloat16,
-    torch.float16: _C.DType.float16,
-    torch.float64: _C.DType.float64,
-}
+GRAD_HIDDEN, GRAD_WEIGHT, GRAD_BIAS = _GRAD_HIDDEN, _GRAD_WEIGHT, _GRAD_BIAS
 
 
 class Head(NamedTuple):
@@ -46,19 +40,19 @@ class Head(NamedTuple):
 class Rows(NamedTuple):
     """Which rows of [N] a chunk holds: ranges one behind the other, or an index."""
 
-    count: int
+    total: int
     ranges: tuple[tuple[int, int], ...] = ()
-    index: Tensor | None = None
+    at: Tensor | None = None
 
     def take(self, t: Tensor) -> Tensor:
-        if self.index is not None:
-            return t.index_select(0, self.index)
+        if self.at is not None:
+            return t.index_select(0, self.at)
         parts = [t[begin:end] for begin, end in self.ranges]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def put(self, into: Tensor, values: Tensor) -> None:
-        if self.index is not None:
-            into.index_copy_(0, self.index, values.to(into.dtype))
+        if self.at is not None:
+            into.index_copy_(0, self.at, values.to(into.dtype))
             return
         at = 0
         for begin, end in self.ranges:
@@ -110,26 +104,29 @@ def share_out(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
 
 
 def single_pass(
-    head: Head, chunks: Sequence[Rows], gradient: Callable[[int, Tensor], Tensor], needs: int
+    head: Head, chunks: Sequence[Rows], gradient: Callable[[int, Tensor], Tensor], needs: int, wide: bool = False
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias, as far as ``needs`` asks for them: those of a loss of which
     ``gradient(k, logp)`` is the gradient in the log-probs of the rows of ``chunks[k]``.
 
-    No row is in two chunks; one that is in none has no gradient. Rows are taken in order, so equal calls give equal bits.
+    They have the types of what they belong to; with ``wide`` that of accumulators. No row is in two chunks; one that is in none
+    has no gradient. Rows are taken in order, so equal calls give equal bits.
     """
     hidden, weight, targets, bias, row_temperature, options = head
     acc, vocab, width = accumulator(hidden), weight.shape[0], hidden.shape[1]
-    most = max((rows.count for rows in chunks), default=0)
-    covered = sum(rows.count for rows in chunks) == hidden.shape[0]
+    most = max((rows.total for rows in chunks), default=0)
+    covered = sum(rows.total for rows in chunks) == hidden.shape[0]
     new = hidden.new_empty
     workspace = new(most * vocab, dtype=acc)
     # One chunk's gradient of the weight is all of it, and needs no accumulator of its own.
-    d_weight = new((vocab, width), dtype=weight.dtype if len(chunks) == 1 else acc) if needs & GRAD_WEIGHT else None
+    d_weight = (
+        new((vocab, width), dtype=weight.dtype if len(chunks) == 1 and not wide else acc) if needs & GRAD_WEIGHT else None
+    )
     d_bias = new(vocab, dtype=acc) if needs & GRAD_BIAS else None
     d_hidden = buffer = None
     if needs & GRAD_HIDDEN:
-        d_hidden = new(hidden.shape) if covered else hidden.new_zeros(hidden.shape)
-        if hidden.dtype != acc or any(len(rows.ranges) != 1 for rows in chunks):
+        d_hidden = (new if covered else hidden.new_zeros)(hidden.shape, dtype=acc if wide else hidden.dtype)
+        if d_hidden.dtype != acc or any(len(rows.ranges) != 1 for rows in chunks):
             buffer = new((most, width), dtype=acc)
     if not chunks:
         for t in (d_weight, d_bias):
@@ -144,16 +141,16 @@ def single_pass(
         g = gradient(k, logp)
         d_rows = None
         if d_hidden is not None:
-            d_rows = rows.window(d_hidden) if buffer is None else buffer[: rows.count]
+            d_rows = rows.window(d_hidden) if buffer is None else buffer[: rows.total]
         _chunk_backward(
             g, None, None, x, weight, t, bias, tau, entropy, stats, workspace, d_rows, d_weight, d_bias, *options, k > 0
         )  # fmt: skip
         if d_hidden is not None and buffer is not None and d_rows is not None:
             rows.put(d_hidden, d_rows)
     del workspace, buffer
-    if d_weight is not None:
+    if d_weight is not None and not wide:
         d_weight = d_weight.to(weight.dtype)
-    if d_bias is not None and bias is not None:
+    if d_bias is not None and bias is not None and not wide:
         d_bias = d_bias.to(bias.dtype)
     return d_hidden, d_weight, d_bias
 
@@ -162,8 +159,9 @@ class Stored:
     """Gradients that a forward has already computed, on their way to the backward. They are handed over rather than copied, so
     a second backward finds nothing unless the first one was told to keep the graph."""
 
-    def __init__(self, gradients: tuple[Tensor | None, ...]):
+    def __init__(self, gradients: tuple[Tensor | None, ...], dtypes: tuple[torch.dtype | None, ...]):
         self.gradients: tuple[Tensor | None, ...] | None = gradients
+        self.dtypes = dtypes
 
     def times(self, g: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients times the upstream gradient of the loss."""
@@ -172,11 +170,14 @@ class Stored:
             raise RuntimeError(
                 "the gradients of this loss went to an earlier backward; call that one with retain_graph=True to have two"
             )
-        one = not g.is_cuda and float(g) == 1
-        if _keeps_graph():
-            return tuple(t if t is None else t.clone() if one else t * g.to(t.dtype) for t in held)
-        self.gradients = None
-        return held if one else tuple(t if t is None else t.mul_(g) for t in held)
+        keep = _keeps_graph()
+        if not keep:
+            self.gradients = None
+        if g.is_cuda or float(g) != 1:
+            held = tuple(t if t is None else t * g if keep else t.mul_(g) for t in held)
+        elif keep:
+            held = tuple(t if t is None else t.clone() for t in held)
+        return tuple(t if t is None else t.to(dtype) for t, dtype in zip(held, self.dtypes, strict=True))
 
 
 _keep_graph: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
@@ -184,3 +185,20 @@ _keep_graph: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_gra
 
 def _keeps_graph() -> bool:
     return True if _keep_graph is None else bool(_keep_graph())
+
+
+# ---- fake implementations --------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("prefkern::linear_chunk_")
+def _fake_chunk(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, row_temperature: Tensor | None, workspace: Tensor,
+    temperature: float, softcap: float, logit_scale: float, ignore_index: int, outputs: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    same_device("hidden", hidden, weight=weight, targets=targets, bias=bias, workspace=workspace)
+    return _fake_outputs(hidden, hidden.shape[0], outputs)
+
+
+@torch.library.register_fake("prefkern::linear_chunk_backward_")
+def _fake_chunk_backward(*args: Any) -> None:
+    return None
