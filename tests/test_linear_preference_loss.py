@@ -444,11 +444,12 @@ def test_without_knowing_where_pairs_end(monkeypatch, layout, dtype, trained):
     hidden, weight, tokens = make("cpu", dtype, layout)
     monkeypatch.setattr(linear_losses._Pairs, "compact_chunks", lambda self, limit: None)
     if trained == "both":
-        return compare(hidden, weight, torch.randn(VOCAB), sft_weight=0.3, average="score", **tokens)
+        compare(hidden, weight, torch.randn(VOCAB), sft_weight=0.3, average="score", **tokens)
+        return
     ours = linear_preference_loss(hidden.requires_grad_(), weight, **tokens)
     (grad,) = torch.autograd.grad(ours.loss, hidden)
     (expected,) = torch.autograd.grad(two_steps(hidden, weight, **tokens).loss, hidden)
-    return assert_close(grad, expected, rtol=2 * TOLERANCE[dtype], atol=1e-6)
+    assert_close(grad, expected, rtol=2 * TOLERANCE[dtype], atol=1e-6)
 
 
 @pytest.mark.cuda
@@ -587,6 +588,15 @@ def test_differentiating_twice_is_an_error(device, beside):
     hidden.requires_grad_()
     loss = linear_preference_loss(hidden, weight, **tokens).loss + beside * hidden.pow(3).sum()
     (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        gradient.sum().backward()
+
+
+def test_the_op_itself_cannot_be_differentiated_twice(monkeypatch):
+    hidden, weight, tokens = make()
+    hidden.requires_grad_()
+    args = arguments_of_the_op(monkeypatch, hidden, weight, **tokens)
+    (gradient,) = torch.autograd.grad(OPS.linear_preference_loss(*args)[0], args[0], create_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
         gradient.sum().backward()
 

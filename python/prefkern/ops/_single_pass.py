@@ -9,7 +9,7 @@ function has to see together. Heavy work is in ``csrc/logprobs/linear_chunk.cpp`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -178,6 +178,23 @@ class Stored:
         elif keep:
             held = tuple(t if t is None else t.clone() for t in held)
         return tuple(t if t is None else t.to(dtype) for t, dtype in zip(held, self.dtypes, strict=True))
+
+
+class _Constant(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> NoReturn:
+        raise RuntimeError("a loss whose gradient is found in the forward cannot be differentiated twice")
+
+
+def differentiated_once(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """What a backward returns: under create_graph, a second differentiation must find an error, and no constant."""
+    if not torch.is_grad_enabled():
+        return gradients
+    return tuple(t if t is None else _Constant.apply(t.detach().requires_grad_()) for t in gradients)
 
 
 _keep_graph: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)

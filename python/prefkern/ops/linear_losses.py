@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._names import nearest_hint
 from . import preference
@@ -26,6 +25,7 @@ from ._single_pass import (
     Head,
     Rows,
     Stored,
+    differentiated_once,
     rows_of,
     rows_that_fit,
     share_out,
@@ -462,12 +462,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if g_loss is None:
         return (None,) * ctx.inputs
-    if torch.is_grad_enabled() and g_loss.requires_grad:
-        raise RuntimeError("linear_preference_loss cannot be differentiated twice; use it without create_graph")
-    d_hidden, d_weight, d_bias = (
+    gradients = (
         (t * g_loss).to(dtype) if ctx.needs & bit and dtype is not None else None
         for t, dtype, bit in zip(ctx.saved_tensors, ctx.dtypes, _BITS, strict=True)
     )
+    d_hidden, d_weight, d_bias = differentiated_once(tuple(gradients))
     return (d_hidden, d_weight, None, None, d_bias, *(None,) * (ctx.inputs - 5))
 
 
@@ -483,11 +482,10 @@ class _LinearPreferenceLoss(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if g_loss is None:
             return (None,) * 4
-        return (*ctx.stored.times(g_loss), None)
+        return (*differentiated_once(ctx.stored.times(g_loss.detach())), None)
 
 
 torch.library.register_autograd("prefkern::linear_preference_loss", _backward, setup_context=_setup)
