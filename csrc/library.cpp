@@ -5,6 +5,7 @@
 #include "groups/ops.h"
 #include "conflicts/ops.h"
 #include "filters/ops.h"
+#include "lists/ops.h"
 #include "logprobs/ops.h"
 #include "policy/ops.h"
 #include "preference/ops.h"
@@ -80,6 +81,10 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "conflict_weights(Tensor tokens, Tensor advantages, Tensor forward, Tensor backward, Tensor length, Tensor? cu_seqlens, "
       "float w_pos, float w_neg, int combine) -> Tensor");
 
+  m.def(
+      "first_divergence(Tensor ids_a, Tensor ids_b, Tensor? mask_a, Tensor? mask_b, Tensor? cu_seqlens_a, Tensor? cu_seqlens_b) "
+      "-> Tensor");
+
   // ---- filters: interpolation is the enumeration of math/quantile.h; rule as in filters/ops.h. No gradients.
   m.def("masked_quantile(Tensor values, Tensor? mask, float q, int interpolation) -> Tensor");
   m.def("top_quantile_mask(Tensor values, Tensor? mask, float fraction, int rule) -> Tensor");
@@ -101,17 +106,22 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "bool with_grad) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("policy_loss_backward(Tensor g_loss, Tensor unnormalised, Tensor inverse_norm) -> Tensor");
 
-  // ---- sequence: transform is the enumeration of math/sequence.h, bootstrap that of math/returns.h. Sums have a gradient in
-  // values; everything about returns is constant. The _fwd forms, here and below, have no autograd formula.
+  // ---- sequence: transform is the enumeration of math/sequence.h, bootstrap that of math/returns.h, dtype that of
+  // core/common.h; step_ids may be a bool mask, of one step. Sums and means have a gradient in values; everything about
+  // returns is constant. The _fwd forms, here and below, have no autograd formula.
   m.def(
       "sequence_reduce(Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor? minus, Tensor? weights, int transform, "
-      "bool mean) -> Tensor");
+      "bool mean, Tensor? starts=None, Tensor? ends=None, Tensor? head=None, float tail_weight=1, float decay=1) -> Tensor");
   m.def(
       "sequence_reduce_fwd(Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor? minus, Tensor? weights, int transform, "
-      "bool mean) -> Tensor");
+      "bool mean, Tensor? starts=None, Tensor? ends=None, Tensor? head=None, float tail_weight=1, float decay=1) -> Tensor");
   m.def(
       "sequence_reduce_backward(Tensor g, Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor? minus, Tensor? weights, "
-      "int transform, bool mean) -> Tensor");
+      "int transform, bool mean, Tensor? starts=None, Tensor? ends=None, Tensor? head=None, float tail_weight=1, "
+      "float decay=1) -> Tensor");
+  m.def("step_pool(Tensor values, Tensor step_ids, Tensor? cu_seqlens, int n_steps, bool clamp) -> (Tensor, Tensor)");
+  m.def("step_pool_fwd(Tensor values, Tensor step_ids, Tensor? cu_seqlens, int n_steps, bool clamp) -> (Tensor, Tensor)");
+  m.def("step_pool_backward(Tensor g, Tensor counts, Tensor step_ids, Tensor? cu_seqlens, bool clamp, int dtype) -> Tensor");
   m.def("discounted_returns(Tensor rewards, Tensor? mask, Tensor? cu_seqlens, float gamma) -> Tensor");
   m.def("segmented_returns(Tensor rewards, Tensor segment, Tensor order, float gamma) -> Tensor");
   m.def(
@@ -170,6 +180,36 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "float chosen_weight, float rejected_weight, float norm, float temperature, float softcap, float logit_scale, "
       "int ignore_index, float sft_weight, int needs, int chunk_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("preference_loss_backward(Tensor g_loss, Tensor unnormalised, Tensor inverse_norm) -> Tensor");
+  m.def("label_posterior(Tensor margin, Tensor reliability, Tensor? annotator) -> Tensor");
+  // ---- lists: kind, gain, rank and reduction are the enumerations of math/lists.h; results are (loss, metrics,
+  // unnormalised, inverse), of skew_score with three gradients, as `needs` of lists/ops.h says, in place of one; only the
+  // scores, or embeddings and scales, have one, which preference_rows_backward gives.
+  m.def(
+      "listwise_loss(Tensor scores, Tensor? labels, Tensor? mask, Tensor? norm_tensor, int kind, int gain, int rank, "
+      "bool per_pair, int reduction, float beta, float temperature, float smoothing, float norm, bool with_grad) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "listwise_loss_fwd(Tensor scores, Tensor? labels, Tensor? mask, Tensor? norm_tensor, int kind, int gain, int rank, "
+      "bool per_pair, int reduction, float beta, float temperature, float smoothing, float norm, bool with_grad) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "group_preference_loss(Tensor scores, Tensor is_winner, Tensor? mask, Tensor? norm_tensor, int ddof, "
+      "bool scale_variance, int reduction, float beta, float lam, float norm, bool with_grad) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "group_preference_loss_fwd(Tensor scores, Tensor is_winner, Tensor? mask, Tensor? norm_tensor, int ddof, "
+      "bool scale_variance, int reduction, float beta, float lam, float norm, bool with_grad) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "skew_score(Tensor v_i, Tensor v_j, Tensor? scales, Tensor? margin, Tensor? norm_tensor, bool normalize, "
+      "bool with_loss, int reduction, float tau, float norm, int needs) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "skew_score_fwd(Tensor v_i, Tensor v_j, Tensor? scales, Tensor? margin, Tensor? norm_tensor, bool normalize, "
+      "bool with_loss, int reduction, float tau, float norm, int needs) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("skew_row_means(Tensor v, Tensor? mask, Tensor? scales, bool normalize, float tau) -> Tensor");
+  m.def("preference_rows_backward(Tensor g_loss, Tensor unnormalised, Tensor inverse) -> Tensor");
 }
 
 #define PK_REGISTER(key)                                                              \
@@ -200,6 +240,10 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("sequence_reduce", PK_OP(sequence_reduce));                                \
     m.impl("sequence_reduce_fwd", PK_OP(sequence_reduce));                            \
     m.impl("sequence_reduce_backward", PK_OP(sequence_reduce_backward));              \
+    m.impl("step_pool", PK_OP(step_pool));                                            \
+    m.impl("step_pool_fwd", PK_OP(step_pool));                                        \
+    m.impl("step_pool_backward", PK_OP(step_pool_backward));                          \
+    m.impl("first_divergence", PK_OP(first_divergence));                              \
     m.impl("discounted_returns", PK_OP(discounted_returns));                          \
     m.impl("segmented_returns", PK_OP(segmented_returns));                            \
     m.impl("gae", PK_OP(gae));                                                        \
@@ -216,6 +260,15 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("preference_loss", PK_OP(preference_loss));                                \
     m.impl("preference_loss_fwd", PK_OP(preference_loss));                            \
     m.impl("preference_loss_backward", PK_OP(preference_loss_backward));              \
+    m.impl("label_posterior", PK_OP(label_posterior));                                \
+    m.impl("listwise_loss", PK_OP(listwise_loss));                                    \
+    m.impl("listwise_loss_fwd", PK_OP(listwise_loss));                                \
+    m.impl("group_preference_loss", PK_OP(group_preference_loss));                    \
+    m.impl("group_preference_loss_fwd", PK_OP(group_preference_loss));                \
+    m.impl("skew_score", PK_OP(skew_score));                                          \
+    m.impl("skew_score_fwd", PK_OP(skew_score));                                      \
+    m.impl("skew_row_means", PK_OP(skew_row_means));                                  \
+    m.impl("preference_rows_backward", PK_OP(preference_rows_backward));              \
   }
 PK_REGISTER(CPU)
 PK_REGISTER(CUDA)

@@ -316,16 +316,10 @@ PK_HD VecF vlog(VecF x) {
   return x > 0 ? (x < infinity ? r : x) : (x == 0 ? -infinity : splat<VecF>(__builtin_nanf("")));
 }
 
-// log(1 + u) for u >= -1, with relative error <= 3e-7: below 1, and not far below 0, 2 artanh(u / (2 + u)) by its series,
-// which loses nothing where u is small.
+// log(1 + u) for finite u > -1: that of 1 + u as it is rounded, and what the rounding lost.
 PK_HD VecF vlog1p(VecF u) {
-  const VecF s = u / (u + 2), s2 = s * s;
-  const VecF series =
-      s2 * (0.666666667f +
-            s2 * (0.4f + s2 * (0.285714286f +
-                               s2 * (0.222222222f +
-                                     s2 * (0.181818182f + s2 * (0.153846154f + s2 * (0.133333333f + s2 * 0.117647059f)))))));
-  return (u > -0.5f) & (u <= 1) ? s * 2 + s * series : vlog(u + 1);
+  const VecF w = u + 1;
+  return vlog(w) - ((w - 1) - u) / w;
 }
 PK_HD float vlog2(float x) { return __builtin_log2f(x); }
 PK_HD double vlog2(double x) { return __builtin_log2(x); }

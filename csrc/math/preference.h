@@ -194,14 +194,14 @@ PK_HD PairLoss<V> pair_loss(PreferenceKind kind, const PreferenceRule<S>& rule, 
       break;
     case PreferenceKind::exo: {
       const Logistic<V> l = logistic(z);
-      const V log_keep = vlog1p(-o.smoothing), log_flip = vlog(o.smoothing), opposite = l.nll + z;  // -log sigmoid(-z)
+      const V log_keep = vlog1p(-o.smoothing), log_flip = vlog(o.smoothing), opposite = l.opposite;
       loss = l.q * (-l.nll - log_keep) + l.p * (-opposite - log_flip);
       dz = l.q * l.p * (z - log_keep + log_flip);
       break;
     }
     case PreferenceKind::nca: {
       const Logistic<V> w = logistic(u_w), l = logistic(u_l);
-      loss = w.nll * S(1.5) + u_w * S(0.5) + (l.nll + u_l) * S(0.5);
+      loss = w.nll + (w.opposite + l.opposite) * S(0.5);
       chosen = w.q * S(0.5) - w.p;
       rejected = l.q * S(0.5);
       break;
@@ -289,7 +289,9 @@ PK_HD PairLoss<V> pair_loss(PreferenceKind kind, const PreferenceRule<S>& rule, 
       const Logistic<V> w = logistic(u_w), l = logistic(-u_l);
       loss = (w.nll + l.nll) * rule.factor - x * rule.parameter;
       // At x = 0 u_w is infinite and its share 0, but their product has a limit.
-      direct = (x == S(0) ? splat<V>(-rule.asft_limit) : w.p * slope_x * o.scale * -rule.beta) * rule.factor - rule.parameter;
+      direct = ((x == S(0)) & (x <= rule.max_log_p) ? splat<V>(-rule.asft_limit) : w.p * slope_x * o.scale * -rule.beta) *
+                   rule.factor -
+               rule.parameter;
       rejected = l.p * rule.factor;
       break;
     }
@@ -382,6 +384,14 @@ PK_HD PreferenceTerm<V> response_term(const PreferenceOptions& o, const Preferen
   return {loss * weight, du * by * r.score.slope * r.share * weight, zero, s * rule.chosen_reward, zero, r.score.capped};
 }
 
+// How likely a label is right: p eta / (p eta + (1 - p)(1 - eta)) with p = sigmoid(d) and the annotator's reliability eta, which
+// at 0 and 1 would leave nothing to doubt. As sigmoid(d + logit eta) nothing underflows.
+PK_HD double label_posterior(double d, double eta) {
+  const double least = 1e-6, most = 1 - 1e-6, held = eta < least ? least : eta > most ? most : eta;
+  const double z = d + vlog(held) - vlog1p(-held), e = vexp(z > 0 ? -z : z);
+  return eta >= 0 && eta <= 1 ? (z > 0 ? 1.0 : e) / (1 + e) : __builtin_nan("");
+}
+
 // Whether a lane's options are such that its loss means something; others come out NaN.
 template <class V> PK_HD LanesIf<V> smoothing_valid(PreferenceKind kind, V e) {
   using S = typename Lanes<V>::Scalar;
@@ -412,8 +422,10 @@ PK_HD void preference_finish(const double* sums, bool unpaired, double norm, S* 
   metrics[kPairs] = S(count);
 }
 
-template <class S> PK_HD S preference_grad(S unnormalised, S upstream, S inverse_norm) {
-  return unnormalised == 0 ? S(0) : S(double(unnormalised) * (double(upstream) * double(inverse_norm)));
+// What was 0 stays 0, whatever comes from upstream.
+template <class V> PK_HD V preference_grad(V unnormalised, V factor) {
+  using S = typename Lanes<V>::Scalar;
+  return unnormalised == S(0) ? splat<V>(0) : unnormalised * factor;
 }
 
 }  // namespace PK_ISA

@@ -4,6 +4,7 @@
 
 #include "core/bindings.h"
 #include "preference/pair_loss.h"
+#include "preference/posterior.h"
 
 namespace prefkern {
 
@@ -43,6 +44,14 @@ template <class S> void bind_preference_structs(py::module_& m, const std::strin
   g.member("upstream", &Grad::upstream);
   g.member("inverse_norm", &Grad::inverse_norm);
   g.member("grad", &Grad::grad);
+
+  using Posterior = PosteriorArgs<S>;
+  Struct<Posterior> l(m, "PosteriorArgs" + suffix);
+  l.member("pairs", &Posterior::pairs).member("annotators", &Posterior::annotators);
+  l.member("margin", &Posterior::margin);
+  l.member("reliability", &Posterior::reliability);
+  l.member("annotator", &Posterior::annotator);
+  l.member("posterior", &Posterior::posterior);
 }
 
 inline void bind_preference(py::module_& m) {
@@ -123,11 +132,14 @@ inline void bind_preference_cpu(py::module_& m) {
   bind_cpu<void, PreferenceArgs<double>>(m, "cpu_preference_loss64", &cpu_preference_loss);
   bind_cpu<void, PreferenceGradArgs<float>>(m, "cpu_preference_loss_backward", &cpu_preference_loss_backward);
   bind_cpu<void, PreferenceGradArgs<double>>(m, "cpu_preference_loss_backward64", &cpu_preference_loss_backward);
+  bind_cpu<void, PosteriorArgs<float>>(m, "cpu_label_posterior", &cpu_label_posterior);
+  bind_cpu<void, PosteriorArgs<double>>(m, "cpu_label_posterior64", &cpu_label_posterior);
 }
 
 inline void bind_preference_cuda(py::module_& m) {
   bind_cuda(m, "cuda_preference_loss", &cuda_preference_loss);
   bind_cuda(m, "cuda_preference_loss_backward", &cuda_preference_loss_backward);
+  bind_cuda(m, "cuda_label_posterior", &cuda_label_posterior);
 }
 
 }  // namespace prefkern

@@ -19,4 +19,7 @@ PreferenceOutputs preference_loss(const Tensor& chosen, OptTensor rejected, OptT
                                   double chosen_weight, double rejected_weight, double norm, bool with_grad);
 Tensor preference_loss_backward(const Tensor& g_loss, const Tensor& unnormalised, const Tensor& inverse_norm);
 
+// [P]: how likely each label is right, from margins [P], reliabilities [K] and ids of annotators [P].
+Tensor label_posterior(const Tensor& margin, const Tensor& reliability, OptTensor annotator);
+
 }  // namespace prefkern

@@ -9,17 +9,21 @@ import torch as _torch  # noqa: F401  (its libraries must be loaded before _C)
 from ._C import build_info, capabilities
 from .ops import *  # noqa: F403
 from .ops import __all__ as _ops
+from .optim import ExtragradientStep
+from .reliability import AnnotatorReliability
 
 _wanted = _os.environ.get("PREFKERN_CPU_ISA")
 if _wanted and _wanted not in capabilities()["cpu_isas"]:
     raise ValueError(f"PREFKERN_CPU_ISA is {_wanted!r}; accepted: {', '.join(capabilities()['cpu_isas'])}")
 
+_LAZY = ("data", "diagnostics", "mcts", "papers", "reference")
+
 __version__ = build_info()["version"]
-__all__ = [*_ops, "build_info", "capabilities"]  # noqa: PLE0604
+__all__ = [*_ops, "AnnotatorReliability", "ExtragradientStep", "build_info", "capabilities"]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> _ModuleType:
-    """`prefkern.papers` and `prefkern.reference` are loaded when they are first asked for."""
-    if name in ("papers", "reference"):
+    """Parts of the package that are loaded when they are first asked for."""
+    if name in _LAZY:
         return _importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

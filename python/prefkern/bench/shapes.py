@@ -44,6 +44,7 @@ OPS = {
         Op("group_reduce", ("B", "G"), ((100000, 8),), ("fp32", "fp64"), MODES),
         Op("conflict_runs", ("G", "L", "V"), ((16, 1024, 128256),), ("fp32",), ("fwd",)),
         Op("policy_loss", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), MODES),
+        Op("preference_loss", ("P",), ((65536,),), ("fp32", "fp64"), MODES),
         Op("top_quantile_mask", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), ("fwd",)),
         Op("sequence_sum", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), MODES),
         Op("gae", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), ("fwd",)),

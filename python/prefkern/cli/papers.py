@@ -5,19 +5,28 @@ from __future__ import annotations
 import inspect
 import json
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from prefkern.papers.dpo_survey import Covered
 
 
 def papers(
     name: Annotated[str | None, typer.Argument(help="Show one paper: its equations, its evidence, its options.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the list as Markdown.")] = False,
+    survey: Annotated[bool, typer.Option("--survey", help="Show the methods of the DPO survey, and which are here.")] = False,
 ) -> None:
     """List the papers: method, what it changes, evidence, link, and whether it is a recipe for a trainer."""
     from prefkern.papers import NAMES, module
 
+    if survey:
+        if name is not None:
+            raise typer.BadParameter("--survey shows all methods; a name is not expected with it", param_hint="NAME")
+        show_survey(as_json, as_markdown)
+        return
     if name is not None:
         try:
             module(name)
@@ -111,3 +120,48 @@ def print_one(entry: dict[str, Any]) -> None:
         console.print("Its minibatches must hold whole groups.", highlight=False)
     if entry["on_policy"]:
         console.print("It knows no ratio to an older policy: one optimiser step per rollout.", highlight=False)
+
+
+def show_survey(as_json: bool, as_markdown: bool) -> None:
+    """The coverage table of `prefkern.papers.dpo_survey`."""
+    from prefkern.papers.dpo_survey import coverage
+
+    rows = coverage()
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows], indent=1))
+    elif as_markdown:
+        typer.echo(survey_markdown(rows))
+    else:
+        print_survey(rows)
+
+
+def survey_markdown(rows: tuple[Covered, ...]) -> str:
+    lines = ["| branch | method | loss | source | cover | status | where |", "|" + " --- |" * 7]
+    for row in rows:
+        formula, where = (f"`{text}`" if text else "" for text in (row.formula, row.where and f"prefkern.{row.where}"))
+        lines.append(f"| {row.branch} | {row.name} | {formula} | {row.source} | {row.cover} | {row.status} | {where} |")
+    return "\n".join(lines)
+
+
+def print_survey(rows: tuple[Covered, ...]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from prefkern.cli.console import make_console
+    from prefkern.papers._survey_rows import COVERS, NOTATION, SOURCES
+    from prefkern.papers.dpo_survey import STATUSES
+
+    counts = {status: sum(row.status == status for row in rows) for status in STATUSES}
+    listed = ", ".join(f"{count} {status}" for status, count in counts.items())
+    table = Table(title=f"{len(rows)} methods of the DPO survey: {listed}", title_justify="left")
+    for column in ("branch", "method", "loss", "source", "cover", "status", "where"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("source", "cover", "status"))
+    for row in rows:
+        cells = (row.branch, row.name, row.formula, row.source, row.cover, row.status, row.where or "")
+        table.add_row(*map(Text, cells))  # brackets in a formula are no markup
+    console = make_console()
+    console.print(table)
+    console.print(NOTATION, markup=False, highlight=False)
+    for title, words in (("source", SOURCES), ("cover", COVERS), ("status", STATUSES)):
+        for word, meaning in words.items():
+            console.print(f"[bold]{title} {word}[/]: {meaning}", highlight=False)

@@ -10,14 +10,15 @@ from .advantages import (
     question_weights,
     whiten,
 )
-from .conflicts import conflict_runs, conflict_weights
+from .conflicts import conflict_runs, conflict_weights, first_divergence
 from .filters import masked_quantile, top_quantile_mask
 from .groups import group_normalize, group_reduce, level_pairs
 from .linear_losses import linear_preference_loss
+from .lists import group_preference_loss, listwise_loss, skew_loss, skew_row_means, skew_score
 from .logprobs import linear_logprobs, logits_logprobs, plan_chunks
 from .policy import importance_weights, kl_penalty, masked_aggregate, off_policy_mask, policy_loss
-from .preference import preference_loss, unpaired_loss
-from .sequence import discounted_returns, gae, segmented_returns, sequence_mean, sequence_sum
+from .preference import label_posterior, preference_loss, unpaired_loss
+from .sequence import discounted_returns, gae, masked_mean_pool, segmented_returns, sequence_mean, sequence_sum, step_mean
 from .types import (
     ConflictRuns,
     GaeOutput,
@@ -27,6 +28,7 @@ from .types import (
     LossOutput,
     PairMaskedAdvantages,
     QuestionWeights,
+    StepMeans,
 )
 
 __all__ = [
@@ -38,22 +40,28 @@ __all__ = [
     "LossOutput",
     "PairMaskedAdvantages",
     "QuestionWeights",
+    "StepMeans",
     "batch_moments",
     "batch_normalize",
     "conflict_runs",
     "conflict_weights",
     "discounted_returns",
+    "first_divergence",
     "gae",
     "group_advantages",
     "group_normalize",
+    "group_preference_loss",
     "group_reduce",
     "importance_weights",
     "kl_penalty",
+    "label_posterior",
     "level_pairs",
     "linear_logprobs",
     "linear_preference_loss",
+    "listwise_loss",
     "logits_logprobs",
     "masked_aggregate",
+    "masked_mean_pool",
     "masked_quantile",
     "merge_moments",
     "off_policy_mask",
@@ -66,6 +74,10 @@ __all__ = [
     "sequence_mean",
     "sequence_sum",
     "set_validation",
+    "skew_loss",
+    "skew_row_means",
+    "skew_score",
+    "step_mean",
     "top_quantile_mask",
     "unpaired_loss",
     "validation",

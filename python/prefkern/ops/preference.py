@@ -14,7 +14,7 @@ from .types import LossOutput
 
 _OPS = torch.ops.prefkern
 _loss, _loss_fwd = _OPS.preference_loss.default, _OPS.preference_loss_fwd.default
-_loss_backward = _OPS.preference_loss_backward.default
+_loss_backward, _posterior = _OPS.preference_loss_backward.default, _OPS.label_posterior.default
 
 # In the order of the enumerations of csrc/math/preference.h.
 _KERNEL_KINDS = (
@@ -50,6 +50,7 @@ _WITHOUT_OFFSET = ("nca_pair", "squared_targets", "sppo_hard", "apo_zero", "asft
 _WITH_TARGETS = ("squared_targets", "cal_dpo")
 _WITH_TIES = ("rao_kupper", "davidson")
 _WITH_FACTOR = ("squared_targets", "cal_dpo", "asft")
+_OWN_TARGETS = ("ipo", "sppo_hard", "cal_dpo")  # beta is in them alone
 _PARAMETERS = {"discopop": "tau", "dpop": "penalty", "focal": "gamma", "rao_kupper": "nu", "davidson": "nu", "asft": "sft"}
 _PARAMETER_DEFAULTS = {"tau": 0.05, "penalty": 50.0, "gamma": 0.05, "sft": 1.0}
 
@@ -181,9 +182,42 @@ def pair_arguments(
     place = _kind(kind, KINDS)
     beta = number("beta", beta)
     inner = beta  # what multiplies the scores; rewards are beta s whatever the kind
-    smoothing = _number_or_tensor("label_smoothing", label_smoothing)
-    margin = _number_or_tensor("offset", offset)
-    targets = [_number_or_tensor("chosen_target", chosen_target), _number_or_tensor("rejected_target", rejected_target)]
+    _check_kind(kind, label_smoothing, offset, chosen_target, rejected_target, factor, average, rejected_beta)
+    margin, targets = _number_or_tensor("offset", offset), (chosen_target, rejected_target)
+    if kind in _OWN_TARGETS:
+        if not (beta > 0 and math.isfinite(beta)):
+            raise ValueError(f"beta is {beta}; it must be finite and positive")
+        inner, half = 1.0, 0.5 / beta
+        if kind == "ipo":
+            margin = margin + half
+        else:
+            targets = (half if chosen_target is None else chosen_target, -half if rejected_target is None else rejected_target)
+    other = inner if rejected_beta is None else number("rejected_beta", rejected_beta)
+    rewards = (beta, beta if rejected_beta is None else other)
+    score, alpha = _limit_of(score, alpha)
+    given = (("label_smoothing", label_smoothing), ("chosen_target", targets[0]), ("rejected_target", targets[1]))
+    values = (_number_or_tensor("scale", scale), margin, *(0.0 if t is None else _number_or_tensor(n, t) for n, t in given))
+    parameter = _parameter(kind, {"tau": tau, "penalty": penalty, "gamma": gamma, "nu": nu, "sft": sft})
+    modes = (place, _kind(score, SCORES, "score"), _average(average), _kind(reduction, REDUCTIONS, "reduction"))
+    bounds = (alpha, number("exp_cap", exp_cap), _bound("max_p", max_p))
+    return (
+        (ref_chosen_logp, ref_rejected_logp), None, (chosen_lengths, rejected_lengths), values,
+        (weight, tie, mask), norm, modes, (inner, other, *rewards),
+        (*bounds, parameter, _bound("clip", clip), number("factor", factor), 1.0, 1.0),
+    )  # fmt: skip
+
+
+def _check_kind(
+    kind: str,
+    label_smoothing: float | Tensor,
+    offset: float | Tensor,
+    chosen_target: float | Tensor | None,
+    rejected_target: float | Tensor | None,
+    factor: float,
+    average: str | None,
+    rejected_beta: float | None,
+) -> None:
+    """ValueError for an option that means nothing for this kind."""
     if kind not in _SMOOTHED and not _is_zero(label_smoothing):
         _refuse("label_smoothing", label_smoothing, kind, _SMOOTHED)
     if kind in _WITHOUT_OFFSET and not _is_zero(offset):
@@ -193,31 +227,10 @@ def pair_arguments(
             _refuse(name, target, kind, _WITH_TARGETS)
     if factor != 1 and kind not in _WITH_FACTOR:
         _refuse("factor", factor, kind, _WITH_FACTOR)
-    if kind in ("ipo", "sppo_hard", "cal_dpo"):
-        if not (beta > 0 and math.isfinite(beta)):
-            raise ValueError(f"beta is {beta}; it must be finite and positive")
-        if rejected_beta is not None:
-            raise ValueError(f"rejected_beta is {rejected_beta}; kind {kind!r} has one beta, in its target")
-        inner, half = 1.0, 0.5 / beta
-        if kind == "ipo":
-            margin = margin + half
-        else:
-            targets = [half if chosen_target is None else targets[0], -half if rejected_target is None else targets[1]]
-    other = inner if rejected_beta is None else number("rejected_beta", rejected_beta)
-    rewards = (beta, beta if rejected_beta is None else other)
-    if score != "alpha_divergence" or abs(number("alpha", alpha)) >= 1e-6:
-        power = score
-    else:
-        power, alpha = "reverse_kl", 1.0  # the limit
-    values = (_number_or_tensor("scale", scale), margin, smoothing, *(0.0 if t is None else t for t in targets))
-    parameter = _parameter(kind, {"tau": tau, "penalty": penalty, "gamma": gamma, "nu": nu, "sft": sft})
-    modes = (place, _kind(power, SCORES, "score"), _average(average), _kind(reduction, REDUCTIONS, "reduction"))
-    bounds = (number("alpha", alpha), number("exp_cap", exp_cap), _bound("max_p", max_p))
-    return (
-        (ref_chosen_logp, ref_rejected_logp), None, (chosen_lengths, rejected_lengths), values,
-        (weight, tie, mask), norm, modes, (inner, other, *rewards),
-        (*bounds, parameter, _bound("clip", clip), number("factor", factor), 1.0, 1.0),
-    )  # fmt: skip
+    if average == "score" and kind == "asft":
+        raise ValueError("average is 'score' but kind is 'asft', whose likelihood has no score; accepted: None, 'logp'")
+    if rejected_beta is not None and kind in _OWN_TARGETS:
+        raise ValueError(f"rejected_beta is {rejected_beta}; kind {kind!r} has one beta, in its target")
 
 
 def unpaired_loss(
@@ -285,15 +298,49 @@ def unpaired_loss(
             shift = max(0.0, number("kl", kl, "a number or a torch.Tensor")) * beta
     if kind == "apo_zero" and not _is_zero(offset):
         _refuse("offset", offset, kind, ("kto", "bco", "squared"))
-    power, alpha = ("reverse_kl", 1.0) if score == "alpha_divergence" and abs(number("alpha", alpha)) < 1e-6 else (score, alpha)
+    score, alpha = _limit_of(score, alpha)
     place = 0 if kind == "apo_zero" else UNPAIRED_KINDS.index(kind)
-    modes = (place, _kind(power, SCORES, "score"), _average(average), _kind(reduction, REDUCTIONS, "reduction"))
-    bounds = (number("alpha", alpha), number("exp_cap", exp_cap), _bound("max_p", max_p))
+    modes = (place, _kind(score, SCORES, "score"), _average(average), _kind(reduction, REDUCTIONS, "reduction"))
+    bounds = (alpha, number("exp_cap", exp_cap), _bound("max_p", max_p))
     weights = (number("desirable_weight", desirable_weight), number("undesirable_weight", undesirable_weight))
     return _run(
         logp, None, (ref_logp, None), desirable, (lengths, None), (_number_or_tensor("scale", scale), shift, 0.0, 0.0, 0.0),
         (weight, None, mask), norm, modes, (beta,) * 4, (*bounds, 1.0, math.inf, number("factor", factor), *weights),
     )  # fmt: skip
+
+
+def label_posterior(margin: Tensor, reliability: float | Tensor, annotator: Tensor | None = None) -> Tensor:
+    r"""How likely each of P labels is right, :math:`w = \sigma(d + \mathrm{logit}\,\eta)` (LCPO, RE-PO, equation 4).
+
+    This is :math:`p\eta / (p\eta + (1 - p)(1 - \eta))` with :math:`p = \sigma(d)`, without its underflow. A constant: use
+    :math:`1 - w` as ``label_smoothing`` of :func:`preference_loss`.
+
+    Args:
+        margin: d, ``[P]``: the loss of the opposite label less that of the given one, :math:`\beta (x_w - x_l)` for DPO.
+            float32, bfloat16 or float16 (float64 on the CPU).
+        reliability: :math:`\eta`, a number, or a tensor of one element, or ``[K]`` with ``annotator``; held in
+            [1e-6, 1 - 1e-6].
+        annotator: int64 or int32 ``[P]``, ids from 0 to K - 1.
+
+    Returns:
+        ``[P]`` float32, or float64 for float64 margins. NaN where the margin is.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what is accepted. A wrong id or reliability in a tensor is
+            always found on the CPU; on CUDA its pairs come out NaN.
+    """
+    check_tensors(margin=margin)
+    if annotator is not None:
+        check_tensors(annotator=annotator)
+    margin = margin.detach()
+    if margin.dtype in (torch.bfloat16, torch.float16):
+        margin = margin.float()
+    if isinstance(reliability, Tensor):
+        eta = reliability.detach()
+    else:
+        eta = margin.new_full((), number("reliability", reliability, "a number or a torch.Tensor"))
+    result: Tensor = call(_posterior, margin, eta, annotator)
+    return result
 
 
 def _run(
@@ -346,7 +393,7 @@ def constants(
     refs = tuple(t.detach() if t is not None and t.requires_grad else t for t in references)
     weight, tie, mask = (t.detach() if t is not None and t.requires_grad else t for t in tensors)
     given = tuple(v.detach() if isinstance(v, Tensor) else None for v in values)
-    numbers = tuple(d if isinstance(v, Tensor) else v for v, d in zip(values, (1.0, 0.0, 0.5, 0.0, 0.0), strict=True))
+    numbers = tuple(d if isinstance(v, Tensor) else v for v, d in zip(values, (1.0, 0.0, 0.25, 0.0, 0.0), strict=True))
     norm_tensor = norm.detach() if isinstance(norm, Tensor) else None
     norm_number = -1.0 if norm is None or isinstance(norm, Tensor) else _norm(norm)
     return (
@@ -363,8 +410,9 @@ def _same_dtype(chosen: Tensor, rejected: Tensor | None) -> tuple[Tensor, Tensor
         if rejected.dtype in low:
             rejected = rejected.float()
         if rejected.dtype != chosen.dtype:
-            if not rejected.is_floating_point():
-                raise TypeError(f"rejected_logp has dtype {rejected.dtype}; accepted: float32, bfloat16, float16, float64")
+            for name, t in (("chosen_logp", chosen), ("rejected_logp", rejected)):
+                if not t.is_floating_point():
+                    raise TypeError(f"{name} has dtype {t.dtype}; accepted: float32, bfloat16, float16, float64")
             both = torch.promote_types(chosen.dtype, rejected.dtype)
             chosen, rejected = chosen.to(both), rejected.to(both)
     return chosen, rejected
@@ -377,6 +425,12 @@ def _kind(value: str, accepted: tuple[str, ...], name: str = "kind") -> int:
         hint = nearest_hint(value, accepted) if isinstance(value, str) else ""
         raise ValueError(f"{name} is {value!r}; accepted: {listed}{hint}")
     return _KERNEL_KIND[value] if accepted is KINDS else accepted.index(value)
+
+
+def _limit_of(score: Score, alpha: float) -> tuple[Score, float]:
+    """The score, and alpha: at 0 the alpha divergence is the reverse KL."""
+    alpha = number("alpha", alpha)
+    return ("reverse_kl", 1.0) if score == "alpha_divergence" and abs(alpha) < 1e-6 else (score, alpha)
 
 
 def _average(average: str | None) -> int:
@@ -517,6 +571,12 @@ class _PreferenceLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, Tensor | None, None]:
         return (*_side_grads(ctx, g_loss), None)
+
+
+@torch.library.register_fake("prefkern::label_posterior")
+def _fake_posterior(margin: Tensor, reliability: Tensor, annotator: Tensor | None) -> Tensor:
+    same_device("margin", margin, reliability=reliability, annotator=annotator)
+    return margin.new_empty(margin.shape)
 
 
 torch.library.register_autograd("prefkern::preference_loss", _backward, setup_context=_setup)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..ops import LossOutput, sequence_sum
-from ._shared import check_values
+from ._shared import check_values, may_look
 
 
 class Sides(NamedTuple):
@@ -90,10 +90,14 @@ class Pairs:
 
     def lengths(self) -> Sides:
         """How many tokens of each response count; ValueError for a response without any, where that may be looked at."""
+        return Sides(*self.lengths_of_all().chunk(2))
+
+    def lengths_of_all(self) -> Tensor:
+        """The same of all 2P responses."""
         ones = torch.ones_like(self.logp, dtype=torch.float32)
         counts = sequence_sum(ones, self.mask, cu_seqlens=self.cu_seqlens)
         check_values("lengths", counts, counts > 0, "a response needs at least one token that counts")
-        return Sides(*counts.chunk(2))
+        return counts
 
 
 @dataclass(frozen=True)
@@ -109,11 +113,14 @@ class PairRecipe(ABC):
         """The loss of pairs that have what is needed."""
 
     def loss(self, pairs: Pairs) -> LossOutput:
-        """The loss of these pairs; gradient to `pairs.logp`. ValueError if they lack what this recipe needs."""
+        """The loss of these pairs; gradient to `pairs.logp`. ValueError if they lack what this recipe needs, and
+        for a response without tokens where that may be looked at."""
         for key in self.needs:
             if pairs.get(key) is None:
                 place = key if key in Pairs.__dataclass_fields__ else f"extra[{key!r}]"
                 raise ValueError(f"recipe {self.name!r} needs pairs.{place}, which is None")
+        if may_look(pairs.logp):
+            pairs.lengths()
         return self.pair_loss(pairs)
 
     def options(self) -> dict[str, Any]:

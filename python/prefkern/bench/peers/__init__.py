@@ -9,12 +9,13 @@ library has no such op. Every method takes and returns tensors and is differenti
     group_reduce(values [B], group [B], size, reduce)                       -> [B]
     conflict_runs(tokens [G, L], advantages [G], mask, vocab)               -> forward [G], backward [G]
     policy_loss(logp, old_logp, advantages, mask, ref_logp, entropy, objective)   -> loss and metrics; [B, T], advantages [B]
+    preference_loss(chosen [P], rejected [P], refs, lengths, objective)     -> loss and metrics
     top_quantile_mask(values [B, T], mask, rule)                            -> bool [B, T]
     sequence_sum(values [B, T] or [N], mask, cu_seqlens)                    -> [B]
     gae(rewards [B, T], values [B, T], mask)                                -> advantages, returns
 
 `size` is the size of the groups when they lie one behind the other, None when they do not. `estimator` and `objective`
-are names from `ESTIMATORS` and `OBJECTIVES`.
+are names from `ESTIMATORS`, `OBJECTIVES` and, for pairs, `PAIR_OBJECTIVES`.
 
 base       the methods, the constants
 ours       this library
@@ -26,10 +27,12 @@ libraries  PyTorch's own fused functions, Liger, TRL, Cut Cross-Entropy
 from prefkern.bench.peers.base import (
     ESTIMATORS,
     OBJECTIVES,
+    PAIR_OBJECTIVES,
     Estimator,
     Logprobs,
     LossAndMetrics,
     Objective,
+    PairObjective,
     Peer,
     Reduction,
     Rule,
@@ -52,6 +55,7 @@ __all__ = [
     "ESTIMATORS",
     "NAMEABLE",
     "OBJECTIVES",
+    "PAIR_OBJECTIVES",
     "PEERS",
     "Cce",
     "Compile",
@@ -61,6 +65,7 @@ __all__ = [
     "Logprobs",
     "LossAndMetrics",
     "Objective",
+    "PairObjective",
     "Peer",
     "Prefkern",
     "PrefkernFp32",

@@ -51,6 +51,23 @@ OBJECTIVES = {
     "sapo": Objective({"kind": "sapo", "tau_pos": TAU_POS, "tau_neg": TAU_NEG}),
 }
 
+
+@dataclass(frozen=True)
+class PairObjective:
+    """A loss of pairs as `prefkern.preference_loss` is asked for it."""
+
+    options: dict[str, Any]
+    reference: bool = True
+    lengths: bool = False
+
+
+PAIR_BETA, SIMPO_BETA, SIMPO_GAMMA = 0.1, 2.0, 0.5
+PAIR_OBJECTIVES = {
+    "dpo": PairObjective({"beta": PAIR_BETA}),
+    "simpo": PairObjective({"beta": SIMPO_BETA, "offset": SIMPO_GAMMA, "average": "logp"}, reference=False, lengths=True),
+    "exo": PairObjective({"beta": PAIR_BETA, "kind": "exo_pair", "label_smoothing": 1e-3}),
+}
+
 Logprobs = tuple[Tensor, Tensor | None]
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
 Reduction = Literal["sum", "logsumexp"]
@@ -90,6 +107,16 @@ class Peer:
         mask: Tensor,
         ref_logp: Tensor | None,
         entropy: Tensor | None,
+        objective: str,
+    ) -> LossAndMetrics:
+        raise Unavailable("has no such op")
+
+    def preference_loss(
+        self,
+        chosen: Tensor,
+        rejected: Tensor,
+        refs: tuple[Tensor, ...] | None,
+        lengths: tuple[Tensor, ...] | None,
         objective: str,
     ) -> LossAndMetrics:
         raise Unavailable("has no such op")

@@ -13,6 +13,7 @@ from prefkern.bench.peers.base import (
     GAMMA,
     LAMBDA,
     OBJECTIVES,
+    PAIR_OBJECTIVES,
     TOP_FRACTION,
     Logprobs,
     LossAndMetrics,
@@ -77,6 +78,21 @@ class Prefkern(Peer):
         if ref_logp is None:
             return prefkern.policy_loss(logp, old_logp, advantages, mask, **options)
         return prefkern.policy_loss(logp, old_logp, advantages, mask, ref_logp=ref_logp, entropy=entropy, **options)
+
+    def preference_loss(
+        self,
+        chosen: Tensor,
+        rejected: Tensor,
+        refs: tuple[Tensor, ...] | None,
+        lengths: tuple[Tensor, ...] | None,
+        objective: str,
+    ) -> LossAndMetrics:
+        import prefkern
+
+        options = PAIR_OBJECTIVES[objective].options
+        if lengths is not None:
+            options = options | {"chosen_lengths": lengths[0], "rejected_lengths": lengths[1]}
+        return prefkern.preference_loss(chosen, rejected, *(refs or ()), **options)
 
     def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: Rule) -> Tensor:
         import prefkern

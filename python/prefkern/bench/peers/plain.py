@@ -16,6 +16,10 @@ from prefkern.bench.peers.base import (
     EPS_LOW,
     GAMMA,
     LAMBDA,
+    PAIR_BETA,
+    PAIR_OBJECTIVES,
+    SIMPO_BETA,
+    SIMPO_GAMMA,
     TAU_NEG,
     TAU_POS,
     TOP_FRACTION,
@@ -158,6 +162,34 @@ class Eager(Peer):
         dual = negative & (ratio > DUAL_CLIP)
         return torch.where(negative, torch.minimum(clipped, -a * DUAL_CLIP), clipped), low, high, dual
 
+    def preference_loss(
+        self,
+        chosen: Tensor,
+        rejected: Tensor,
+        refs: tuple[Tensor, ...] | None,
+        lengths: tuple[Tensor, ...] | None,
+        objective: str,
+    ) -> LossAndMetrics:
+        """As TRL writes it: log-ratios, a loss per pair, its mean, and four metrics."""
+        x_w, x_l = (chosen, rejected) if refs is None else (chosen - refs[0], rejected - refs[1])
+        if lengths is not None:
+            x_w, x_l = x_w / lengths[0], x_l / lengths[1]
+        beta = SIMPO_BETA if objective == "simpo" else PAIR_BETA
+        z = beta * (x_w - x_l)
+        if objective == "exo":
+            e = PAIR_OBJECTIVES[objective].options["label_smoothing"]
+            log_q, log_p = F.logsigmoid(z), F.logsigmoid(-z)
+            losses = log_q.exp() * (log_q - math.log1p(-e)) + log_p.exp() * (log_p - math.log(e))
+        else:
+            losses = -F.logsigmoid(z - SIMPO_GAMMA if objective == "simpo" else z)
+        with torch.no_grad():
+            rewards = beta * x_w, beta * x_l
+            metrics = {
+                "chosen_reward": rewards[0].mean(), "rejected_reward": rewards[1].mean(),
+                "reward_margin": (rewards[0] - rewards[1]).mean(), "accuracy": (rewards[0] > rewards[1]).to(z.dtype).mean(),
+            }  # fmt: skip
+        return losses.mean(), metrics
+
     def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: Rule) -> Tensor:
         if rule == "trl":
             return (values >= torch.quantile(values[mask], 1 - TOP_FRACTION)) & mask
@@ -200,6 +232,7 @@ class Compile(Peer):
         self._advantages = torch.compile(eager.group_advantages, dynamic=False)
         self._reduce = torch.compile(eager.group_reduce, dynamic=False)
         self._policy = torch.compile(eager.policy_loss, dynamic=False)
+        self._preference = torch.compile(eager.preference_loss, dynamic=False)
         self._sequence_sum = torch.compile(eager.sequence_sum, dynamic=False)
 
     def linear_logprobs(self, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
@@ -232,6 +265,16 @@ class Compile(Peer):
         objective: str,
     ) -> LossAndMetrics:
         return self._policy(logp, old_logp, advantages, mask, ref_logp, entropy, objective)
+
+    def preference_loss(
+        self,
+        chosen: Tensor,
+        rejected: Tensor,
+        refs: tuple[Tensor, ...] | None,
+        lengths: tuple[Tensor, ...] | None,
+        objective: str,
+    ) -> LossAndMetrics:
+        return self._preference(chosen, rejected, refs, lengths, objective)
 
     def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: Rule) -> Tensor:
         raise Unavailable("the number of values depends on the mask, which is not compiled")

@@ -12,6 +12,7 @@ from prefkern.cli.problems.conflicts import conflict_problems, filter_problems
 from prefkern.cli.problems.groups import group_problems
 from prefkern.cli.problems.logprobs import logprob_problems
 from prefkern.cli.problems.policy import policy_problems
+from prefkern.cli.problems.preference import preference_problems
 from prefkern.cli.problems.sequence import sequence_problems
 
 __all__ = ["Problem", "all_problems", "on"]
@@ -23,6 +24,7 @@ def all_problems(dtype: torch.dtype) -> Iterator[Problem]:
         logprob_problems,
         advantage_problems,
         policy_problems,
+        preference_problems,
         conflict_problems,
         filter_problems,
         sequence_problems,
