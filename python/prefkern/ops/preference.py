@@ -172,7 +172,7 @@ def preference_loss(
 
 def pair_arguments(
     ref_chosen_logp: Tensor | None, ref_rejected_logp: Tensor | None, kind: str, beta: float, rejected_beta: float | None,
-    scale: float | Tensor, score: str, alpha: float, exp_cap: float, max_p: float | None, average: str | None,
+    scale: float | Tensor, score: Score, alpha: float, exp_cap: float, max_p: float | None, average: str | None,
     chosen_lengths: Tensor | None, rejected_lengths: Tensor | None, offset: float | Tensor, label_smoothing: float | Tensor,
     chosen_target: float | Tensor | None, rejected_target: float | Tensor | None, weight: Tensor | None, tie: Tensor | None,
     mask: Tensor | None, tau: float | None, penalty: float | None, gamma: float | None, nu: float | None, sft: float | None,
