@@ -20,7 +20,9 @@ from .logprobs import _DTYPES, _GRAD_BIAS, _GRAD_HIDDEN, _GRAD_WEIGHT, _SAVE_STA
 
 _OPS = torch.ops.prefkern
 _chunk, _chunk_backward = _OPS.linear_chunk_.default, _OPS.linear_chunk_backward_.default
-GRAD_HIDDEN, GRAD_WEIGHT, GRAD_BIAS = _GRAD_HIDDEN, _GRAD_WEIGHT, _GRAD_BIAS
+GRAD_HIDDEN: int = _GRAD_HIDDEN
+GRAD_WEIGHT: int = _GRAD_WEIGHT
+GRAD_BIAS: int = _GRAD_BIAS
 
 
 class Head(NamedTuple):
