@@ -63,7 +63,7 @@ PK_HD VecF list_sqrt(VecF x) {
 }
 PK_HD double list_exp2(double x) { return __builtin_exp2(x); }
 #else
-PK_HD float list_exp2(float x) { return exp2_flush(x); }
+PK_HD float list_exp2(float x) { return exp2f(x); }
 PK_HD float list_sqrt(float x) { return sqrtf(x); }
 #endif
 PK_HD double list_sqrt(double x) { return vsqrt(x); }
