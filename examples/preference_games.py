@@ -34,7 +34,7 @@ from rich.table import Table
 from torch import Tensor
 
 from prefkern import preference_loss
-from prefkern.papers import apo_accel, dno, egpo, sppo
+from prefkern.papers import apo_accel, dno, egpo, gpm, sppo
 
 F64 = torch.float64
 
@@ -579,15 +579,6 @@ def scores(v: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
     return (a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]).sum(-1)
 
 
-def gpm_loss(chosen: Tensor, rejected: Tensor, *, tau: float, normalize: bool) -> tuple[Tensor, Tensor]:
-    """GPM's loss of pairs of embeddings, and the mean probability."""
-    if normalize:
-        chosen, rejected = (torch.nn.functional.normalize(v, dim=-1) for v in (chosen, rejected))
-    a, b = (v.unflatten(-1, (-1, 2)) for v in (chosen, rejected))
-    s = (a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]).sum(-1) / tau
-    return torch.nn.functional.softplus(-s).mean(), torch.sigmoid(s).mean()
-
-
 def fit_embeddings(pairs: Sequence[tuple[int, int]], dimension: int, seeds: int) -> tuple[Tensor, Tensor]:
     """Share of the pairs that are ordered right [seeds], and the probabilities given to them [seeds, pairs].
 
@@ -600,7 +591,7 @@ def fit_embeddings(pairs: Sequence[tuple[int, int]], dimension: int, seeds: int)
         optimizer.zero_grad()
         vectors = torch.cat([v, torch.ones_like(v)], -1) if dimension == 1 else v
         sides = (vectors[:, items].flatten(0, 1) for items in (chosen, rejected))
-        loss, _ = gpm_loss(*sides, tau=TAU, normalize=dimension > 1)
+        loss = gpm.gpm_loss(*sides, tau=TAU, normalize=dimension > 1).loss
         (loss * seeds).backward()
         optimizer.step()
     found = scores(v.detach(), chosen, rejected)
