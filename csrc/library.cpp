@@ -71,6 +71,10 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "conflict_weights(Tensor tokens, Tensor advantages, Tensor forward, Tensor backward, Tensor length, Tensor? cu_seqlens, "
       "float w_pos, float w_neg, int combine) -> Tensor");
 
+  m.def(
+      "first_divergence(Tensor ids_a, Tensor ids_b, Tensor? mask_a, Tensor? mask_b, Tensor? cu_seqlens_a, Tensor? cu_seqlens_b) "
+      "-> Tensor");
+
   // ---- filters: interpolation is the enumeration of math/quantile.h; rule as in filters/ops.h. No gradients.
   m.def("masked_quantile(Tensor values, Tensor? mask, float q, int interpolation) -> Tensor");
   m.def("top_quantile_mask(Tensor values, Tensor? mask, float fraction, int rule) -> Tensor");
@@ -92,17 +96,22 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "bool with_grad) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("policy_loss_backward(Tensor g_loss, Tensor unnormalised, Tensor inverse_norm) -> Tensor");
 
-  // ---- sequence: transform is the enumeration of math/sequence.h, bootstrap that of math/returns.h. Sums have a gradient in
-  // values; everything about returns is constant. The _fwd forms, here and below, have no autograd formula.
+  // ---- sequence: transform is the enumeration of math/sequence.h, bootstrap that of math/returns.h, dtype that of
+  // core/common.h; step_ids may be a bool mask, of one step. Sums and means have a gradient in values; everything about
+  // returns is constant. The _fwd forms, here and below, have no autograd formula.
   m.def(
       "sequence_reduce(Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor? minus, Tensor? weights, int transform, "
-      "bool mean) -> Tensor");
+      "bool mean, Tensor? starts=None, Tensor? ends=None, Tensor? head=None, float tail_weight=1, float decay=1) -> Tensor");
   m.def(
       "sequence_reduce_fwd(Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor? minus, Tensor? weights, int transform, "
-      "bool mean) -> Tensor");
+      "bool mean, Tensor? starts=None, Tensor? ends=None, Tensor? head=None, float tail_weight=1, float decay=1) -> Tensor");
   m.def(
       "sequence_reduce_backward(Tensor g, Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor? minus, Tensor? weights, "
-      "int transform, bool mean) -> Tensor");
+      "int transform, bool mean, Tensor? starts=None, Tensor? ends=None, Tensor? head=None, float tail_weight=1, "
+      "float decay=1) -> Tensor");
+  m.def("step_pool(Tensor values, Tensor step_ids, Tensor? cu_seqlens, int n_steps, bool clamp) -> (Tensor, Tensor)");
+  m.def("step_pool_fwd(Tensor values, Tensor step_ids, Tensor? cu_seqlens, int n_steps, bool clamp) -> (Tensor, Tensor)");
+  m.def("step_pool_backward(Tensor g, Tensor counts, Tensor step_ids, Tensor? cu_seqlens, bool clamp, int dtype) -> Tensor");
   m.def("discounted_returns(Tensor rewards, Tensor? mask, Tensor? cu_seqlens, float gamma) -> Tensor");
   m.def("segmented_returns(Tensor rewards, Tensor segment, Tensor order, float gamma) -> Tensor");
   m.def(
@@ -178,6 +187,10 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("sequence_reduce", PK_OP(sequence_reduce));                                \
     m.impl("sequence_reduce_fwd", PK_OP(sequence_reduce));                            \
     m.impl("sequence_reduce_backward", PK_OP(sequence_reduce_backward));              \
+    m.impl("step_pool", PK_OP(step_pool));                                            \
+    m.impl("step_pool_fwd", PK_OP(step_pool));                                        \
+    m.impl("step_pool_backward", PK_OP(step_pool_backward));                          \
+    m.impl("first_divergence", PK_OP(first_divergence));                              \
     m.impl("discounted_returns", PK_OP(discounted_returns));                          \
     m.impl("segmented_returns", PK_OP(segmented_returns));                            \
     m.impl("gae", PK_OP(gae));                                                        \

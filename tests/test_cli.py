@@ -27,6 +27,8 @@ DIFFERENTIABLE = {
     "kl_penalty",
     "sequence_sum",
     "sequence_mean",
+    "masked_mean_pool",
+    "step_mean",
     "level_pairs",
     "group_normalize",
 }

@@ -281,6 +281,9 @@ def test_log_odds_near_certainty():
         ).loss
         exact = torch.stack([x - torch.log(-torch.expm1(x)) for x in a.double()])
         assert_close(-odds.double(), exact, rtol=tolerance, atol=tolerance)
+    capped = {"kind": "asft", "score": "log_odds", "beta": 1.0, "max_p": 0.5}
+    _, grads = run(preference_loss, {"chosen_logp": f64(0), "rejected_logp": f64(-1)}, **capped)
+    close(grads[0], f64(-1 - 1 / (1 + 1 / 0.5)))  # log-odds log 2 and slope 1: -1 - sigmoid(-log 2)
     for beta, expected in ((1.0, -2.0), (2.0, -1.0)):
         _, grads = run(
             preference_loss, {"chosen_logp": f64(0), "rejected_logp": f64(-1)}, kind="asft", score="log_odds", beta=beta
@@ -369,7 +372,8 @@ def test_numbers_and_tensors_mean_the_same(device):
     for name, value, options in (
         ("scale", 1.7, {}), ("offset", 0.3, {}), ("label_smoothing", 0.2, {}),
         ("chosen_target", 0.4, {"kind": "squared_targets"}),
-        ("rejected_target", -0.4, {"kind": "cal_dpo"}), ("offset", 0.3, {"kind": "ipo"}), ("norm", 5.0, {}),
+        ("rejected_target", -0.4, {"kind": "cal_dpo"}), ("label_smoothing", 0.2, {"kind": "robust"}),
+        ("offset", 0.3, {"kind": "ipo"}), ("norm", 5.0, {}),
     ):  # fmt: skip
         expected = preference_loss(**pairs, **{name: value}, **options)
         for tensor in (torch.tensor(value), torch.full((7,), value)):
@@ -643,7 +647,9 @@ def test_posteriors(device, dtype):
         w = label_posterior(margin, eta, ids)
         assert w.dtype == (F64 if dtype == F64 else F32) and not w.requires_grad
         assert_close(w.double(), reference.label_posterior(margin.double(), eta.double(), who), rtol=1e-5, atol=1e-9)
-    assert torch.equal(label_posterior(margin, 0.3), label_posterior(margin, torch.tensor(0.3, device=device, dtype=margin.dtype)))
+    assert torch.equal(
+        label_posterior(margin, 0.3), label_posterior(margin, torch.tensor(0.3, device=device, dtype=margin.dtype))
+    )
 
 
 def test_posteriors_far_out(device):

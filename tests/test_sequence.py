@@ -238,6 +238,173 @@ def test_strides_and_mixed_types(device):
     assert torch.equal(out, sequence_sum(values[:, 3:].clone(), mask[:, 3:].clone(), minus=minus.half().float()[:, 3:].clone()))
 
 
+# ---------------------------------------------------------------------------------------------------- spans and places
+
+
+def test_a_sum_over_a_span(device):
+    values = torch.tensor([[1.0, 2.0, 4.0, 8.0], [1.0, 2.0, 4.0, 8.0]], device=device)
+    mask = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1]], device=device).bool()
+    starts, ends = torch.tensor([1, 4], device=device), torch.tensor([4, 4], device=device)
+    assert sequence_sum(values, mask, starts=starts).tolist() == [10, 0]
+    assert sequence_sum(values, mask, ends=ends - 1).tolist() == [3, 7]
+    assert sequence_mean(values, mask, starts=starts, ends=ends).tolist() == [5, 0]
+    _, gradient = sums_and_gradient(sequence_mean, values, mask, starts=starts, ends=ends)
+    assert gradient.tolist() == [[0, 0.5, 0, 0.5], [0, 0, 0, 0]]
+
+
+def test_the_tail_of_ld_dpo(device):
+    """Tokens beyond the length that both responses share weigh alpha; only tokens that count are counted."""
+    logp = torch.tensor([[-1.0, -2.0, -4.0, -8.0], [-1.0, NAN, -4.0, -8.0]], device=device)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1]], device=device).bool()
+    head = mask.sum(1).min().expand(2)  # 3
+    out, gradient = sums_and_gradient(sequence_sum, logp, mask, head=head, tail_weight=0.5)
+    assert out.tolist() == [-11, -13 * 2 / 2]
+    assert gradient.tolist() == [[1, 1, 1, 0.5], [2, 0, 2, 2]]
+    assert torch.equal(sequence_sum(logp, mask, head=head, tail_weight=1.0), sequence_sum(logp, mask))
+    assert sequence_sum(logp, mask, head=torch.zeros_like(head).int(), tail_weight=-1.0).tolist() == [15, 13]
+
+
+def test_the_decay_of_d2po(device):
+    """g^t with t = 0 at the first token that counts."""
+    values = torch.tensor([[9.0, 1.0, 1.0, 1.0], [1.0, 9.0, 1.0, 9.0]], device=device)
+    mask = torch.tensor([[0, 1, 1, 1], [1, 0, 1, 0]], device=device).bool()
+    out, gradient = sums_and_gradient(sequence_sum, values, mask, decay=0.5, upstream=torch.ones(2, device=device))
+    assert out.tolist() == [1.75, 1.5]
+    assert gradient.tolist() == [[0, 1, 0.5, 0.25], [1, 0, 0.5, 0]]
+    assert sequence_sum(values, mask, decay=0.0).tolist() == [1, 1]
+    assert torch.equal(sequence_sum(values, mask, decay=1.0), sequence_sum(values, mask))
+
+
+def test_places_begin_at_the_span(device):
+    values, starts = torch.ones(2, 5, device=device), torch.tensor([3, 0], device=device)
+    assert sequence_sum(values, starts=starts, decay=0.5).tolist() == [1.5, 1.9375]
+    options = {"head": torch.tensor([1, 2], device=device), "tail_weight": 10.0}
+    assert sequence_sum(values, starts=starts, **options).tolist() == [11, 32]
+    both = sequence_sum(values, starts=starts, decay=0.5, **options)
+    assert both.tolist() == [1 + 5, 1.5 + 2.5 + 1.25 + 0.625]
+
+
+PLACES = {
+    "span": {"span"},
+    "start": {"starts"},
+    "end": {"ends"},
+    "head": {"head"},
+    "decay": {"decay"},
+    "all": {"span", "head", "decay"},
+}
+
+
+@each_dtype
+@each_sum
+@each_transform
+@pytest.mark.parametrize("layout", ["padded", "masked", "packed", "packed and masked"])
+@pytest.mark.parametrize("places", PLACES)
+def test_spans_and_places(device, dtype, function, transform, layout, places):
+    """Rows longer than a tile of any kernel; NaN outside of what counts."""
+    skip_float64_on_cuda(device, dtype)
+    rows, columns = 5, 1500
+    sizes = [1500, 0, 1, 3001, 2998] if "packed" in layout else [columns] * rows
+    values, minus, weights = (torch.randn(rows, columns, device=device).to(dtype) for _ in range(3))
+    mask = torch.rand(rows, columns, device=device) < 0.7 if "masked" in layout else None
+    options = {"transform": transform, "minus": minus, "weights": weights}
+    if "packed" in layout:
+        values, mask = values.view(-1), None if mask is None else mask.view(-1)
+        options |= {"minus": minus.view(-1), "weights": weights.view(-1), "cu_seqlens": boundaries(sizes, device)}
+    wanted = PLACES[places]
+    starts = torch.tensor([size // 3 for size in sizes], device=device)
+    ends = torch.tensor([size - size // 7 for size in sizes], device=device)
+    if wanted & {"span", "starts"}:
+        options["starts"] = starts
+    if wanted & {"span", "ends"}:
+        options["ends"] = ends.int()
+    if "head" in wanted:
+        options |= {"head": torch.tensor([40, 0, 7, 1025, 5000], device=device), "tail_weight": 0.25}
+    if "decay" in wanted:
+        options["decay"] = 0.999
+    out, gradient = sums_and_gradient(function, values, mask, **options)
+    leaf = wide(values).requires_grad_()
+    options = {name: on_cpu(wide(t)) for name, t in options.items()}
+    expected = getattr(reference, function.__name__)(leaf, on_cpu(mask), **options)
+    (expected_gradient,) = torch.autograd.grad(expected, leaf, torch.arange(1.0, len(expected) + 1, dtype=F64))
+    tolerance = 1e-11 if dtype == F64 else 3e-6
+    scale = 1 + (leaf - options["minus"]).exp().mul(options["weights"]).abs().max().item() if transform == "exp" else 1
+    assert_close(out.cpu().double(), expected.detach(), rtol=tolerance, atol=tolerance * 10 * scale)
+    if dtype in (F32, F64):
+        assert_close(gradient.cpu().double(), expected_gradient, rtol=tolerance, atol=tolerance)
+    else:
+        assert_close(gradient.cpu(), expected_gradient.to(dtype), rtol=2**-7, atol=1e-6)
+    outside = expected_gradient == 0
+    poisoned = torch.where(outside.to(device), torch.full_like(values, NAN), values)
+    options = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in options.items()}
+    again, _ = sums_and_gradient(function, poisoned, mask, **options)
+    assert torch.equal(again.isnan(), torch.zeros_like(again, dtype=torch.bool))
+
+
+@each_sum
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradcheck_of_spans_and_places(function, packed):
+    values, weights, mask = torch.randn(4, 9, dtype=F64), torch.randn(4, 9, dtype=F64), torch.rand(4, 9) < 0.8
+    options = {
+        "starts": torch.tensor([0, 0, 3, 2]), "ends": torch.tensor([9, 0, 8, 6]), "head": torch.tensor([2, 0, 1, 9]),
+        "tail_weight": -0.5, "decay": 0.8, "transform": "exp",
+    }  # fmt: skip
+    if packed:
+        options["cu_seqlens"] = boundaries([10, 0, 20, 6])
+        values, weights, mask = values.view(-1), weights.view(-1), mask.view(-1)
+    assert torch.autograd.gradcheck(lambda x: function(x, mask, weights=weights, **options), values.requires_grad_())
+
+
+@given(st.integers(0, 2**31), st.integers(1, 60), st.floats(0, 1), st.floats(-2, 2))
+def test_places_are_weights(seed, length, decay, tail):
+    """What the kernel does without a tensor of weights is what it does with one."""
+    torch.manual_seed(seed)
+    values, mask = torch.randn(3, length), torch.rand(3, length) < 0.7
+    head = torch.randint(0, length + 1, (3,))
+    place = mask.cumsum(1) - 1
+    weights = torch.where(place < head[:, None], 1.0, tail) * torch.tensor(decay, dtype=F64) ** place.double()
+    out = sequence_sum(values, mask, head=head, tail_weight=tail, decay=decay)
+    assert_close(out, sequence_sum(values, mask, weights=weights), rtol=1e-5, atol=1e-5)
+
+
+@given(st.integers(0, 2**31), st.integers(0, 40))
+def test_a_prefix_and_its_suffix_make_the_sum(seed, cut):
+    torch.manual_seed(seed)
+    values, mask = torch.randn(2, 40, dtype=F64), torch.rand(2, 40) < 0.7
+    at = torch.full((2,), cut)
+    parts = sequence_sum(values, mask, ends=at) + sequence_sum(values, mask, starts=at)
+    assert_close(parts, sequence_sum(values, mask), rtol=0, atol=1e-12)
+
+
+def test_the_suffix_behind_the_first_difference(device):
+    """Two responses of a search tree: log-ratios from the first token on that differs."""
+    a, b = torch.tensor([[7, 8, 3, 4, 2]], device=device), torch.tensor([[7, 8, 5, 2]], device=device)
+    k = prefkern.first_divergence(a, b)
+    assert k.tolist() == [2]
+    logp_a, ref_a = torch.tensor([[0, -1, -0.5, -0.7, -0.2]]).to(device), torch.tensor([[0, -1, -0.6, -0.6, -0.3]]).to(device)
+    logp_b, ref_b = torch.tensor([[0, -1, -0.9, -0.4]]).to(device), torch.tensor([[0, -1, -0.8, -0.9]]).to(device)
+    close(sequence_sum(logp_a, minus=ref_a, starts=k), [0.1], 1e-6)
+    close(sequence_sum(logp_b, minus=ref_b, starts=k), [0.4], 1e-6)
+    _, gradient = sums_and_gradient(sequence_sum, logp_a, minus=ref_a, starts=k)
+    assert gradient.tolist() == [[0, 0, 1, 1, 1]]
+
+
+@only_cuda
+def test_a_wrong_span_is_nan(device, validation):
+    x, starts = torch.randn(4, 8, device=device), torch.tensor([0, 9, -1, 5], device=device)
+    ends, head = torch.tensor([8, 8, 8, 4], device=device), torch.tensor([0, 0, 0, 0], device=device)
+    out, gradient = sums_and_gradient(sequence_sum, x, starts=starts, ends=ends, head=head, tail_weight=1.0)
+    assert out.isnan().tolist() == [False, True, True, True]
+    assert torch.equal(gradient.isnan(), out.isnan()[:, None].expand(4, 8))
+    assert sequence_sum(x, head=head - 1, tail_weight=1.0).isnan().all()
+    validation(True)
+    with pytest.raises(ValueError, match=r"starts\[1\] is 9; it must lie in \[0, 8\]"):
+        sequence_sum(x, starts=starts, ends=ends)
+    with pytest.raises(ValueError, match=r"ends\[0\] is 9; it must lie in \[0, 8\]"):
+        sequence_sum(x, ends=ends + 1)
+    with pytest.raises(ValueError, match=r"head\[0\] is -1"):
+        sequence_sum(x, head=head - 1, tail_weight=1.0)
+
+
 # ----------------------------------------------------------------------------------------------------------- returns
 
 
@@ -529,6 +696,13 @@ def test_opcheck(device, dtype):
     opcheck(OPS.sequence_reduce.default, (leaf, mask, None, y, w, 1, True))
     opcheck(OPS.sequence_reduce.default, (leaf.view(-1), None, cu, None, None, 0, False))
     opcheck(OPS.sequence_reduce_backward.default, (x[:, 0].clone(), x, mask, None, y, w, 1, True))
+    spans = (
+        torch.tensor([0, 2, 8], device=device),
+        torch.tensor([8, 7, 8], device=device),
+        torch.tensor([1, 2, 0], device=device),
+    )
+    opcheck(OPS.sequence_reduce.default, (leaf, mask, None, y, w, 1, True, *spans, 0.5, 0.9))
+    opcheck(OPS.sequence_reduce_backward.default, (x[:, 0].clone(), x, mask, None, y, w, 1, True, *spans, 0.5, 0.9))
     opcheck(OPS.discounted_returns.default, (x, mask, None, 0.9))
     opcheck(OPS.discounted_returns.default, (x.view(-1), None, cu, 0.9))
     lengths, finished = torch.tensor([8, 0, 3], device=device), torch.tensor([True, False, False], device=device)
@@ -547,6 +721,7 @@ def test_one_graph_for_any_number_of_tokens(device, dynamic):
     def step(x, y, mask, cu, row):
         score = sequence_mean(x, mask, minus=y, transform="exp")
         packed = sequence_sum(x.view(-1), cu_seqlens=cu)
+        score = score + sequence_sum(x, mask, starts=row % 3, head=row, tail_weight=0.5, decay=0.9)
         estimate = gae(x, y, mask, finished=row % 2 == 0, lam=0.9)
         together = discounted_returns(x, mask, gamma=0.9) + estimate.advantages
         return score.sum() + packed.sum(), together, segmented_returns(x[:, 0], row % 2, row, gamma=0.5)
@@ -605,8 +780,26 @@ SUMS = {
     "minus device": (dict(minus=X.to("meta")), ValueError, r"minus is on meta but values is on cpu"),
     "weights shape": (dict(weights=X[0]), ValueError, r"weights has shape \[3\]; values has shape \[2, 3\]"),
     "weights bool": (dict(weights=MASK), TypeError, r"weights has dtype Bool"),
+    "starts float": (dict(starts=torch.zeros(2)), TypeError, r"starts has dtype Float; accepted: int64, int32"),
+    "starts shape": (dict(starts=torch.zeros(3).long()), ValueError, r"starts has shape \[3\]; expected \[2\] \(one per"),
+    "starts far": (dict(starts=torch.tensor([0, 4])), ValueError, r"starts\[1\] is 4; it must lie in \[0, 3\]"),
+    "starts negative": (dict(starts=torch.tensor([-1, 0])), ValueError, r"starts\[0\] is -1"),
+    "starts behind ends": (
+        dict(starts=torch.tensor([0, 3]), ends=torch.tensor([3, 2])), ValueError, r"starts\[1\] is 3; it must lie in \[0, 2\]"
+    ),
+    "starts number": (dict(starts=1), TypeError, r"starts is a int; a torch\.Tensor"),
+    "starts device": (dict(starts=torch.zeros(2).long().to("meta")), ValueError, r"starts is on meta but values is on cpu"),
+    "ends far": (dict(ends=torch.tensor([4, 0])), ValueError, r"ends\[0\] is 4; it must lie in \[0, 3\]"),
+    "ends bool": (dict(ends=torch.ones(2).bool()), TypeError, r"ends has dtype Bool"),
+    "head negative": (dict(head=torch.tensor([1, -2]), tail_weight=1.0), ValueError, r"head\[1\] is -2; it must not be"),
+    "head alone": (dict(head=torch.tensor([1, 2])), ValueError, r"head is given but tail_weight is None"),
+    "tail_weight alone": (dict(tail_weight=0.5), ValueError, r"tail_weight is given but head is None"),
+    "tail_weight inf": (dict(head=torch.tensor([1, 2]), tail_weight=INF), ValueError, r"tail_weight is inf; it must be finite"),
+    "tail_weight string": (dict(head=torch.tensor([1, 2]), tail_weight="1"), TypeError, r"tail_weight is '1'; a number"),
+    "decay": (dict(decay=1.5), ValueError, r"decay is 1\.5; it must lie in \[0, 1\]"),
+    "decay nan": (dict(decay=NAN), ValueError, r"decay is nan"),
     "transform": (dict(transform="log"), ValueError, r"transform is 'log'; accepted: 'none', 'exp'"),
-}
+}  # fmt: skip
 FACTORS = {
     "gamma negative": (dict(gamma=-0.1), ValueError, r"gamma is -0\.1; it must lie in \[0, 1\]"),
     "gamma large": (dict(gamma=1.5), ValueError, r"gamma is 1\.5; it must lie in \[0, 1\]"),

@@ -196,7 +196,49 @@ def test_weights_of_more_tokens_than_the_grid_has_threads(simt):
     assert weights[2, -3:].tolist() == [1, 0, 0]
 
 
+def first_divergence(simt, a, b, mask_a=None, mask_b=None, *, cu_seqlens_a=None, cu_seqlens_b=None):
+    narrow = a.dtype == torch.int32
+    args = simt.DivergenceArgs32() if narrow else simt.DivergenceArgs()
+    args.layout_a, args.layout_b = layout_of(simt, a, cu_seqlens_a), layout_of(simt, b, cu_seqlens_b)
+    out = torch.full((args.layout_a.sequences,), -7)
+    args.ids_a, args.ids_b, args.mask_a, args.mask_b, args.position = map(pointer, (a, b, mask_a, mask_b, out))
+    (simt.cuda_first_divergence32 if narrow else simt.cuda_first_divergence)(args)
+    return out.int()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("layout", ["padded", "masked", "packed"])
+def test_first_divergence(simt, dtype, layout):
+    """Around a warp and a tile of 512 tokens."""
+    places = (0, 1, 31, 127, 128, 511, 512, 599, None)
+    a = torch.randint(-(2**31), 2**31 - 1, (len(places), 600)).to(dtype)
+    b, options = a.clone(), {}
+    for row, place in enumerate(places):
+        if place is not None:
+            b[row, place:] += 1
+    lengths = torch.tensor([600, 0, 31, 100, 600, 511, 513, 600, 599])
+    if layout == "masked":
+        options = {"mask_a": torch.arange(600) < lengths[:, None], "mask_b": torch.arange(600) < lengths.flip(0)[:, None]}
+    if layout == "packed":
+        options = {"cu_seqlens_a": torch.tensor((0, *lengths.tolist())).cumsum(0).int()}
+        a = a[torch.arange(600) < lengths[:, None]]
+    out = same_bits_in_every_order(simt, lambda: first_divergence(simt, a, b, **options))
+    assert torch.equal(out.long(), reference.first_divergence(a, b, **options))
+
+
+def test_first_divergence_of_what_is_wrong(simt):
+    a = torch.zeros(3, 40, dtype=torch.int64)
+    mask = torch.ones(3, 40, dtype=torch.bool)
+    mask[1, 7] = False
+    assert first_divergence(simt, a, a, None, mask).tolist() == [40, -1, 40]
+    for ends in ((0, 50, 40, 120), (0, 40, 80, 119), (0, -3, 40, 120), (1, 40, 80, 120)):
+        cu_seqlens = torch.tensor(ends, dtype=torch.int32)
+        assert first_divergence(simt, a.view(-1), a, cu_seqlens_a=cu_seqlens).tolist() == [-1] * 3
+
+
 def test_no_rows_launch_nothing(simt):
+    simt.cuda_first_divergence(simt.DivergenceArgs())
+    simt.cuda_first_divergence32(simt.DivergenceArgs32())
     simt.cuda_conflict_runs(simt.ConflictArgs())
     simt.cuda_conflict_runs32(simt.ConflictArgs32())
     simt.cuda_conflict_weights(simt.ConflictWeightArgs())

@@ -45,7 +45,10 @@ masks = pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 # ---- sums and means ---------------------------------------------------------------------------------------------------
 
 
-def sequence_sums(simt, values, mask=None, *, mean=False, minus=None, weights=None, transform="none", cu_seqlens=None):
+def sequence_sums(
+    simt, values, mask=None, *, mean=False, minus=None, weights=None, transform="none", cu_seqlens=None, starts=None, ends=None,
+    head=None, tail_weight=1.0, decay=1.0,
+):  # fmt: skip
     """Sums, and the gradient of sums times 1, 2, 3, ..."""
     args = simt.SequenceSumArgs()
     sums = torch.full((set_layout(args.layout, values, cu_seqlens),), NAN)
@@ -53,6 +56,8 @@ def sequence_sums(simt, values, mask=None, *, mean=False, minus=None, weights=No
     args.transform, args.mean = getattr(simt.TokenTransform, transform), mean
     args.values, args.minus, args.weights, args.mask = map(pointer, (values, minus, weights, mask))
     args.sums, args.upstream, args.grad = map(pointer, (sums, upstream, grad))
+    args.starts, args.ends, args.head = map(pointer, (starts, ends, head))
+    args.place.tail, args.place.decay = tail_weight, decay
     simt.cuda_sequence_sums(args)
     simt.cuda_sequence_sums_backward(args)
     return {"sums": sums, "grad": grad}
@@ -78,6 +83,46 @@ def test_sequence_sums(simt, packed, masked, mean, transform, extras):
     close(out["sums"], expected.detach(), atol=1e-5)
     close(out["grad"], torch.autograd.grad(expected, leaf, torch.arange(1.0, len(expected) + 1).double())[0], rtol=1e-6)
     assert not masked or not out["grad"][~mask].any()
+
+
+@layouts
+@masks
+@pytest.mark.parametrize("mean", [False, True], ids=["sum", "mean"])
+@pytest.mark.parametrize("transform", ["none", "exp"])
+@pytest.mark.parametrize("places", ["span", "head", "decay", "all"])
+def test_spans_and_places(simt, packed, masked, mean, transform, places):
+    """Packed, the longest row reaches into a second tile of 1024 tokens."""
+    lengths = (0, 1, 300, 1025, 64, 43) if packed else (283,) * 6
+    shape = (sum(lengths),) if packed else (6, 283)
+    values, minus, weights = (torch.randn(shape) for _ in range(3))
+    mask = torch.rand(shape) < 0.6 if masked else None
+    if masked:
+        values, weights = values.masked_fill(~mask, NAN), weights.masked_fill(~mask, INF)
+    options = {"transform": transform, "cu_seqlens": boundaries(lengths) if packed else None}
+    if places in ("span", "all"):
+        options["starts"] = torch.tensor([n // 5 for n in lengths])
+        options["ends"] = torch.tensor([n - n // 50 for n in lengths])
+    if places in ("head", "all"):
+        options |= {"head": torch.tensor([0, 1, 50, 400, 2000, 3]), "tail_weight": -0.25}
+    if places in ("decay", "all"):
+        options["decay"] = 0.99
+    call = {"mean": mean, "minus": minus, "weights": weights, **options}
+    out = same_bits_in_every_order(simt, lambda: sequence_sums(simt, values, mask, **call))
+    leaf = values.double().requires_grad_()
+    definition = reference.sequence_mean if mean else reference.sequence_sum
+    expected = definition(leaf, mask, minus=minus.double(), weights=weights.double(), **options)
+    close(out["sums"], expected.detach(), atol=3e-5)
+    close(out["grad"], torch.autograd.grad(expected, leaf, torch.arange(1.0, len(expected) + 1).double())[0], rtol=3e-6)
+
+
+def test_a_wrong_span_makes_its_sequence_nan(simt):
+    values, starts, ends = torch.randn(6, 30), torch.tensor([0, 31, -1, 5, 0, 30]), torch.tensor([30, 31, 3, 4, 2**40, 30])
+    head = torch.zeros(6, dtype=torch.int64)
+    out = sequence_sums(simt, values, starts=starts, ends=ends, head=head)
+    wrong = torch.tensor([False, True, True, True, True, False])
+    assert torch.equal(out["sums"].isnan(), wrong)
+    assert torch.equal(out["grad"].isnan(), wrong[:, None].expand(6, 30))
+    assert all(t.isnan().all() for t in sequence_sums(simt, values, head=head - 1).values())
 
 
 @pytest.mark.parametrize("lengths", WRONG)

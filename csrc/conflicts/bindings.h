@@ -2,6 +2,7 @@
 #pragma once
 #include <string>
 
+#include "conflicts/divergence.h"
 #include "conflicts/runs.h"
 #include "core/bindings.h"
 
@@ -20,6 +21,13 @@ template <class T> void bind_conflict_structs(py::module_& m, const std::string&
   c.member("forward", &Args::forward);
   c.member("backward", &Args::backward);
   c.member("length", &Args::length);
+
+  using Pair = DivergenceArgs<T>;
+  Struct<Pair> d(m, "DivergenceArgs" + suffix);
+  d.member("layout_a", &Pair::layout_a).member("layout_b", &Pair::layout_b);
+  d.member("ids_a", &Pair::ids_a).member("ids_b", &Pair::ids_b);
+  d.member("mask_a", &Pair::mask_a).member("mask_b", &Pair::mask_b);
+  d.member("position", &Pair::position);
 }
 
 template <class S> void bind_conflict_weight_structs(py::module_& m, const std::string& suffix) {
@@ -50,6 +58,8 @@ inline void bind_conflicts(py::module_& m) {
 inline void bind_conflicts_cpu(py::module_& m) {
   bind_cpu<int64_t, ConflictArgs<int64_t>>(m, "cpu_conflict_runs", &cpu_conflict_runs);
   bind_cpu<int64_t, ConflictArgs<int32_t>>(m, "cpu_conflict_runs32", &cpu_conflict_runs);
+  bind_cpu<int64_t, DivergenceArgs<int64_t>>(m, "cpu_first_divergence", &cpu_first_divergence);
+  bind_cpu<int64_t, DivergenceArgs<int32_t>>(m, "cpu_first_divergence32", &cpu_first_divergence);
   bind_cpu<void, ConflictWeightArgs<float>>(m, "cpu_conflict_weights", &cpu_conflict_weights);
   bind_cpu<void, ConflictWeightArgs<double>>(m, "cpu_conflict_weights64", &cpu_conflict_weights);
 }
@@ -58,6 +68,8 @@ inline void bind_conflicts_cuda(py::module_& m) {
   bind_cuda<ConflictArgs<int64_t>>(m, "cuda_conflict_runs", &cuda_conflict_runs);
   bind_cuda<ConflictArgs<int32_t>>(m, "cuda_conflict_runs32", &cuda_conflict_runs);
   bind_cuda(m, "cuda_conflict_weights", &cuda_conflict_weights);
+  bind_cuda<DivergenceArgs<int64_t>>(m, "cuda_first_divergence", &cuda_first_divergence);
+  bind_cuda<DivergenceArgs<int32_t>>(m, "cuda_first_divergence32", &cuda_first_divergence);
 }
 
 }  // namespace prefkern

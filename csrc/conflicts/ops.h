@@ -12,4 +12,8 @@ std::tuple<Tensor, Tensor, Tensor> conflict_runs(const Tensor& tokens, const Ten
 Tensor conflict_weights(const Tensor& tokens, const Tensor& advantages, const Tensor& forward, const Tensor& backward,
                         const Tensor& length, OptTensor cu_seqlens, double w_pos, double w_neg, int64_t combine);
 
+// int64 [B]: the length of the common prefix of each pair.
+Tensor first_divergence(const Tensor& ids_a, const Tensor& ids_b, OptTensor mask_a, OptTensor mask_b, OptTensor cu_seqlens_a,
+                        OptTensor cu_seqlens_b);
+
 }  // namespace prefkern

@@ -13,24 +13,24 @@ bool same_shape(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-SequenceLayout checked_layout(const Tensor& tokens, const char* name, const OptTensor& cu_seqlens) {
+SequenceLayout checked_layout(const Tensor& tokens, const char* name, const OptTensor& cu_seqlens, const char* cu_name) {
   if (!cu_seqlens) {
-    check_value(tokens.dim() == 2, name, " has shape ", shape_text(tokens), "; expected [B, T], or [N] with cu_seqlens");
+    check_value(tokens.dim() == 2, name, " has shape ", shape_text(tokens), "; expected [B, T], or [N] with ", cu_name);
     return {tokens.size(0), tokens.size(1), tokens.numel(), nullptr};
   }
-  check_value(tokens.dim() == 1, name, " has shape ", shape_text(tokens), "; with cu_seqlens [N] is expected");
-  check_type(cu_seqlens->scalar_type() == ScalarType::Int, "cu_seqlens has dtype ", dtype_name(cu_seqlens->scalar_type()),
+  check_value(tokens.dim() == 1, name, " has shape ", shape_text(tokens), "; with ", cu_name, " [N] is expected");
+  check_type(cu_seqlens->scalar_type() == ScalarType::Int, cu_name, " has dtype ", dtype_name(cu_seqlens->scalar_type()),
              "; accepted: int32");
-  check_value(cu_seqlens->dim() == 1 && cu_seqlens->size(0) > 0, "cu_seqlens has shape ", shape_text(*cu_seqlens),
+  check_value(cu_seqlens->dim() == 1 && cu_seqlens->size(0) > 0, cu_name, " has shape ", shape_text(*cu_seqlens),
               "; expected [B + 1]");
-  check_same_device(*cu_seqlens, "cu_seqlens", tokens, name);
+  check_same_device(*cu_seqlens, cu_name, tokens, name);
   const SequenceLayout layout{cu_seqlens->size(0) - 1, 0, tokens.numel(), data<int32_t>(*cu_seqlens)};
   if (tokens.is_cpu()) {
     const int32_t* c = layout.cu_seqlens;
-    check_value(c[0] == 0, "cu_seqlens[0] is ", c[0], "; it must be 0");
+    check_value(c[0] == 0, cu_name, "[0] is ", c[0], "; it must be 0");
     for (int64_t b = 0; b < layout.sequences; b++)
-      check_value(c[b] <= c[b + 1], "cu_seqlens[", b + 1, "] is ", c[b + 1], " after ", c[b], "; it must not descend");
-    check_value(c[layout.sequences] == layout.tokens, "cu_seqlens ends at ", c[layout.sequences], "; ", name, " has ",
+      check_value(c[b] <= c[b + 1], cu_name, "[", b + 1, "] is ", c[b + 1], " after ", c[b], "; it must not descend");
+    check_value(c[layout.sequences] == layout.tokens, cu_name, " ends at ", c[layout.sequences], "; ", name, " has ",
                 layout.tokens, " tokens, so that is expected");
   }
   return layout;
@@ -44,11 +44,11 @@ Tensor checked_tokens(const Tensor& t, const char* name, const Tensor& tokens, c
   return to_contiguous(cast(t, type));
 }
 
-OptTensor checked_mask(const OptTensor& mask, const Tensor& tokens, const char* tokens_name) {
+OptTensor checked_mask(const OptTensor& mask, const Tensor& tokens, const char* tokens_name, const char* name) {
   if (!mask) return mask;
-  check_type(mask->scalar_type() == ScalarType::Bool, "mask has dtype ", dtype_name(mask->scalar_type()), "; accepted: bool");
-  check_same_device(*mask, "mask", tokens, tokens_name);
-  check_value(same_shape(*mask, tokens), "mask has shape ", shape_text(*mask), "; ", tokens_name, " has shape ",
+  check_type(mask->scalar_type() == ScalarType::Bool, name, " has dtype ", dtype_name(mask->scalar_type()), "; accepted: bool");
+  check_same_device(*mask, name, tokens, tokens_name);
+  check_value(same_shape(*mask, tokens), name, " has shape ", shape_text(*mask), "; ", tokens_name, " has shape ",
               shape_text(tokens), ", so the same is expected");
   return to_contiguous(*mask);
 }

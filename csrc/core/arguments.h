@@ -12,11 +12,12 @@ bool same_shape(const Tensor& a, const Tensor& b);
 
 // `tokens` ([B, T], or [N] with cu_seqlens) as sequences. On the CPU every boundary is looked at; on CUDA the kernel finds
 // a wrong one (sequence_valid). cu_seqlens must be contiguous and outlive the layout.
-SequenceLayout checked_layout(const Tensor& tokens, const char* name, const OptTensor& cu_seqlens);
+SequenceLayout checked_layout(const Tensor& tokens, const char* name, const OptTensor& cu_seqlens,
+                              const char* cu_name = "cu_seqlens");
 
 // `t`, shaped like `tokens` and on its device, contiguous and of type `type`.
 Tensor checked_tokens(const Tensor& t, const char* name, const Tensor& tokens, const char* tokens_name, ScalarType type);
-OptTensor checked_mask(const OptTensor& mask, const Tensor& tokens, const char* tokens_name);
+OptTensor checked_mask(const OptTensor& mask, const Tensor& tokens, const char* tokens_name, const char* name = "mask");
 
 // Integers, one per row, as contiguous int64 on the device of `rows_of`, whose first dimension is that of the rows.
 Tensor checked_ids(const Tensor& ids, const char* name, const Tensor& rows_of, const char* rows_name);

@@ -4,6 +4,7 @@
 #include "advantages/masked_pairs.h"
 #include "advantages/moments.h"
 #include "advantages/question_weights.h"
+#include "conflicts/divergence.h"
 #include "conflicts/runs.h"
 #include "core/cuda_runtime.h"
 #include "filters/select.h"
@@ -13,6 +14,7 @@
 #include "policy/importance.h"
 #include "policy/token_loss.h"
 #include "preference/pair_loss.h"
+#include "sequence/pooling.h"
 #include "preference/posterior.h"
 #include "sequence/returns.h"
 #include "sequence/sequence_sums.h"
@@ -29,6 +31,8 @@ int cuda_group_advantages(const GroupArgs<float>&, void*) { return kBuiltWithout
 int cuda_conflict_runs(const ConflictArgs<int32_t>&, void*) { return kBuiltWithoutCuda; }
 int cuda_conflict_runs(const ConflictArgs<int64_t>&, void*) { return kBuiltWithoutCuda; }
 int cuda_conflict_weights(const ConflictWeightArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_first_divergence(const DivergenceArgs<int32_t>&, void*) { return kBuiltWithoutCuda; }
+int cuda_first_divergence(const DivergenceArgs<int64_t>&, void*) { return kBuiltWithoutCuda; }
 int cuda_quantile(const SelectArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_keep_largest(const SelectArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_keep_from(const SelectArgs<float>&, void*) { return kBuiltWithoutCuda; }
@@ -44,6 +48,8 @@ int cuda_preference_loss_backward(const PreferenceGradArgs<float>&, void*) { ret
 int cuda_label_posterior(const PosteriorArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_sequence_sums(const SequenceSumArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_sequence_sums_backward(const SequenceSumArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_pool(const PoolArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_pool_backward(const PoolArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_returns(const ReturnsArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_segmented_returns(const SegmentedArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_group_reduce(const GroupReduceArgs<float>&, void*) { return kBuiltWithoutCuda; }

@@ -47,7 +47,7 @@ template <class V> PK_HD V vexpm1(V x) {
 // log(1 - e^a) for a <= 0; -infinity at 0, NaN above.
 template <class V> PK_HD V log1mexp(V a) {
   using S = typename Lanes<V>::Scalar;
-  return a < S(-0.6931471805599453) ? vlog1p(-vexp(a)) : vlog(-vexpm1(a));
+  return a < S(-0.6931471805599453) ? vlog1p_near(-vexp(a)) : vlog(-vexpm1(a));
 }
 
 // sigmoid(z), sigmoid(-z) and -log sigmoid(z), for every z, from one exponential.
@@ -58,7 +58,7 @@ template <class V> PK_HD Logistic<V> logistic(V z) {
   using S = typename Lanes<V>::Scalar;
   const V e = vexp(-vmax(z, -z)), inverse = splat<V>(1) / (e + S(1)), small = e * inverse;
   const LanesIf<V> negative = z < S(0);
-  return {negative ? small : inverse, negative ? inverse : small, vmax(-z, splat<V>(0)) + vlog1p(e)};
+  return {negative ? small : inverse, negative ? inverse : small, vmax(-z, splat<V>(0)) + vlog1p_near(e)};
 }
 
 }  // namespace PK_ISA

@@ -289,7 +289,9 @@ PK_HD PairLoss<V> pair_loss(PreferenceKind kind, const PreferenceRule<S>& rule, 
       const Logistic<V> w = logistic(u_w), l = logistic(-u_l);
       loss = (w.nll + l.nll) * rule.factor - x * rule.parameter;
       // At x = 0 u_w is infinite and its share 0, but their product has a limit.
-      direct = (x == S(0) ? splat<V>(-rule.asft_limit) : w.p * slope_x * o.scale * -rule.beta) * rule.factor - rule.parameter;
+      direct = ((x == S(0)) & (x <= rule.max_log_p) ? splat<V>(-rule.asft_limit) : w.p * slope_x * o.scale * -rule.beta) *
+                   rule.factor -
+               rule.parameter;
       rejected = l.p * rule.factor;
       break;
     }
@@ -420,8 +422,10 @@ PK_HD void preference_finish(const double* sums, bool unpaired, double norm, S* 
   metrics[kPairs] = S(count);
 }
 
-template <class S> PK_HD S preference_grad(S unnormalised, S upstream, S inverse_norm) {
-  return unnormalised == 0 ? S(0) : S(double(unnormalised) * (double(upstream) * double(inverse_norm)));
+// What was 0 stays 0, whatever comes from upstream.
+template <class V> PK_HD V preference_grad(V unnormalised, V factor) {
+  using S = typename Lanes<V>::Scalar;
+  return unnormalised == S(0) ? splat<V>(0) : unnormalised * factor;
 }
 
 }  // namespace PK_ISA

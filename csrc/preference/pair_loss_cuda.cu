@@ -96,9 +96,9 @@ __global__ void __launch_bounds__(kThreads) pair_kernel(const PreferenceArgs<flo
 __global__ void __launch_bounds__(kThreads) backward_kernel(const PreferenceGradArgs<float> a) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= a.pairs) return;
+  const float factor = a.upstream[a.vector ? i : 0] * *a.inverse_norm;
   for (int64_t side = 0; side < a.sides; side++)
-    a.grad[side * a.pairs + i] =
-        preference_grad(a.unnormalised[side * a.pairs + i], a.upstream[a.vector ? i : 0], *a.inverse_norm);
+    a.grad[side * a.pairs + i] = preference_grad(a.unnormalised[side * a.pairs + i], factor);
 }
 
 }  // namespace

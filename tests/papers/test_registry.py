@@ -18,7 +18,7 @@ WORDS = {
     "reg_grpo": "paper", "gigpo": "code", "disco": "code", "trpa": "code", "tppo": "part", "copg": "paper", "cgpo": "paper",
     "gcpo": "part", "otc": "paper", "mo_grpo": "part", "apo_accel": "paper", "curry_dpo": "paper", "ecpo": "code",
     "lcpo": "paper", "madpo": "code", "modpo": "code", "more_is_less": "part", "mpo_mixed": "paper", "vpo": "paper",
-    "r_dpo": "paper", "soft_preference": "paper", "dpo_survey": "part",
+    "spo_self": "inferred", "r_dpo": "paper", "soft_preference": "paper", "dpo_survey": "part",
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from .pairs import (
     winrates,
 )
 from .reference import CorruptedCacheError, ReferenceCache, data_fingerprint, model_fingerprint, refresh_reference
+from .steps import first_error_step
 from .turns import ACTIONS, ecpo_satisfaction, ecpo_select
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "dno_pairs",
     "ecpo_satisfaction",
     "ecpo_select",
+    "first_error_step",
     "mix_pair",
     "model_fingerprint",
     "ranked_pairs",

@@ -10,13 +10,13 @@ from .advantages import (
     question_weights,
     whiten,
 )
-from .conflicts import conflict_runs, conflict_weights
+from .conflicts import conflict_runs, conflict_weights, first_divergence
 from .filters import masked_quantile, top_quantile_mask
 from .groups import group_normalize, group_reduce, level_pairs
 from .logprobs import linear_logprobs, logits_logprobs, plan_chunks
 from .policy import importance_weights, kl_penalty, masked_aggregate, off_policy_mask, policy_loss
 from .preference import label_posterior, preference_loss, unpaired_loss
-from .sequence import discounted_returns, gae, segmented_returns, sequence_mean, sequence_sum
+from .sequence import discounted_returns, gae, masked_mean_pool, segmented_returns, sequence_mean, sequence_sum, step_mean
 from .types import (
     ConflictRuns,
     GaeOutput,
@@ -26,6 +26,7 @@ from .types import (
     LossOutput,
     PairMaskedAdvantages,
     QuestionWeights,
+    StepMeans,
 )
 
 __all__ = [
@@ -37,11 +38,13 @@ __all__ = [
     "LossOutput",
     "PairMaskedAdvantages",
     "QuestionWeights",
+    "StepMeans",
     "batch_moments",
     "batch_normalize",
     "conflict_runs",
     "conflict_weights",
     "discounted_returns",
+    "first_divergence",
     "gae",
     "group_advantages",
     "group_normalize",
@@ -53,6 +56,7 @@ __all__ = [
     "linear_logprobs",
     "logits_logprobs",
     "masked_aggregate",
+    "masked_mean_pool",
     "masked_quantile",
     "merge_moments",
     "off_policy_mask",
@@ -65,6 +69,7 @@ __all__ = [
     "sequence_mean",
     "sequence_sum",
     "set_validation",
+    "step_mean",
     "top_quantile_mask",
     "unpaired_loss",
     "validation",

@@ -50,11 +50,11 @@ def check_layout(cu_seqlens: Any, tokens: Tensor, name: str, mask: Any = None) -
             check_ends(cu_seqlens, tokens, name)
 
 
-def check_ends(cu_seqlens: Tensor, tokens: Tensor, name: str) -> None:
+def check_ends(cu_seqlens: Tensor, tokens: Tensor, name: str, cu_name: str = "cu_seqlens") -> None:
     """ValueError unless `cu_seqlens` cuts all of `tokens` into rows. Waits for the device."""
     ends = cu_seqlens.tolist()
     if not ends or ends[0] != 0 or ends[-1] != tokens.numel() or ends != sorted(ends):
-        raise ValueError(f"cu_seqlens is {ends}; it must ascend from 0 to the {tokens.numel()} tokens of {name}")
+        raise ValueError(f"{cu_name} is {ends}; it must ascend from 0 to the {tokens.numel()} tokens of {name}")
 
 
 def accumulator(t: Tensor) -> torch.dtype:

@@ -9,6 +9,7 @@ from ._arguments import accumulator, check_ends, check_tensors, number, same_dev
 from ._call import call, choice, validation
 from .types import ConflictRuns
 
+_divergence = torch.ops.prefkern.first_divergence.default
 _runs, _weights = torch.ops.prefkern.conflict_runs.default, torch.ops.prefkern.conflict_weights.default
 
 COMBINES = ("max_once", "product")
@@ -98,6 +99,46 @@ def conflict_weights(
     return call(_weights, tokens, advantages, *runs, cu_seqlens, number("w_pos", w_pos), number("w_neg", w_neg), combine_id)
 
 
+def first_divergence(
+    ids_a: Tensor,
+    ids_b: Tensor,
+    mask_a: Tensor | None = None,
+    mask_b: Tensor | None = None,
+    *,
+    cu_seqlens_a: Tensor | None = None,
+    cu_seqlens_b: Tensor | None = None,
+) -> Tensor:
+    """Where the tokens of two sequences first differ, for B pairs: how many tokens their common prefix has.
+
+    That is the position, from 0, of the first token that differs. Where none does up to the end of one of the two, it is the
+    number of tokens of the shorter one (of both, where they are equal), a position at which that one has no token. What comes
+    behind, ``starts`` of :func:`sequence_sum` picks out; a pair with nothing in common has 0.
+
+    Args:
+        ids_a, ids_b: ``[B, T_a]`` and ``[B, T_b]``, or packed ``[N_a]`` and ``[N_b]``. int64 or int32, both the same.
+        mask_a, mask_b: bool, shaped like the ids: in every row a run of True from the first token on. None: every token counts.
+            What lies outside is never looked at.
+        cu_seqlens_a, cu_seqlens_b: int32 ``[B + 1]``, where packed sequences begin and end.
+
+    Returns:
+        int64 ``[B]``.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what is accepted. Masks with holes and wrong ``cu_seqlens``
+            are always found on the CPU; on CUDA the pair, or every pair, gets -1, or it raises under
+            ``prefkern.set_validation(True)``.
+    """
+    check_tensors(ids_a=ids_a, ids_b=ids_b)
+    given = {"mask_a": mask_a, "mask_b": mask_b, "cu_seqlens_a": cu_seqlens_a, "cu_seqlens_b": cu_seqlens_b}
+    check_tensors(**{name: t for name, t in given.items() if t is not None})
+    if ids_a.is_cuda and validation() and not torch.compiler.is_compiling():
+        for side, ids, mask, cu_seqlens in (("a", ids_a, mask_a, cu_seqlens_a), ("b", ids_b, mask_b, cu_seqlens_b)):
+            if cu_seqlens is not None:
+                check_ends(cu_seqlens, ids, f"ids_{side}", f"cu_seqlens_{side}")
+            _validate_runs(f"mask_{side}", mask, ids, cu_seqlens)
+    return call(_divergence, ids_a, ids_b, mask_a, mask_b, cu_seqlens_a, cu_seqlens_b)
+
+
 def _validate(tokens: Tensor, advantages: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
     if not validation() or torch.compiler.is_compiling():
         return
@@ -105,6 +146,10 @@ def _validate(tokens: Tensor, advantages: Tensor, mask: Tensor | None, cu_seqlen
         raise ValueError(f"advantages[{int(bad.nonzero()[0])}] is nan; its sign is needed")
     if cu_seqlens is not None:
         check_ends(cu_seqlens, tokens, "tokens")
+    _validate_runs("mask", mask, tokens, cu_seqlens)
+
+
+def _validate_runs(name: str, mask: Tensor | None, tokens: Tensor, cu_seqlens: Tensor | None) -> None:
     if mask is None or mask.numel() == 0 or mask.shape != tokens.shape:  # the op refuses a wrong shape
         return
     flat = mask.reshape(-1)
@@ -118,7 +163,7 @@ def _validate(tokens: Tensor, advantages: Tensor, mask: Tensor | None, cu_seqlen
         first = cu_seqlens.long()[row] == position
     if bool((bad := rises & ~first).any()):
         raise ValueError(
-            f"mask of row {int(row[bad.nonzero()[0]])} has a token that counts behind one that does not; accepted: a run of "
+            f"{name} of row {int(row[bad.nonzero()[0]])} has a token that counts behind one that does not; accepted: a run of "
             "True from the first token on"
         )
 
@@ -142,6 +187,19 @@ def _fake_runs(
     torch._check(advantages.dim() == 1 and group.dim() == 1, lambda: "advantages and group must be [B]")
     torch._check(mask is None or mask.dim() == tokens.dim(), lambda: "mask must be shaped like tokens")
     return tuple(tokens.new_empty(advantages.shape, dtype=torch.int64) for _ in range(3))
+
+
+@torch.library.register_fake("prefkern::first_divergence")
+def _fake_divergence(
+    ids_a: Tensor, ids_b: Tensor, mask_a: Tensor | None, mask_b: Tensor | None, cu_seqlens_a: Tensor | None,
+    cu_seqlens_b: Tensor | None,
+) -> Tensor:  # fmt: skip
+    same_device("ids_a", ids_a, ids_b=ids_b, mask_a=mask_a, mask_b=mask_b, cu_seqlens_a=cu_seqlens_a, cu_seqlens_b=cu_seqlens_b)
+    for name, ids, cu_seqlens in (("ids_a", ids_a, cu_seqlens_a), ("ids_b", ids_b, cu_seqlens_b)):
+        expected = 2 if cu_seqlens is None else 1
+        torch._check(ids.dim() == expected, lambda name=name: f"{name} must be [B, T], or [N] with cu_seqlens")
+    rows = ids_a.shape[0] if cu_seqlens_a is None else cu_seqlens_a.shape[0] - 1
+    return ids_a.new_empty((rows,), dtype=torch.int64)
 
 
 @torch.library.register_fake("prefkern::conflict_weights")

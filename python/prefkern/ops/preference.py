@@ -351,7 +351,7 @@ def _run(
     if validation() and not torch.compiler.is_compiling():
         _validate(chosen, rejected, refs, mask, sides)
     given = tuple(v.detach() if isinstance(v, Tensor) else None for v in values)
-    numbers = tuple(d if isinstance(v, Tensor) else v for v, d in zip(values, (1.0, 0.0, 0.5, 0.0, 0.0), strict=True))
+    numbers = tuple(d if isinstance(v, Tensor) else v for v, d in zip(values, (1.0, 0.0, 0.25, 0.0, 0.0), strict=True))
     norm_tensor = norm.detach() if isinstance(norm, Tensor) else None
     norm_number = -1.0 if norm is None or isinstance(norm, Tensor) else _norm(norm)
     constants = (

@@ -27,6 +27,15 @@ class LinearLogprobs(NamedTuple):
     """bool: whether the target is the argmax of z, the first maximum winning ties."""
 
 
+class StepMeans(NamedTuple):
+    """Means over the steps of B sequences; see `step_mean`."""
+
+    means: Tensor
+    """[B, n_steps], or [B, n_steps, H] of hidden states; 0 for a step without tokens. float32, or float64 for float64."""
+    counts: Tensor
+    """int64 [B, n_steps]: how many tokens each step has. Not differentiable."""
+
+
 class GroupAdvantages(NamedTuple):
     """Advantages of B samples, [B], and the statistics of their groups; None where not asked for.
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..ops import LossOutput, sequence_sum
-from ._shared import check_values
+from ._shared import check_values, may_look
 
 
 class Sides(NamedTuple):
@@ -109,11 +109,14 @@ class PairRecipe(ABC):
         """The loss of pairs that have what is needed."""
 
     def loss(self, pairs: Pairs) -> LossOutput:
-        """The loss of these pairs; gradient to `pairs.logp`. ValueError if they lack what this recipe needs."""
+        """The loss of these pairs; gradient to `pairs.logp`. ValueError if they lack what this recipe needs, and
+        for a response without tokens where that may be looked at."""
         for key in self.needs:
             if pairs.get(key) is None:
                 place = key if key in Pairs.__dataclass_fields__ else f"extra[{key!r}]"
                 raise ValueError(f"recipe {self.name!r} needs pairs.{place}, which is None")
+        if may_look(pairs.logp):
+            pairs.lengths()
         return self.pair_loss(pairs)
 
     def options(self) -> dict[str, Any]:

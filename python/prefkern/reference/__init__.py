@@ -13,13 +13,21 @@ from prefkern.reference.advantages import (
     question_weights,
     whiten,
 )
-from prefkern.reference.conflicts import conflict_runs, conflict_weights
+from prefkern.reference.conflicts import conflict_runs, conflict_weights, first_divergence
 from prefkern.reference.filters import masked_quantile, top_quantile_mask
 from prefkern.reference.groups import group_normalize, group_reduce, level_pairs
 from prefkern.reference.logprobs import linear_logprobs, logits_logprobs
 from prefkern.reference.policy import importance_weights, kl_penalty, masked_aggregate, off_policy_mask, policy_loss
 from prefkern.reference.preference import label_posterior, preference_loss, unpaired_loss
-from prefkern.reference.sequence import discounted_returns, gae, segmented_returns, sequence_mean, sequence_sum
+from prefkern.reference.sequence import (
+    discounted_returns,
+    gae,
+    masked_mean_pool,
+    segmented_returns,
+    sequence_mean,
+    sequence_sum,
+    step_mean,
+)
 
 __all__ = [
     "batch_moments",
@@ -27,6 +35,7 @@ __all__ = [
     "conflict_runs",
     "conflict_weights",
     "discounted_returns",
+    "first_divergence",
     "gae",
     "group_advantages",
     "group_normalize",
@@ -38,6 +47,7 @@ __all__ = [
     "linear_logprobs",
     "logits_logprobs",
     "masked_aggregate",
+    "masked_mean_pool",
     "masked_quantile",
     "merge_moments",
     "off_policy_mask",
@@ -48,6 +58,7 @@ __all__ = [
     "segmented_returns",
     "sequence_mean",
     "sequence_sum",
+    "step_mean",
     "top_quantile_mask",
     "unpaired_loss",
     "whiten",

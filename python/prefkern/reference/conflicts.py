@@ -55,6 +55,41 @@ def conflict_runs(
     return ConflictRuns(runs(sequences), runs(backwards), length)
 
 
+def first_divergence(
+    ids_a: Tensor,
+    ids_b: Tensor,
+    mask_a: Tensor | None = None,
+    mask_b: Tensor | None = None,
+    *,
+    cu_seqlens_a: Tensor | None = None,
+    cu_seqlens_b: Tensor | None = None,
+) -> Tensor:
+    """How many tokens the common prefix of each pair of sequences has: int64 [B]
+
+    Args:
+        ids_a, ids_b: integers [B, T_a] and [B, T_b], or packed [N_a] and [N_b].
+        mask_a, mask_b: bool, shaped like the ids: in every row a run of True from the first token on. None counts all.
+        cu_seqlens_a, cu_seqlens_b: int32 [B + 1].
+    """
+
+    def sequences(ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> list[list[int]]:
+        row, at, rows = _positions(ids, cu_seqlens)
+        keep = torch.ones_like(row, dtype=torch.bool) if mask is None else mask.reshape(-1)
+        length = torch.zeros(rows, dtype=torch.int64, device=ids.device).index_add(0, row, keep.long())
+        if not torch.equal(keep, at < length[row]):
+            raise ValueError("mask: in every row it must be a run of True from the first position on")
+        return [ids.reshape(-1)[(row == i) & keep].tolist() for i in range(rows)]
+
+    result = []
+    pairs = zip(sequences(ids_a, mask_a, cu_seqlens_a), sequences(ids_b, mask_b, cu_seqlens_b), strict=True)
+    for a, b in pairs:
+        n = 0
+        while n < min(len(a), len(b)) and a[n] == b[n]:
+            n += 1
+        result.append(n)
+    return torch.tensor(result, dtype=torch.int64, device=ids_a.device)
+
+
 def conflict_weights(
     tokens: Tensor,
     advantages: Tensor,

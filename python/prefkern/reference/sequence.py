@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prefkern.ops.types import GaeOutput
+from prefkern.ops.types import GaeOutput, StepMeans
 from prefkern.reference._tokens import kept_tokens, rows_of_tokens, widen
 
 TRANSFORMS = ("none", "exp")
@@ -22,8 +22,15 @@ def sequence_sum(
     minus: Tensor | None = None,
     weights: Tensor | None = None,
     transform: Literal["none", "exp"] = "none",
+    starts: Tensor | None = None,
+    ends: Tensor | None = None,
+    head: Tensor | None = None,
+    tail_weight: float | None = None,
+    decay: float = 1.0,
 ) -> Tensor:
-    """sum_t w_t f(values_t - minus_t) over the tokens of each sequence that count: [B]
+    """sum_t w_t h(p_t) decay^p_t f(values_t - minus_t) over the tokens of each sequence that count: [B]
+
+    p_t is the number of tokens of the sequence that count before t; h is 1 for p_t < head, and tail_weight behind.
 
     Args:
         values: [B, T], or packed [N] with `cu_seqlens`. The only argument with a gradient.
@@ -31,10 +38,13 @@ def sequence_sum(
         cu_seqlens: int32 [B + 1], where packed sequences begin and end.
         minus: shaped like `values`, and so is `weights`. None: 0, and 1.
         transform: f, "none" or "exp".
+        starts, ends: int [B], positions in each sequence: only tokens from one up to, not including, the other count.
+        head: int [B], with tail_weight. None: no tail.
+        decay: in [0, 1].
 
     A sequence without tokens gives 0. Values outside the mask change nothing, whatever they are.
     """
-    return _sums(values, mask, cu_seqlens, minus, weights, transform)[0]
+    return _sums(values, mask, cu_seqlens, minus, weights, transform, starts, ends, head, tail_weight, decay)[0]
 
 
 def sequence_mean(
@@ -45,20 +55,31 @@ def sequence_mean(
     minus: Tensor | None = None,
     weights: Tensor | None = None,
     transform: Literal["none", "exp"] = "none",
+    starts: Tensor | None = None,
+    ends: Tensor | None = None,
+    head: Tensor | None = None,
+    tail_weight: float | None = None,
+    decay: float = 1.0,
 ) -> Tensor:
     """`sequence_sum` divided by the number of tokens that count; 0 for a sequence without tokens."""
-    sums, counts = _sums(values, mask, cu_seqlens, minus, weights, transform)
+    sums, counts = _sums(values, mask, cu_seqlens, minus, weights, transform, starts, ends, head, tail_weight, decay)
     return sums / counts.clamp_min(1)
 
 
 def _sums(
-    values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, minus: Tensor | None, weights: Tensor | None, transform: str
-) -> tuple[Tensor, Tensor]:
+    values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, minus: Tensor | None, weights: Tensor | None,
+    transform: str, starts: Tensor | None, ends: Tensor | None, head: Tensor | None, tail_weight: float | None, decay: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Sums and token counts per sequence."""
     if transform not in TRANSFORMS:
         raise ValueError(f"transform: got {transform!r}, accepted are {list(TRANSFORMS)}")
     row, rows = rows_of_tokens(values, cu_seqlens, "values")
     keep = kept_tokens(values, mask)
+    position = _positions(row, rows)
+    if starts is not None:
+        keep = keep & (position >= starts[row])
+    if ends is not None:
+        keep = keep & (position < ends[row])
     terms = widen(values.reshape(-1)[keep])
     if minus is not None:
         terms = terms - minus.detach().reshape(-1)[keep].to(terms.dtype)
@@ -66,8 +87,47 @@ def _sums(
         terms = terms.exp()
     if weights is not None:
         terms = terms * weights.detach().reshape(-1)[keep].to(terms.dtype)
+    place = _positions(row[keep], rows)
+    if head is not None and tail_weight is not None:
+        terms = torch.where(place < head[row[keep]], terms, terms * tail_weight)
+    terms = terms * decay ** place.to(terms.dtype)
     zeros = terms.new_zeros(rows)
     return zeros.index_add(0, row[keep], terms), zeros.index_add(0, row[keep], torch.ones_like(terms))
+
+
+def masked_mean_pool(hidden: Tensor, mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The mean of hidden [B, T, H], or packed [N, H], over the tokens of each sequence that count: [B, H]; 0 without any"""
+    if mask is None:
+        mask = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
+    return step_mean(hidden, mask.long(), 1, cu_seqlens=cu_seqlens).means[:, 0]
+
+
+def step_mean(
+    values: Tensor, step_ids: Tensor, n_steps: int, *, cu_seqlens: Tensor | None = None, clamp: bool = False
+) -> StepMeans:
+    """The mean of values over the tokens of each step of each sequence
+
+    Args:
+        values: [B, T] or [B, T, H], or packed [N] or [N, H] with `cu_seqlens`. The only argument with a gradient.
+        step_ids: int [B, T] or [N], 1 to n_steps; 0 for tokens of no step.
+        clamp: ids above n_steps count as n_steps. Else they are refused.
+
+    Returns StepMeans(means [B, n_steps] or [B, n_steps, H], counts [B, n_steps]); a step without tokens has mean 0.
+    """
+    row, rows = rows_of_tokens(step_ids, cu_seqlens, "step_ids")
+    ids = step_ids.reshape(-1).long()
+    if clamp:
+        ids = ids.clamp_max(n_steps)
+    if bool(((ids < 0) | (ids > n_steps)).any()):
+        raise ValueError(f"step_ids: must lie in [0, {n_steps}]")
+    keep = ids > 0
+    cell = (row * n_steps + ids - 1)[keep]
+    features = values.shape[step_ids.dim() :]
+    kept = widen(values.reshape(ids.numel(), *features)[keep])
+    sums = kept.new_zeros(rows * n_steps, *features).index_add(0, cell, kept)
+    counts = torch.bincount(cell, minlength=rows * n_steps)
+    divisor = counts.clamp_min(1).reshape(-1, *(1 for _ in features))
+    return StepMeans((sums / divisor).reshape(rows, n_steps, *features), counts.reshape(rows, n_steps))
 
 
 def discounted_returns(

@@ -10,7 +10,7 @@ from prefkern.cli.problems.base import Problem, problem, ragged
 
 
 def conflict_problems(dtype: torch.dtype) -> Iterator[Problem]:
-    """Groups of uneven sizes whose completions agree here and there; advantages of both signs, and 0."""
+    """Groups of uneven sizes whose completions agree here and there; advantages of both signs, and 0. Pairs of sequences."""
     sequences = ragged(12, 33)
     mask = sequences.mask
     tokens = torch.randint(2, mask.shape).masked_fill(~mask, -7)
@@ -24,6 +24,12 @@ def conflict_problems(dtype: torch.dtype) -> Iterator[Problem]:
         yield problem("conflict_runs", layout, {}, where | given)
         for combine in ("max_once", "product"):
             yield problem("conflict_weights", f"{layout}, {combine}", {}, where | given | {"combine": combine})
+
+    shared = torch.randint(2, mask.shape)
+    ids = {"ids_a": shared.masked_fill(~mask, -7), "ids_b": torch.where(torch.rand(mask.shape) < 0.1, 3, shared)}
+    yield problem("first_divergence", "padded", {}, ids | {"mask_a": mask})
+    packed = {"ids_a": tokens[mask], "cu_seqlens_a": sequences.cu_seqlens, "ids_b": ids["ids_b"]}
+    yield problem("first_divergence", "packed and padded", {}, packed)
 
 
 def filter_problems(dtype: torch.dtype) -> Iterator[Problem]:
