@@ -7,6 +7,7 @@
 #include "core/bindings.h"
 #include "filters/bindings.h"
 #include "groups/bindings.h"
+#include "lists/bindings.h"
 #include "logprobs/bindings.h"
 #include "policy/bindings.h"
 #include "preference/bindings.h"
@@ -24,6 +25,7 @@ inline void bind_argument_structs(py::module_& m) {
   bind_groups(m);
   bind_conflicts(m);
   bind_filters(m);
+  bind_lists(m);
 }
 
 inline void bind_cpu_launchers(py::module_& m) {
@@ -35,6 +37,7 @@ inline void bind_cpu_launchers(py::module_& m) {
   bind_groups_cpu(m);
   bind_conflicts_cpu(m);
   bind_filters_cpu(m);
+  bind_lists_cpu(m);
 }
 
 inline void bind_cuda_launchers(py::module_& m) {
@@ -46,6 +49,7 @@ inline void bind_cuda_launchers(py::module_& m) {
   bind_groups_cuda(m);
   bind_conflicts_cuda(m);
   bind_filters_cuda(m);
+  bind_lists_cuda(m);
 }
 
 }  // namespace prefkern

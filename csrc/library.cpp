@@ -5,6 +5,7 @@
 #include "groups/ops.h"
 #include "conflicts/ops.h"
 #include "filters/ops.h"
+#include "lists/ops.h"
 #include "logprobs/ops.h"
 #include "policy/ops.h"
 #include "preference/ops.h"
@@ -159,6 +160,35 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "float chosen_weight, float rejected_weight, float norm, bool with_grad) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("preference_loss_backward(Tensor g_loss, Tensor unnormalised, Tensor inverse_norm) -> Tensor");
   m.def("label_posterior(Tensor margin, Tensor reliability, Tensor? annotator) -> Tensor");
+  // ---- lists: kind, gain, rank and reduction are the enumerations of math/lists.h; results are (loss, metrics,
+  // unnormalised, inverse), of skew_score with three gradients, as `needs` of lists/ops.h says, in place of one; only the
+  // scores, or embeddings and scales, have one, which preference_rows_backward gives.
+  m.def(
+      "listwise_loss(Tensor scores, Tensor? labels, Tensor? mask, Tensor? norm_tensor, int kind, int gain, int rank, "
+      "bool per_pair, int reduction, float beta, float temperature, float smoothing, float norm, bool with_grad) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "listwise_loss_fwd(Tensor scores, Tensor? labels, Tensor? mask, Tensor? norm_tensor, int kind, int gain, int rank, "
+      "bool per_pair, int reduction, float beta, float temperature, float smoothing, float norm, bool with_grad) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "group_preference_loss(Tensor scores, Tensor is_winner, Tensor? mask, Tensor? norm_tensor, int ddof, "
+      "bool scale_variance, int reduction, float beta, float lam, float norm, bool with_grad) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "group_preference_loss_fwd(Tensor scores, Tensor is_winner, Tensor? mask, Tensor? norm_tensor, int ddof, "
+      "bool scale_variance, int reduction, float beta, float lam, float norm, bool with_grad) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "skew_score(Tensor v_i, Tensor v_j, Tensor? scales, Tensor? margin, Tensor? norm_tensor, bool normalize, "
+      "bool with_loss, int reduction, float tau, float norm, int needs) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "skew_score_fwd(Tensor v_i, Tensor v_j, Tensor? scales, Tensor? margin, Tensor? norm_tensor, bool normalize, "
+      "bool with_loss, int reduction, float tau, float norm, int needs) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("skew_row_means(Tensor v, Tensor? mask, Tensor? scales, bool normalize, float tau) -> Tensor");
+  m.def("preference_rows_backward(Tensor g_loss, Tensor unnormalised, Tensor inverse) -> Tensor");
 }
 
 #define PK_REGISTER(key)                                                              \
@@ -208,6 +238,14 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("preference_loss_fwd", PK_OP(preference_loss));                            \
     m.impl("preference_loss_backward", PK_OP(preference_loss_backward));              \
     m.impl("label_posterior", PK_OP(label_posterior));                                \
+    m.impl("listwise_loss", PK_OP(listwise_loss));                                    \
+    m.impl("listwise_loss_fwd", PK_OP(listwise_loss));                                \
+    m.impl("group_preference_loss", PK_OP(group_preference_loss));                    \
+    m.impl("group_preference_loss_fwd", PK_OP(group_preference_loss));                \
+    m.impl("skew_score", PK_OP(skew_score));                                          \
+    m.impl("skew_score_fwd", PK_OP(skew_score));                                      \
+    m.impl("skew_row_means", PK_OP(skew_row_means));                                  \
+    m.impl("preference_rows_backward", PK_OP(preference_rows_backward));              \
   }
 PK_REGISTER(CPU)
 PK_REGISTER(CUDA)

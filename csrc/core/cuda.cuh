@@ -44,7 +44,6 @@ PK_HD double vsqrt(double x) { return sqrt(x); }
 PK_HD double vexp(double x) { return exp(x); }
 __device__ __forceinline__ float vlog(float x) { return logf(x); }
 __device__ __forceinline__ float vlog1p(float x) { return log1pf(x); }
-__device__ __forceinline__ float vlog1p_near(float x) { return log1pf(x); }  // simd.h: on [-1/2, 1]
 PK_HD double vlog(double x) { return log(x); }
 PK_HD double vlog1p(double x) { return log1p(x); }
 PK_HD double vmax(double a, double b) { return a > b ? a : b; }

@@ -316,17 +316,11 @@ PK_HD VecF vlog(VecF x) {
   return x > 0 ? (x < infinity ? r : x) : (x == 0 ? -infinity : splat<VecF>(__builtin_nanf("")));
 }
 
-// log(1 + u) for -1/2 <= u <= 1, with relative error <= 2.5e-7: 2 artanh(s), s = u / (2 + u), which loses nothing where u is
-// small. A polynomial in s^2 on [0, 1/9], fitted for least relative error with the constant term fixed.
-PK_HD VecF vlog1p_near(VecF u) {
-  const VecF s = u / (u + 2), t = s * s;
-  return s * 2 + s * (t * (0.66666316f + t * (0.40024854f + t * (0.27961419f + t * 0.28174657f))));
+// log(1 + u) for finite u > -1: that of 1 + u as it is rounded, and what the rounding lost.
+PK_HD VecF vlog1p(VecF u) {
+  const VecF w = u + 1;
+  return vlog(w) - ((w - 1) - u) / w;
 }
-PK_HD float vlog1p_near(float u) { return __builtin_log1pf(u); }
-PK_HD double vlog1p_near(double u) { return __builtin_log1p(u); }
-
-// log(1 + u) for every u >= -1, with relative error <= 3e-7.
-PK_HD VecF vlog1p(VecF u) { return (u >= -0.5f) & (u <= 1) ? vlog1p_near(u) : vlog(u + 1); }
 PK_HD float vlog2(float x) { return __builtin_log2f(x); }
 PK_HD double vlog2(double x) { return __builtin_log2(x); }
 PK_HD float vlog(float x) { return __builtin_logf(x); }

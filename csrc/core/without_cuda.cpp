@@ -16,6 +16,10 @@
 #include "preference/pair_loss.h"
 #include "sequence/pooling.h"
 #include "preference/posterior.h"
+#include "lists/group_preference.h"
+#include "lists/listwise.h"
+#include "lists/row_loss.h"
+#include "lists/skew.h"
 #include "sequence/returns.h"
 #include "sequence/sequence_sums.h"
 
@@ -59,5 +63,10 @@ int cuda_level_pairs(const PairArgs<float>&, void*) { return kBuiltWithoutCuda; 
 int cuda_level_pairs_backward(const PairGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_importance_weights(const WeightArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_off_policy_mask(const OffPolicyArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_listwise(const ListArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_group_preference(const GroupPreferenceArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_skew(const SkewArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_skew_means(const SkewMeansArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_row_gradient(const RowGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
 }  // namespace prefkern
 #endif

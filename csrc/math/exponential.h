@@ -44,21 +44,35 @@ template <class V> PK_HD V vexpm1(V x) {
   return (x < S(kExpTail)) & (x > S(-kExpTail)) ? x + tail : e - S(1);
 }
 
+// 2 artanh(s) for |s| <= 1/3 in float: a polynomial in s^2, fitted for least relative error (4e-9) with the constant term fixed.
+template <class V> PK_HD V artanh_twice(V s) {
+  const V t = s * s;
+  return s * 2 + s * (t * (0.66666316f + t * (0.40024854f + t * (0.27961419f + t * 0.28174657f))));
+}
+
+// log(1 + u) for -1/2 <= u <= 1, which loses nothing where u is small: relative error <= 2.5e-7 in float.
+template <class V> PK_HD V log1p_near(V u) { return artanh_twice(u / (u + 2)); }
+PK_HD double log1p_near(double u) { return vlog1p(u); }
+
 // log(1 - e^a) for a <= 0; -infinity at 0, NaN above.
 template <class V> PK_HD V log1mexp(V a) {
   using S = typename Lanes<V>::Scalar;
-  return a < S(-0.6931471805599453) ? vlog1p_near(-vexp(a)) : vlog(-vexpm1(a));
+  return a < S(-0.6931471805599453) ? log1p_near(-vexp(a)) : vlog(-vexpm1(a));
 }
 
-// sigmoid(z), sigmoid(-z) and -log sigmoid(z), for every z, from one exponential.
+// sigmoid(z), sigmoid(-z), -log sigmoid(z) and -log sigmoid(-z), for every z, from one exponential and, in float, one division.
 template <class V> struct Logistic {
-  V q, p, nll;
+  V q, p, nll, opposite;
 };
 template <class V> PK_HD Logistic<V> logistic(V z) {
-  using S = typename Lanes<V>::Scalar;
-  const V e = vexp(-vmax(z, -z)), inverse = splat<V>(1) / (e + S(1)), small = e * inverse;
-  const LanesIf<V> negative = z < S(0);
-  return {negative ? small : inverse, negative ? inverse : small, vmax(-z, splat<V>(0)) + vlog1p_near(e)};
+  const V zero = {}, e = vexp(-vmax(z, -z)), r = 1 / ((1 + e) * (2 + e));
+  const V tail = artanh_twice(e * (1 + e) * r), near = (2 + e) * r, far = e * near;
+  const LanesIf<V> negative = z < 0;
+  return {negative ? far : near, negative ? near : far, vmax(-z, zero) + tail, vmax(z, zero) + tail};
+}
+PK_HD Logistic<double> logistic(double z) {
+  const double e = vexp(-vmax(z, -z)), tail = vlog1p(e), near = 1 / (1 + e), far = e / (1 + e);
+  return {z < 0 ? far : near, z < 0 ? near : far, vmax(-z, 0.0) + tail, vmax(z, 0.0) + tail};
 }
 
 }  // namespace PK_ISA

@@ -194,14 +194,14 @@ PK_HD PairLoss<V> pair_loss(PreferenceKind kind, const PreferenceRule<S>& rule, 
       break;
     case PreferenceKind::exo: {
       const Logistic<V> l = logistic(z);
-      const V log_keep = vlog1p(-o.smoothing), log_flip = vlog(o.smoothing), opposite = l.nll + z;  // -log sigmoid(-z)
+      const V log_keep = vlog1p(-o.smoothing), log_flip = vlog(o.smoothing), opposite = l.opposite;
       loss = l.q * (-l.nll - log_keep) + l.p * (-opposite - log_flip);
       dz = l.q * l.p * (z - log_keep + log_flip);
       break;
     }
     case PreferenceKind::nca: {
       const Logistic<V> w = logistic(u_w), l = logistic(u_l);
-      loss = w.nll * S(1.5) + u_w * S(0.5) + (l.nll + u_l) * S(0.5);
+      loss = w.nll + (w.opposite + l.opposite) * S(0.5);
       chosen = w.q * S(0.5) - w.p;
       rejected = l.q * S(0.5);
       break;

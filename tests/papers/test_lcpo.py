@@ -267,11 +267,11 @@ def test_low_precision_and_no_pairs(kind, variant) -> None:
         ("simpo", {"gamma": None}, ValueError, "gamma is None; kind 'simpo' needs it"),
         ("simpo", {"rejected_lengths": torch.tensor([0, 3])}, ValueError, r"rejected_lengths\[0\] is 0; every response"),
         ("cpo", {n: LOGPS[n] for n in ("ref_chosen_logp", "ref_rejected_logp")}, ValueError, "'cpo', which has no reference"),
-        ("dpo", {"eta": 1.5}, ValueError, r"eta\[0\] is 1.5; a probability is expected"),
-        ("dpo", {"eta": vector(0.9, 0.8)}, ValueError, r"annotator is None; ids of 2 annotators are expected, \[2\]"),
+        ("dpo", {"eta": 1.5}, ValueError, r"reliability\[0\] is 1.5; it must be between 0 and 1"),
+        ("dpo", {"eta": vector(0.9, 0.8)}, ValueError, "annotator is None; the ids of 2 annotators are expected"),
         ("dpo", {"annotator": torch.tensor([0, 1])}, ValueError, r"annotator\[1\] is 1; ids are 0 to 0"),
-        ("dpo", {"annotator": torch.tensor([0])}, ValueError, r"annotator has shape \[1\]; \[2\] is expected"),
-        ("dpo", {"annotator": vector(0, 0)}, TypeError, "annotator has dtype torch.float64; accepted: int64, int32"),
+        ("dpo", {"annotator": torch.tensor([0])}, ValueError, r"annotator has shape \[1\]; margin has shape \[2\]"),
+        ("dpo", {"annotator": vector(0, 0)}, TypeError, "annotator has dtype Double; accepted: int64, int32"),
     ],
 )  # fmt: skip
 def test_refused(kind, changes, error, message) -> None:

@@ -13,12 +13,11 @@ from prefkern.cli import app
 from prefkern.papers import EVIDENCE, NAMES, Rollout, load_pair_recipe, load_recipe, module, pair_recipes, recipes, take_rows
 
 WORDS = {
-    "grpo": "code", "dr_grpo": "code",
-    "gdpo": "code", "ngrpo": "code", "gtpo": "code", "etr": "inferred", "dgpo": "code", "dagrpo": "inferred",
-    "reg_grpo": "paper", "gigpo": "code", "disco": "code", "trpa": "code", "tppo": "part", "copg": "paper", "cgpo": "paper",
-    "gcpo": "part", "otc": "paper", "mo_grpo": "part", "apo_accel": "paper", "curry_dpo": "paper", "ecpo": "code",
-    "lcpo": "paper", "madpo": "code", "modpo": "code", "more_is_less": "part", "mpo_mixed": "paper", "vpo": "paper",
-    "spo_self": "inferred", "r_dpo": "paper", "soft_preference": "paper", "dpo_survey": "part",
+    "apo_accel": "paper", "cgpo": "paper", "copg": "paper", "curry_dpo": "paper", "dagrpo": "inferred", "dno": "paper",
+    "dpo_survey": "part", "etr": "inferred", "gcpo": "part", "gepo": "part", "lcpo": "paper", "lipo": "paper",
+    "lire": "paper", "mo_grpo": "part", "more_is_less": "part", "mpo_mixed": "paper", "otc": "paper",
+    "plackett_luce": "paper", "r_dpo": "paper", "reg_grpo": "paper", "rrhf": "paper", "soft_preference": "paper",
+    "spo_self": "inferred", "tpo_tree": "paper", "tppo": "part", "vpo": "paper",
 }  # fmt: skip
 
 

@@ -24,26 +24,6 @@ EPS = 1e-4  # TRL's, everywhere
 # -------------------------------------------------------------------------------------------------- trainers on a string
 
 
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory):
-    """A Llama of 8 hidden units and its tokenizer; no test ever runs it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    path = tmp_path_factory.mktemp("llama")
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *"abcdefgh"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    ).save_pretrained(path)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, pad_token_id=0, eos_token_id=1, bos_token_id=1,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
-    return str(path)
-
-
 def build(trainer_class, config_class, path, output):
     options = {
         "output_dir": str(output), "per_device_train_batch_size": GROUP, "num_generations": GROUP, "bf16": False,

@@ -13,6 +13,7 @@ from .advantages import (
 from .conflicts import conflict_runs, conflict_weights, first_divergence
 from .filters import masked_quantile, top_quantile_mask
 from .groups import group_normalize, group_reduce, level_pairs
+from .lists import group_preference_loss, listwise_loss, skew_loss, skew_row_means, skew_score
 from .logprobs import linear_logprobs, logits_logprobs, plan_chunks
 from .policy import importance_weights, kl_penalty, masked_aggregate, off_policy_mask, policy_loss
 from .preference import label_posterior, preference_loss, unpaired_loss
@@ -48,12 +49,14 @@ __all__ = [
     "gae",
     "group_advantages",
     "group_normalize",
+    "group_preference_loss",
     "group_reduce",
     "importance_weights",
     "kl_penalty",
     "label_posterior",
     "level_pairs",
     "linear_logprobs",
+    "listwise_loss",
     "logits_logprobs",
     "masked_aggregate",
     "masked_mean_pool",
@@ -69,6 +72,9 @@ __all__ = [
     "sequence_mean",
     "sequence_sum",
     "set_validation",
+    "skew_loss",
+    "skew_row_means",
+    "skew_score",
     "step_mean",
     "top_quantile_mask",
     "unpaired_loss",

@@ -90,10 +90,14 @@ class Pairs:
 
     def lengths(self) -> Sides:
         """How many tokens of each response count; ValueError for a response without any, where that may be looked at."""
+        return Sides(*self.lengths_of_all().chunk(2))
+
+    def lengths_of_all(self) -> Tensor:
+        """The same of all 2P responses."""
         ones = torch.ones_like(self.logp, dtype=torch.float32)
         counts = sequence_sum(ones, self.mask, cu_seqlens=self.cu_seqlens)
         check_values("lengths", counts, counts > 0, "a response needs at least one token that counts")
-        return Sides(*counts.chunk(2))
+        return counts
 
 
 @dataclass(frozen=True)

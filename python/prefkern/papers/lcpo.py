@@ -44,11 +44,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import LossOutput, preference_loss
+from ..ops import LossOutput, label_posterior, preference_loss
 from ..reliability import AnnotatorReliability
 from ._about import About
 from ._pairs import PairRecipe, Pairs
-from ._shared import check_choice, check_rows, check_values
+from ._shared import check_choice, check_values
 
 __all__ = ["LCPO", "AnnotatorReliability", "about", "label_posterior", "lcpo_loss", "lcpo_margin", "recipe"]
 
@@ -65,32 +65,6 @@ about = About(
 Base = Literal["dpo", "ipo", "simpo", "cpo"]
 BASES = ("dpo", "ipo", "simpo", "cpo")
 VARIANTS = ("log_p", "weighted")
-_EDGE = 1e-6
-
-
-def label_posterior(margin: Tensor, eta: float | Tensor, annotator: Tensor | None = None) -> Tensor:
-    """w [P], the probability that each label is right, given d [P]. A constant; float32, or float64 for float64.
-
-    eta: the reliability, a number, or one per annotator [K] with annotator: ids [P]; without ids one for all.
-    """
-    d = margin.detach() if margin.dtype == torch.float64 else margin.detach().float()
-    if isinstance(eta, Tensor):
-        rates = eta.detach().to(d.device, torch.float64).reshape(-1)
-    else:
-        rates = torch.full((1,), eta, dtype=torch.float64, device=d.device)
-    check_values("eta", rates, (rates >= 0) & (rates <= 1), "a probability is expected")
-    rates = rates.clamp(_EDGE, 1 - _EDGE)
-    logit = torch.logit(rates).to(d.dtype)
-    if annotator is None:
-        if len(rates) != 1:
-            raise ValueError(f"annotator is None; ids of {len(rates)} annotators are expected, [{len(d)}]")
-        return torch.sigmoid(d + logit)
-    check_rows(len(d), annotator=annotator)
-    if annotator.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"annotator has dtype {annotator.dtype}; accepted: int64, int32")
-    known = (annotator >= 0) & (annotator < len(rates))
-    check_values("annotator", annotator, known, f"ids are 0 to {len(rates) - 1}")
-    return torch.sigmoid(d + torch.where(known, logit[annotator.clamp(0, len(rates) - 1)], torch.nan))
 
 
 def lcpo_margin(

@@ -29,13 +29,15 @@ the other, make no pair: `differing_log_ratios` says which do, and the loss take
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops import LossOutput, first_divergence, preference_loss, sequence_sum
 from ._about import About
+from ._pairs import PairRecipe, Pairs
 from ._shared import check_choice, check_rows, check_values
 
 about = About(
@@ -126,3 +128,19 @@ def smoothed_dpo_loss(
     used = torch.zeros_like(better_log_ratio) + smoothing
     kept = used if mask is None else torch.where(mask, used, 0.0)
     return LossOutput(loss, {**metrics, "label_smoothing": kept.detach().sum() / metrics["pairs"].clamp_min(1)})
+
+
+@dataclass(frozen=True)
+class MCTSDPO(PairRecipe):
+    """DPO with the label smoothing of each pair, `extra["label_smoothing"]`. The mask leaves out the prefix that a pair shares,
+    though its log-ratios would cancel."""
+
+    name: ClassVar[str] = "mcts_dpo"
+    needs: ClassVar[tuple[str, ...]] = ("ref_logp", "label_smoothing")
+    beta: float = 0.1
+
+    def pair_loss(self, pairs: Pairs) -> LossOutput:
+        return smoothed_dpo_loss(*pairs.log_ratios(), pairs.require("label_smoothing"), beta=self.beta)
+
+
+recipe = MCTSDPO()

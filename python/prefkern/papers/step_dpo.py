@@ -30,13 +30,15 @@ its scripts always override.
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..ops import LossOutput, preference_loss, sequence_sum
 from ._about import About
+from ._pairs import PairRecipe, Pairs
 from ._shared import check_values
 
 about = About(
@@ -85,3 +87,17 @@ def step_dpo_loss(
         score = sequence_sum(logp, mask, cu_seqlens=cu_seqlens, minus=ref, starts=starts, ends=ends)
         scores.append(torch.where(lengths > 0, score, torch.nan))
     return preference_loss(*scores, beta=beta, reduction=reduction)
+
+
+@dataclass(frozen=True)
+class StepDPO(PairRecipe):
+    """DPO on one step: the mask of the pairs holds the tokens of that step alone."""
+
+    name: ClassVar[str] = "step_dpo"
+    beta: float = 0.5
+
+    def pair_loss(self, pairs: Pairs) -> LossOutput:
+        return preference_loss(*pairs.log_ratios(), beta=self.beta)
+
+
+recipe = StepDPO()

@@ -30,7 +30,8 @@ without tokens unless `allow_empty`, where its side of z is 0 (on CUDA such pair
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -38,7 +39,8 @@ from torch import Tensor
 from ..ops import LossOutput, preference_loss, sequence_sum
 from ..ops._arguments import check_tensors, number
 from ._about import About
-from ._shared import check_values, may_look
+from ._pairs import PairRecipe, Pairs
+from ._shared import check_values, may_look, per_token
 
 about = About(
     name="TGDPO",
@@ -137,3 +139,33 @@ def _check_finite_tokens(name: str, values: Tensor) -> None:
     if may_look(values) and not bool(values.isfinite().all()):
         place = (~values.isfinite()).nonzero()[0].tolist()
         raise ValueError(f"{name} at token {place} is {values[tuple(place)].item()}; a finite number is expected")
+
+
+@dataclass(frozen=True)
+class TGDPO(PairRecipe):
+    """DPO whose tokens weigh more or less by the reward of a guide, `extra["guide_logp"]`: its log-probs of the tokens."""
+
+    name: ClassVar[str] = "tgdpo"
+    needs: ClassVar[tuple[str, ...]] = ("ref_logp", "guide_logp")
+    beta: float = 0.1
+    alpha: float = 0.5
+    guide_beta: float | None = None
+    min_factor: float | None = None
+
+    def pair_loss(self, pairs: Pairs) -> LossOutput:
+        guide, ref = pairs.require("guide_logp"), pairs.require("ref_logp")
+        guide_beta = self.beta if self.guide_beta is None else self.guide_beta
+        both = [
+            tgdpo_factors(guide, ref, pairs.mask, chosen=chosen, alpha=self.alpha, guide_beta=guide_beta)
+            for chosen in (True, False)
+        ]
+        row = torch.arange(2 * len(pairs), device=ref.device)
+        factor = torch.where(per_token(row, ref, pairs.cu_seqlens) < len(pairs), *both)
+        negative = (factor < 0).sum() / pairs.lengths_of_all().sum().clamp_min(1)  # outside the mask a factor is 1
+        if self.min_factor is not None:
+            factor = factor.clamp_min(self.min_factor)
+        loss, metrics = preference_loss(*pairs.sums(minus=ref, weights=factor), beta=self.beta)
+        return LossOutput(loss, {**metrics, "negative_factors": negative})
+
+
+recipe = TGDPO()

@@ -16,6 +16,7 @@ from prefkern.reference.advantages import (
 from prefkern.reference.conflicts import conflict_runs, conflict_weights, first_divergence
 from prefkern.reference.filters import masked_quantile, top_quantile_mask
 from prefkern.reference.groups import group_normalize, group_reduce, level_pairs
+from prefkern.reference.lists import group_preference_loss, listwise_loss, skew_loss, skew_row_means, skew_score
 from prefkern.reference.logprobs import linear_logprobs, logits_logprobs
 from prefkern.reference.policy import importance_weights, kl_penalty, masked_aggregate, off_policy_mask, policy_loss
 from prefkern.reference.preference import label_posterior, preference_loss, unpaired_loss
@@ -39,12 +40,14 @@ __all__ = [
     "gae",
     "group_advantages",
     "group_normalize",
+    "group_preference_loss",
     "group_reduce",
     "importance_weights",
     "kl_penalty",
     "label_posterior",
     "level_pairs",
     "linear_logprobs",
+    "listwise_loss",
     "logits_logprobs",
     "masked_aggregate",
     "masked_mean_pool",
@@ -58,6 +61,9 @@ __all__ = [
     "segmented_returns",
     "sequence_mean",
     "sequence_sum",
+    "skew_loss",
+    "skew_row_means",
+    "skew_score",
     "step_mean",
     "top_quantile_mask",
     "unpaired_loss",
