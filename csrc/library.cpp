@@ -29,6 +29,15 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "Tensor? bias, Tensor? row_temperature, Tensor entropy, Tensor stats, float temperature, float softcap, float logit_scale, "
       "int ignore_index, int needs, int chunk_bytes) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "linear_chunk_(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? row_temperature, Tensor(a!) workspace, "
+      "float temperature, float softcap, float logit_scale, int ignore_index, int outputs) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_chunk_backward_(Tensor? g_logp, Tensor? g_entropy, Tensor? g_lse, Tensor hidden, Tensor weight, Tensor targets, "
+      "Tensor? bias, Tensor? row_temperature, Tensor entropy, Tensor stats, Tensor(a!) workspace, Tensor(b!)? d_hidden, "
+      "Tensor(c!)? d_weight, Tensor(d!)? d_bias, float temperature, float softcap, float logit_scale, int ignore_index, "
+      "bool accumulate) -> ()");
+  m.def(
       "logits_logprobs(Tensor logits, Tensor targets, Tensor? row_temperature, float temperature, float softcap, "
       "float logit_scale, int ignore_index, int outputs, bool inplace_backward) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -158,6 +167,18 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "float rejected_reward, float scale_number, float offset_number, float smoothing_number, float chosen_target_number, "
       "float rejected_target_number, float alpha, float exp_cap, float max_p, float parameter, float clip, float factor, "
       "float chosen_weight, float rejected_weight, float norm, bool with_grad) -> (Tensor, Tensor, Tensor, Tensor)");
+  // hidden [N, H]; targets [2P, T], or [N] with cu_seqlens. Results are (loss, metrics and nll, d_hidden, d_weight, d_bias), the
+  // gradients as far as needs asks for them. Implemented in python/prefkern/ops/linear_losses.py, over linear_chunk_.
+  m.def(
+      "linear_preference_loss(Tensor hidden, Tensor weight, Tensor targets, Tensor? cu_seqlens, Tensor? bias, "
+      "Tensor? row_temperature, Tensor? ref_logp, Tensor? ref_chosen, Tensor? ref_rejected, Tensor? desirable, "
+      "Tensor? chosen_lengths, Tensor? rejected_lengths, Tensor? scale, Tensor? offset, Tensor? smoothing, "
+      "Tensor? chosen_target, Tensor? rejected_target, Tensor? weight_of_pair, Tensor? tie, Tensor? mask, Tensor? norm_tensor, "
+      "int kind, int score, int average, int reduction, float beta, float rejected_beta, float chosen_reward, "
+      "float rejected_reward, float scale_number, float offset_number, float smoothing_number, float chosen_target_number, "
+      "float rejected_target_number, float alpha, float exp_cap, float max_p, float parameter, float clip, float factor, "
+      "float chosen_weight, float rejected_weight, float norm, float temperature, float softcap, float logit_scale, "
+      "int ignore_index, float sft_weight, int needs, int chunk_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("preference_loss_backward(Tensor g_loss, Tensor unnormalised, Tensor inverse_norm) -> Tensor");
   m.def("label_posterior(Tensor margin, Tensor reliability, Tensor? annotator) -> Tensor");
   // ---- lists: kind, gain, rank and reduction are the enumerations of math/lists.h; results are (loss, metrics,
@@ -196,6 +217,8 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("linear_logprobs", PK_OP(linear_logprobs));                                \
     m.impl("linear_logprobs_fwd", PK_OP(linear_logprobs));                            \
     m.impl("linear_logprobs_backward", PK_OP(linear_logprobs_backward));              \
+    m.impl("linear_chunk_", PK_OP(linear_chunk));                                     \
+    m.impl("linear_chunk_backward_", PK_OP(linear_chunk_backward));                   \
     m.impl("logits_logprobs", PK_OP(logits_logprobs));                                \
     m.impl("logits_logprobs_fwd", PK_OP(logits_logprobs));                            \
     m.impl("logits_logprobs_backward", PK_OP(logits_logprobs_backward));              \

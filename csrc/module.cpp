@@ -75,6 +75,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       py::arg("rows"), py::arg("hidden"), py::arg("vocab"), py::arg("dtype"), py::arg("cuda"), py::arg("backward"),
       py::arg("budget_bytes"));
 
+  m.def(
+      "plan_kept",
+      [](int64_t rows, int64_t hidden, int64_t vocab, DType dtype, bool cuda, bool backward, int64_t budget) {
+        return plan_kept({rows, hidden, vocab, dtype, cuda, backward, budget});
+      },
+      py::arg("rows"), py::arg("hidden"), py::arg("vocab"), py::arg("dtype"), py::arg("cuda"), py::arg("backward"),
+      py::arg("budget_bytes"));
+
   bind_argument_structs(m);
   bind_cpu_launchers(m);
   bind_cuda_launchers(m);

@@ -647,9 +647,8 @@ def test_posteriors(device, dtype):
         w = label_posterior(margin, eta, ids)
         assert w.dtype == (F64 if dtype == F64 else F32) and not w.requires_grad
         assert_close(w.double(), reference.label_posterior(margin.double(), eta.double(), who), rtol=1e-5, atol=1e-9)
-    assert torch.equal(
-        label_posterior(margin, 0.3), label_posterior(margin, torch.tensor(0.3, device=device, dtype=margin.dtype))
-    )
+    one = torch.tensor(0.3, device=device, dtype=F64 if dtype == F64 else F32)
+    assert torch.equal(label_posterior(margin, 0.3), label_posterior(margin, one))
 
 
 def test_posteriors_far_out(device):

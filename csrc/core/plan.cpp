@@ -12,6 +12,9 @@ constexpr int64_t kCpuBudget = int64_t(48) << 20, kCudaBudget = int64_t(512) << 
 constexpr int64_t kCpuLogits = int64_t(4) << 20;  // of the budget, for the block of logits, unless the caller sets one
 constexpr int64_t kCpuRows = 2048, kCudaRows = 4096;
 constexpr int64_t kCpuMinColumns = 512;
+// Kept logits: every chunk adds its share to the weight's gradient, V x H of it, which many rows make up for. On CUDA a
+// launch over all columns is best.
+constexpr int64_t kCpuKept = int64_t(128) << 20, kCudaKept = int64_t(1) << 30;
 constexpr int64_t kColumnMultiple = 64, kMinColumns = 64;
 
 int64_t round_down(int64_t x, int64_t multiple) { return x - x % multiple; }
@@ -38,6 +41,27 @@ ChunkPlan plan_chunks(const PlanRequest& r) {
   if (r.budget_bytes <= 0 && !r.cuda) cols = std::min(cols, std::max(kCpuMinColumns, kCpuLogits / (rows * acc)));
   if (cols < r.vocab && cols > kColumnMultiple) cols = round_down(cols, kColumnMultiple);
   return {rows, cols, rows * cols * acc + rows * per_row + cols * per_column};
+}
+
+int64_t kept_block(int64_t rows, int64_t vocab, DType dtype, bool cuda) {
+  if (cuda || rows <= 0) return vocab;
+  const int64_t acc = dtype == DType::f64 ? 8 : 4;
+  const int64_t cols = std::max(kCpuMinColumns, kCpuLogits / (rows * acc));
+  return std::min(vocab, round_down(cols, kColumnMultiple));
+}
+
+ChunkPlan plan_kept(const PlanRequest& r) {
+  if (r.rows <= 0 || r.vocab <= 0) return {};
+  const int64_t acc = r.dtype == DType::f64 ? 8 : 4, own = r.dtype == DType::f64 ? 8 : r.dtype == DType::f32 ? 4 : 2;
+  const bool narrow = own < 4, widen = narrow && !r.cuda;
+  // Beside the logits, per row: the gathered hidden row, its widened copy, its gradient; per column of a block: the widened
+  // row of the weight and the accumulator of its gradient.
+  const int64_t per_row = r.vocab * acc + r.hidden * (own + (widen ? 4 : 0) + (r.backward ? acc : 0));
+  const int64_t budget = r.budget_bytes > 0 ? r.budget_bytes : r.cuda ? kCudaKept : kCpuKept;
+  const int64_t rows = std::clamp<int64_t>(budget / per_row, 1, r.rows);
+  const int64_t cols = kept_block(rows, r.vocab, r.dtype, r.cuda);
+  const int64_t per_column = (widen ? 4 * r.hidden : 0) + (widen && r.backward ? 4 * r.hidden : 0);
+  return {rows, cols, rows * per_row + cols * per_column};
 }
 
 }  // namespace prefkern

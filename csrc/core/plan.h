@@ -1,4 +1,4 @@
-// How linear_logprobs cuts its work: blocks of rows x columns of the logits, so that a block and what goes with it fit a
+// How a head cuts its work: blocks of rows x columns of the logits, so that a block and what goes with it fit a
 // budget. The plan depends on shapes, type, device kind and budget only, never on free memory: equal calls then take
 // equal paths and give equal bits.
 #pragma once
@@ -18,6 +18,11 @@ struct PlanRequest {
 };
 
 PK_API ChunkPlan plan_chunks(const PlanRequest& request);
+
+// linear_chunk instead keeps the logits of its rows, block after block, until their gradient is known. row_chunk is how many
+// rows fit the budget (at least one, at most those of the request), vocab_block how wide a block of so many rows is.
+PK_API ChunkPlan plan_kept(const PlanRequest& request);
+int64_t kept_block(int64_t rows, int64_t vocab, DType dtype, bool cuda);
 PK_API int64_t default_chunk_bytes(bool cuda);
 
 }  // namespace prefkern

@@ -7,122 +7,24 @@
 // float32 accumulator is as small as the block.
 #include <algorithm>
 
-#include "core/gemm.h"
-#include "core/plan.h"
-#include "logprobs/head.h"
-#include "logprobs/logits_fold.h"
+#include "logprobs/linear_head.h"
 
 namespace prefkern {
 namespace {
 
-struct Head {
-  Tensor hidden, weight, targets;
-  OptTensor bias, row_temperature;  // accumulator type
-  HeadOptions options;
-  DType dtype, acc;
-  int64_t rows, width, vocab;
-  bool cuda;
-  void* stream;
-  ChunkPlan plan;
-};
-
-void check_head(const Tensor& hidden, const Tensor& weight, const OptTensor& bias, int64_t chunk_bytes) {
-  check_value(hidden.dim() == 2, "hidden has shape ", shape_text(hidden), "; expected [N, H]");
-  check_value(weight.dim() == 2, "weight has shape ", shape_text(weight), "; expected [V, H]");
-  float_dtype(hidden, "hidden");
-  float_dtype(weight, "weight");
-  check_same_device(weight, "weight", hidden, "hidden");
-  check_type(hidden.scalar_type() == weight.scalar_type(), "hidden has dtype ", dtype_name(hidden.scalar_type()),
-             " and weight ", dtype_name(weight.scalar_type()), "; they must be equal");
-  check_value(hidden.size(1) == weight.size(1), "hidden has H = ", hidden.size(1), " and weight has H = ", weight.size(1),
-              "; they must be equal");
-  check_value(hidden.size(1) > 0, "hidden has H = 0; at least 1 is expected");
-  check_value(weight.size(0) > 0, "weight has V = 0; a vocabulary needs at least one token");
-  check_value(chunk_bytes >= 0, "chunk_bytes is ", chunk_bytes, "; it must be positive, or None for the default");
-  if (bias) {
-    float_dtype(*bias, "bias");
-    check_same_device(*bias, "bias", hidden, "hidden");
-    check_value(bias->dim() == 1 && bias->size(0) == weight.size(0), "bias has shape ", shape_text(*bias), "; expected [",
-                weight.size(0), "]");
-  }
-}
-
-// As a GEMM takes it: adjacent columns, rows that do not overlap (expand() gives them a stride of 0).
-Tensor gemm_layout(const Tensor& t) {
-  const bool columns = t.size(1) == 1 || t.stride(1) == 1, rows = t.size(0) <= 1 || t.stride(0) >= t.size(1);
-  return columns && rows ? t : torch::stable::contiguous(t);
-}
-int64_t row_stride(const Tensor& t) { return std::max(t.stride(0), t.size(1)); }  // of a single row it may be anything
-
-Head make_head(const Tensor& hidden, const Tensor& weight, const Tensor& targets, const OptTensor& bias,
-               const OptTensor& row_temperature, const HeadOptions& options, int64_t chunk_bytes, bool backward) {
-  const DType dtype = float_dtype(hidden, "hidden"), acc = accumulator(dtype);
-  Head h{gemm_layout(hidden),
-         gemm_layout(weight),
-         targets,
-         bias,
-         row_temperature,
-         options,
-         dtype,
-         acc,
-         hidden.size(0),
-         hidden.size(1),
-         weight.size(0),
-         hidden.is_cuda(),
-         current_stream(hidden),
-         {}};
-  if (bias) h.bias = to_contiguous(cast(*bias, scalar_type(acc)));
-  h.plan = plan_chunks({h.rows, h.width, h.vocab, dtype, h.cuda, backward, chunk_bytes});
+Head planned(Head h, int64_t chunk_bytes, bool backward) {
+  h.plan = plan_chunks({h.rows, h.width, h.vocab, h.dtype, h.cuda, backward, chunk_bytes});
   return h;
 }
 
-// A block of rows of `source` as a matrix a GEMM takes: the tensor itself, or a float32 copy where the CPU must widen.
-class Operand {
- public:
-  Operand(const Tensor& source, const Head& head, int64_t max_rows) : source_(source), type_(head.dtype) {
-    if (!head.cuda && head.dtype != head.acc) {
-      buffer_ = empty({max_rows, source.size(1)}, ScalarType::Float, source);
-      type_ = head.acc;
-    }
-  }
-  Matrix rows(int64_t first, int64_t count, bool transposed = false) {
-    if (!buffer_) {
-      const auto* base = static_cast<const char*>(source_.const_data_ptr());
-      return {base + first * row_stride(source_) * element_size(type_), row_stride(source_), transposed};
-    }
-    if (first != held_first_ || count != held_count_) {
-      Tensor into = torch::stable::narrow(*buffer_, 0, 0, count);
-      torch::stable::copy_(into, torch::stable::narrow(source_, 0, first, count));
-      held_first_ = first;
-      held_count_ = count;
-    }
-    return {buffer_->const_data_ptr(), source_.size(1), transposed};
-  }
-  DType type() const { return type_; }
-
- private:
-  Tensor source_;
-  OptTensor buffer_;
-  DType type_;
-  int64_t held_first_ = -1, held_count_ = -1;
-};
+void check_chunk_bytes(int64_t chunk_bytes) {
+  check_value(chunk_bytes >= 0, "chunk_bytes is ", chunk_bytes, "; it must be positive, or None for the default");
+}
 
 template <class F> void for_blocks(const Head& h, F&& body) {
   for (int64_t v = 0; v < h.vocab; v += h.plan.vocab_block)
     for (int64_t r = 0; r < h.rows; r += h.plan.row_chunk)
       body(v, std::min(h.plan.vocab_block, h.vocab - v), r, std::min(h.plan.row_chunk, h.rows - r));
-}
-
-template <class S> LogitBlock<S> block_of(const Head& h, int64_t v, int64_t cols, int64_t r, int64_t rows) {
-  LogitBlock<S> b = logit_block<S>(h.acc, rows, cols, h.vocab, h.targets, h.options, h.row_temperature);
-  b.first_col = v;
-  if (h.bias) b.transform.bias = data<S>(*h.bias) + v;
-  advance_rows(b, r);
-  return b;
-}
-
-template <class T> void advance(T*& pointer, int64_t by) {
-  if (pointer) pointer += by;
 }
 
 template <class S> void forward_walk(const Head& h, int64_t outputs, const HeadOutputs& out) {
@@ -223,7 +125,8 @@ HeadOutputs linear_logprobs(const Tensor& hidden, const Tensor& weight, const Te
                             OptTensor row_temperature, double temperature, double softcap, double logit_scale,
                             int64_t ignore_index, int64_t outputs, int64_t chunk_bytes) {
   const HeadOptions options{temperature, softcap, logit_scale, ignore_index};
-  check_head(hidden, weight, bias, chunk_bytes);
+  check_head(hidden, weight, bias);
+  check_chunk_bytes(chunk_bytes);
   check_head_options(options);
   const OnDevice guard(hidden);
   const int64_t rows = hidden.size(0);
@@ -234,9 +137,10 @@ HeadOutputs linear_logprobs(const Tensor& hidden, const Tensor& weight, const Te
 
   const bool compact = ignored > 0;
   const Tensor active = compact ? active_rows(t, ignored, ignore_index) : t;
-  const Head h = compact ? make_head(index_rows(hidden, active), weight, index_rows(t, active), bias,
-                                     index_optional(tau, active), options, chunk_bytes, false)
-                         : make_head(hidden, weight, t, bias, tau, options, chunk_bytes, false);
+  const Head h = planned(
+      compact ? make_head(index_rows(hidden, active), weight, index_rows(t, active), bias, index_optional(tau, active), options)
+              : make_head(hidden, weight, t, bias, tau, options),
+      chunk_bytes, false);
   const HeadOutputs out = make_outputs(outputs, h.rows, acc, hidden, false);
   acc == DType::f64 ? forward_walk<double>(h, outputs, out) : forward_walk<float>(h, outputs, out);
   return compact ? scatter_outputs(out, outputs, rows, active, acc) : out;
@@ -249,7 +153,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward(OptTensor g_logp, Op
                                                             double logit_scale, int64_t ignore_index, int64_t needs,
                                                             int64_t chunk_bytes) {
   const HeadOptions options{temperature, softcap, logit_scale, ignore_index};
-  check_head(hidden, weight, bias, chunk_bytes);
+  check_head(hidden, weight, bias);
+  check_chunk_bytes(chunk_bytes);
   check_head_options(options);
   const OnDevice guard(hidden);
   const int64_t rows = hidden.size(0), vocab = weight.size(0), width = hidden.size(1);
@@ -276,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward(OptTensor g_logp, Op
   if (ignored == 0) {
     // CUDA keeps ignored rows in place. The bias's gradient does not read hidden.
     const Tensor x = hidden.is_cuda() && needs & kGradWeight ? without_ignored_rows(hidden, t, ignore_index) : hidden;
-    grads = run(make_head(x, weight, t, bias, tau, options, chunk_bytes, true), up, entropy, stats);
+    grads = run(planned(make_head(x, weight, t, bias, tau, options), chunk_bytes, true), up, entropy, stats);
   } else {
     const Tensor active = active_rows(t, ignored, ignore_index);
     const Upstream u{index_optional(up.logp, active), index_optional(up.entropy, active), index_optional(up.lse, active)};
@@ -285,8 +190,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward(OptTensor g_logp, Op
       Tensor into = torch::stable::select(st, 0, k);
       torch::stable::copy_(into, index_rows(torch::stable::select(stats, 0, k), active));
     }
-    grads = run(make_head(index_rows(hidden, active), weight, index_rows(t, active), bias, index_optional(tau, active), options,
-                          chunk_bytes, true),
+    grads = run(planned(make_head(index_rows(hidden, active), weight, index_rows(t, active), bias, index_optional(tau, active),
+                                  options),
+                        chunk_bytes, true),
                 u, up.entropy ? index_rows(entropy, active) : entropy, st);
     if (needs & kGradHidden) {
       Tensor full = zeros({rows, width}, hidden.scalar_type(), hidden);

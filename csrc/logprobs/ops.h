@@ -30,6 +30,20 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward(OptTensor g_logp, Op
                                                             double logit_scale, int64_t ignore_index, int64_t needs,
                                                             int64_t chunk_bytes);
 
+// A chunk of rows whose logits are kept until the loss says what their gradient is, so that they are computed once. All of
+// the vocabulary, block after block, goes to `workspace`, which holds at least N * V elements of the accumulator type;
+// the backward, with the same arguments and the same workspace, overwrites it. d_hidden [N, H] and d_bias [V] have the
+// accumulator type, and so has d_weight [V, H], or, where it is written rather than added to, the type of the weight.
+HeadOutputs linear_chunk(const Tensor& hidden, const Tensor& weight, const Tensor& targets, OptTensor bias,
+                         OptTensor row_temperature, Tensor workspace, double temperature, double softcap, double logit_scale,
+                         int64_t ignore_index, int64_t outputs);
+
+void linear_chunk_backward(OptTensor g_logp, OptTensor g_entropy, OptTensor g_lse, const Tensor& hidden, const Tensor& weight,
+                           const Tensor& targets, OptTensor bias, OptTensor row_temperature, const Tensor& entropy,
+                           const Tensor& stats, Tensor workspace, OptTensor d_hidden, OptTensor d_weight, OptTensor d_bias,
+                           double temperature, double softcap, double logit_scale, int64_t ignore_index,
+                           bool accumulate);  // into d_weight and d_bias
+
 HeadOutputs logits_logprobs(const Tensor& logits, const Tensor& targets, OptTensor row_temperature, double temperature,
                             double softcap, double logit_scale, int64_t ignore_index, int64_t outputs,
                             bool inplace_backward);  // checks that the logits can take their gradient

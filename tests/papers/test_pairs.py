@@ -16,7 +16,7 @@ NAN = math.nan
 LENGTHS = torch.tensor([5, 2, 3, 1, 4, 5])  # of three chosen responses and three rejected ones
 MASK = torch.arange(5) < LENGTHS[:, None]
 CU_SEQLENS = torch.cat([LENGTHS.new_zeros(1), LENGTHS.cumsum(0)]).int()
-WITHOUT_EXTRAS = {"vpo": "vpo:alpha=0.0"}  # what else would ask for some
+WITHOUT_EXTRAS = {"sppo": "sppo:mode=hard", "vpo": "vpo:alpha=0.0"}  # what else would ask for some
 SIMPLE = [WITHOUT_EXTRAS.get(name, name) for name, recipe in pair_recipes().items() if set(recipe.needs) <= {"ref_logp"}]
 
 
@@ -153,7 +153,7 @@ def test_every_layout_gives_the_same(name) -> None:
     for key, value in one.metrics.items():
         assert value.dim() == 0 and not value.requires_grad, key
         assert_close(value, other.metrics[key], rtol=1e-12, atol=0, msg=key)
-    assert one.metrics["pairs"] == 3
+    assert one.metrics["pairs"] == (6 if name == "kto" else 3)  # single responses
     gradient, reference = torch.autograd.grad(one.loss, (x, r), allow_unused=True)
     (expected,) = torch.autograd.grad(other.loss, y)
     assert gradient is not None and reference is None

@@ -46,7 +46,7 @@ def test_recipes_are_the_functions(text, layout) -> None:
     assert_close(torch.autograd.grad(out.loss, given)[0], expected_grad, rtol=1e-12, atol=1e-15)
     assert out.metrics.keys() == expected.metrics.keys()
     for name, value in out.metrics.items():
-        assert_close(value, expected.metrics[name], rtol=1e-12, atol=1e-12, check_dtype=False)
+        assert_close(value, expected.metrics[name], rtol=1e-6, atol=1e-12, check_dtype=False)
 
 
 @pytest.mark.parametrize(("name", "missing"), [("tgdpo", "guide_logp"), ("mcts_dpo", "label_smoothing")])

@@ -31,6 +31,7 @@ UNPAIRED_KINDS = ("kto", "bco", "squared", "apo_zero")
 SCORES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence", "log_odds", "chi", "exp")
 AVERAGES = (None, "logp", "score")
 REDUCTIONS = ("mean", "weighted_mean", "sum", "none")
+PAIR_TENSORS = 14  # of the op's arguments behind the log-probs
 METRICS = ("chosen_reward", "rejected_reward", "reward_margin", "accuracy", "clamped", "pairs")
 
 Kind = Literal[
@@ -160,8 +161,25 @@ def preference_loss(
             the CPU; on CUDA their pairs come out NaN. Under ``prefkern.set_validation(True)`` a log-prob that is NaN, or a
             pair whose both sides are -inf, is an error on every device.
     """
-    place = _kind(kind, KINDS)
     check_tensors(chosen_logp=chosen_logp, rejected_logp=rejected_logp)
+    arguments = pair_arguments(
+        ref_chosen_logp, ref_rejected_logp, kind, beta, rejected_beta, scale, score, alpha, exp_cap, max_p, average,
+        chosen_lengths, rejected_lengths, offset, label_smoothing, chosen_target, rejected_target, weight, tie, mask, tau,
+        penalty, gamma, nu, sft, clip, factor, reduction, norm,
+    )  # fmt: skip
+    return _run(chosen_logp, rejected_logp, *arguments)
+
+
+def pair_arguments(
+    ref_chosen_logp: Tensor | None, ref_rejected_logp: Tensor | None, kind: str, beta: float, rejected_beta: float | None,
+    scale: float | Tensor, score: Score, alpha: float, exp_cap: float, max_p: float | None, average: str | None,
+    chosen_lengths: Tensor | None, rejected_lengths: Tensor | None, offset: float | Tensor, label_smoothing: float | Tensor,
+    chosen_target: float | Tensor | None, rejected_target: float | Tensor | None, weight: Tensor | None, tie: Tensor | None,
+    mask: Tensor | None, tau: float | None, penalty: float | None, gamma: float | None, nu: float | None, sft: float | None,
+    clip: float | None, factor: float, reduction: str, norm: float | Tensor | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What :func:`preference_loss` is told beside log-probs, as :func:`constants` takes it; all but tensors is checked."""
+    place = _kind(kind, KINDS)
     beta = number("beta", beta)
     inner = beta  # what multiplies the scores; rewards are beta s whatever the kind
     _check_kind(kind, label_smoothing, offset, chosen_target, rejected_target, factor, average, rejected_beta)
@@ -182,8 +200,8 @@ def preference_loss(
     parameter = _parameter(kind, {"tau": tau, "penalty": penalty, "gamma": gamma, "nu": nu, "sft": sft})
     modes = (place, _kind(score, SCORES, "score"), _average(average), _kind(reduction, REDUCTIONS, "reduction"))
     bounds = (alpha, number("exp_cap", exp_cap), _bound("max_p", max_p))
-    return _run(
-        chosen_logp, rejected_logp, (ref_chosen_logp, ref_rejected_logp), None, (chosen_lengths, rejected_lengths), values,
+    return (
+        (ref_chosen_logp, ref_rejected_logp), None, (chosen_lengths, rejected_lengths), values,
         (weight, tie, mask), norm, modes, (inner, other, *rewards),
         (*bounds, parameter, _bound("clip", clip), number("factor", factor), 1.0, 1.0),
     )  # fmt: skip
@@ -339,32 +357,48 @@ def _run(
     options: tuple[float, ...],
 ) -> LossOutput:
     """Loss and metrics, by the op that costs least."""
+    fixed = constants(references, desirable, lengths, values, tensors, norm, modes, betas, options)
+    chosen, rejected = _same_dtype(chosen, rejected)
+    if validation() and not torch.compiler.is_compiling():
+        validate_pairs(chosen, rejected, fixed)
+    needs_grad = torch.is_grad_enabled() and (chosen.requires_grad or (rejected is not None and rejected.requires_grad))
+    if not needs_grad:
+        loss, metrics, *_ = call(_loss_fwd, chosen, rejected, *fixed, False)
+    elif torch.compiler.is_compiling():
+        loss, metrics, *_ = call(_loss, chosen, rejected, *fixed, True)
+    else:
+        loss, metrics = call(_PreferenceLoss.apply, chosen, rejected, fixed)
+    return LossOutput(loss, dict(zip(METRICS, metrics.unbind(0), strict=True)))
+
+
+def constants(
+    references: tuple[Tensor | None, Tensor | None],
+    desirable: Tensor | None,
+    lengths: tuple[Tensor | None, Tensor | None],
+    values: tuple[float | Tensor, ...],
+    tensors: tuple[Tensor | None, ...],
+    norm: float | Tensor | None,
+    modes: tuple[int, ...],
+    betas: tuple[float, ...],
+    options: tuple[float, ...],
+) -> tuple[Any, ...]:
+    """The op's arguments between the log-probs and ``with_grad``. The first ``PAIR_TENSORS`` are tensors or None, [P] or of one
+    element, in the order of the op's schema."""
     sides = ("chosen_", "rejected_") if desirable is None else ("", "")
     references_of, lengths_of = (f"ref_{side}logp" for side in sides), (f"{side}lengths" for side in sides)
     names = ("weight", "tie", "mask", *references_of, "desirable", *lengths_of)
     for name, t in zip(names, (*tensors, *references, desirable, *lengths), strict=True):
         if t is not None and not isinstance(t, Tensor):
             check_tensors(**{name: t})
-    chosen, rejected = _same_dtype(chosen, rejected)
     refs = tuple(t.detach() if t is not None and t.requires_grad else t for t in references)
     weight, tie, mask = (t.detach() if t is not None and t.requires_grad else t for t in tensors)
-    if validation() and not torch.compiler.is_compiling():
-        _validate(chosen, rejected, refs, mask, sides)
     given = tuple(v.detach() if isinstance(v, Tensor) else None for v in values)
     numbers = tuple(d if isinstance(v, Tensor) else v for v, d in zip(values, (1.0, 0.0, 0.25, 0.0, 0.0), strict=True))
     norm_tensor = norm.detach() if isinstance(norm, Tensor) else None
     norm_number = -1.0 if norm is None or isinstance(norm, Tensor) else _norm(norm)
-    constants = (
+    return (
         *refs, desirable, *lengths, *given, weight, tie, mask, norm_tensor, *modes, *betas, *numbers, *options, norm_number
     )  # fmt: skip
-    needs_grad = torch.is_grad_enabled() and (chosen.requires_grad or (rejected is not None and rejected.requires_grad))
-    if not needs_grad:
-        loss, metrics, *_ = call(_loss_fwd, chosen, rejected, *constants, False)
-    elif torch.compiler.is_compiling():
-        loss, metrics, *_ = call(_loss, chosen, rejected, *constants, True)
-    else:
-        loss, metrics = call(_PreferenceLoss.apply, chosen, rejected, constants)
-    return LossOutput(loss, dict(zip(METRICS, metrics.unbind(0), strict=True)))
 
 
 def _same_dtype(chosen: Tensor, rejected: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -447,10 +481,10 @@ def _parameter(kind: str, given: dict[str, float | None]) -> float:
     return number(wanted, value)
 
 
-def _validate(
-    chosen: Tensor, rejected: Tensor | None, references: tuple[Tensor | None, ...], mask: Tensor | None, sides: tuple[str, str]
-) -> None:
+def validate_pairs(chosen: Tensor, rejected: Tensor | None, fixed: tuple[Any, ...]) -> None:
     """ValueError for a pair that counts and has no loss. Waits for the device."""
+    references, desirable, mask = fixed[:2], fixed[2], fixed[PAIR_TENSORS - 2]
+    sides = ("chosen_", "rejected_") if desirable is None else ("", "")
     ratios = []
     for side, logp, ref in zip(sides, (chosen, rejected), references, strict=True):
         if logp is None:

@@ -155,12 +155,12 @@ class TGDPO(PairRecipe):
     def pair_loss(self, pairs: Pairs) -> LossOutput:
         guide, ref = pairs.require("guide_logp"), pairs.require("ref_logp")
         guide_beta = self.beta if self.guide_beta is None else self.guide_beta
-        both = [
+        for_chosen, for_rejected = (
             tgdpo_factors(guide, ref, pairs.mask, chosen=chosen, alpha=self.alpha, guide_beta=guide_beta)
             for chosen in (True, False)
-        ]
+        )
         row = torch.arange(2 * len(pairs), device=ref.device)
-        factor = torch.where(per_token(row, ref, pairs.cu_seqlens) < len(pairs), *both)
+        factor = torch.where(per_token(row, ref, pairs.cu_seqlens) < len(pairs), for_chosen, for_rejected)
         negative = (factor < 0).sum() / pairs.lengths_of_all().sum().clamp_min(1)  # outside the mask a factor is 1
         if self.min_factor is not None:
             factor = factor.clamp_min(self.min_factor)

@@ -1,0 +1,182 @@
+// linear_chunk: the head over a chunk of rows whose logits are kept, for losses whose gradient is known as soon as the
+// log-probabilities of the chunk are: 3 GEMMs of 2 N V H flops in all, where linear_logprobs and its backward make 4.
+//
+// The blocks are those of linear_logprobs, but lie one behind the other in the workspace: block v is [N, columns] at N * v.
+// On the CPU a block is folded while it is in cache, and again its gradient is multiplied while it is. On CUDA all columns
+// are one block.
+#include "logprobs/linear_head.h"
+
+namespace prefkern {
+namespace {
+
+// Where gradients in the weight's own narrow type are written: columns at a time through a float32 buffer.
+constexpr int64_t kNarrowColumns = 8192;
+
+Head chunk_head(const Tensor& hidden, const Tensor& weight, const Tensor& targets, const OptTensor& bias,
+                const OptTensor& row_temperature, const HeadOptions& options) {
+  check_head(hidden, weight, bias);
+  check_head_options(options);
+  const int64_t rows = hidden.size(0);
+  const DType acc = accumulator(float_dtype(hidden, "hidden"));
+  const Tensor t = checked_targets(targets, hidden, "hidden", rows, weight.size(0), options.ignore_index).first;
+  const OptTensor tau = checked_row_temperature(row_temperature, hidden, "hidden", rows, acc);
+  Head h = make_head(hidden, weight, t, bias, tau, options);
+  h.plan.row_chunk = rows;
+  h.plan.vocab_block = kept_block(rows, h.vocab, h.dtype, h.cuda);
+  return h;
+}
+
+void check_workspace(const Tensor& workspace, const Head& h) {
+  check_type(workspace.scalar_type() == scalar_type(h.acc), "workspace has dtype ", dtype_name(workspace.scalar_type()),
+             "; expected ", dtype_name(scalar_type(h.acc)));
+  check_same_device(workspace, "workspace", h.hidden, "hidden");
+  check_value(workspace.is_contiguous() && workspace.numel() >= h.rows * h.vocab, "workspace has shape ", shape_text(workspace),
+              "; expected N * V = ", h.rows * h.vocab, " adjacent elements or more");
+}
+
+void check_grad(const OptTensor& grad, const char* name, const Head& h, std::initializer_list<int64_t> shape, bool narrow) {
+  if (!grad) return;
+  const ScalarType type = grad->scalar_type();
+  check_type(type == scalar_type(h.acc) || (narrow && type == scalar_type(h.dtype)), name, " has dtype ", dtype_name(type),
+             "; expected ", dtype_name(scalar_type(h.acc)));
+  check_same_device(*grad, name, h.hidden, "hidden");
+  bool same = grad->is_contiguous() && grad->dim() == int64_t(shape.size());
+  for (size_t i = 0; same && i < shape.size(); i++) same = grad->size(int64_t(i)) == shape.begin()[i];
+  check_value(same, name, " has shape ", shape_text(*grad), "; expected ",
+              shape.size() == 1            ? "[V]"
+              : shape.begin()[0] == h.rows ? "[N, H]"
+                                           : "[V, H]",
+              ", contiguous");
+}
+
+template <class F> void for_blocks(const Head& h, F&& body) {
+  for (int64_t v = 0; v < h.vocab; v += h.plan.vocab_block) body(v, std::min(h.plan.vocab_block, h.vocab - v));
+}
+
+template <class S> void forward_chunk(const Head& h, S* z, int64_t outputs, const HeadOutputs& out) {
+  FoldArgs<S> f;
+  set_outputs(f, out, outputs, h.rows);
+  OptTensor state;
+  if (h.plan.vocab_block < h.vocab) state = empty({kRowStateArrays, h.rows}, scalar_type(h.acc), h.hidden);
+  Operand hidden(h.hidden, h, h.rows), weight(h.weight, h, h.plan.vocab_block);
+  for_blocks(h, [&](int64_t v, int64_t cols) {
+    S* block = z + h.rows * v;
+    gemm(h.hidden, hidden.type(), h.rows, cols, h.width, hidden.rows(0, h.rows), weight.rows(v, cols, true), block, cols,
+         false);
+    f.block = block_of<S>(h, v, cols, 0, h.rows);
+    f.logits = block;
+    f.logits_map = {1, cols, 0};
+    f.first = v == 0;
+    f.last = v + cols == h.vocab;
+    f.state = state ? mutable_data<S>(*state) : nullptr;
+    f.state_stride = h.rows;
+    run_fold(f, h.stream, h.cuda);
+  });
+}
+
+// The weight's gradient of a block of columns; of the weight's own type through a buffer.
+template <class S> class WeightGrad {
+ public:
+  WeightGrad(const Head& h, const OptTensor& into, bool accumulate) : h_(h), into_(into), accumulate_(accumulate) {
+    if (!into || into->scalar_type() == scalar_type(h.acc)) return;
+    step_ = std::min(h.plan.vocab_block, kNarrowColumns);
+    buffer_ = empty({step_, h.width}, scalar_type(h.acc), h.hidden);
+  }
+  void add(DType type, int64_t v, int64_t cols, const Matrix& dz, const Matrix& x) {
+    if (!into_) return;
+    if (!buffer_) return multiply(type, cols, dz, x, mutable_data<S>(*into_) + v * h_.width, accumulate_);
+    for (int64_t c = 0; c < cols; c += step_) {
+      const int64_t n = std::min(step_, cols - c);
+      const Matrix part{static_cast<const char*>(dz.data) + c * element_size(type), dz.stride, true};
+      multiply(type, n, part, x, mutable_data<S>(*buffer_), false);
+      Tensor rows = torch::stable::narrow(*into_, 0, v + c, n);
+      torch::stable::copy_(rows, torch::stable::narrow(*buffer_, 0, 0, n));
+    }
+  }
+
+ private:
+  void multiply(DType type, int64_t cols, const Matrix& dz, const Matrix& x, S* into, bool accumulate) {
+    gemm(h_.hidden, type, cols, h_.width, h_.rows, {dz.data, dz.stride, true}, x, into, h_.width, accumulate);
+  }
+  const Head& h_;
+  OptTensor into_, buffer_;
+  bool accumulate_;
+  int64_t step_ = 0;
+};
+
+struct ChunkGrads {
+  OptTensor hidden, weight, bias;
+  bool accumulate;
+};
+
+template <class S> void backward_chunk(const Head& h, S* z, GradArgs<S> g, const ChunkGrads& grads) {
+  // On CUDA the logits' gradient is narrowed in place to the inputs' type, so that tensor cores take it.
+  const DType type = h.cuda ? h.dtype : h.acc;
+  OptTensor ones;
+  if (grads.bias) {
+    ones = empty({h.rows}, scalar_type(type), h.hidden);
+    ones = torch::stable::fill_(*ones, 1.0);
+  }
+  WeightGrad<S> d_weight(h, grads.weight, grads.accumulate);
+  Operand hidden(h.hidden, h, h.rows), weight(h.weight, h, h.plan.vocab_block);
+  for_blocks(h, [&](int64_t v, int64_t cols) {
+    S* block = z + h.rows * v;
+    g.block = block_of<S>(h, v, cols, 0, h.rows);
+    g.logits = g.grad = block;
+    g.logits_map = {1, cols, 0};
+    const int64_t stride = cols * int64_t(sizeof(S)) / element_size(type);
+    g.grad_dtype = type;
+    g.grad_map = {1, stride, 0};
+    run_grad(g, h.stream, h.cuda);
+    const Matrix dz{block, stride, false};
+    if (grads.hidden)
+      gemm(h.hidden, type, h.rows, h.width, cols, dz, weight.rows(v, cols), mutable_data<S>(*grads.hidden), h.width, v > 0);
+    if (grads.weight) d_weight.add(type, v, cols, dz, hidden.rows(0, h.rows));
+    if (grads.bias)
+      gemm(h.hidden, type, 1, cols, h.rows, {ones->const_data_ptr(), h.rows, false}, dz, mutable_data<S>(*grads.bias) + v, cols,
+           grads.accumulate);
+  });
+}
+
+}  // namespace
+
+HeadOutputs linear_chunk(const Tensor& hidden, const Tensor& weight, const Tensor& targets, OptTensor bias,
+                         OptTensor row_temperature, Tensor workspace, double temperature, double softcap, double logit_scale,
+                         int64_t ignore_index, int64_t outputs) {
+  const Head h = chunk_head(hidden, weight, targets, bias, row_temperature, {temperature, softcap, logit_scale, ignore_index});
+  check_workspace(workspace, h);
+  const OnDevice guard(hidden);
+  const HeadOutputs out = make_outputs(outputs, h.rows, h.acc, hidden, false);
+  if (h.rows == 0) return out;
+  h.acc == DType::f64 ? forward_chunk(h, mutable_data<double>(workspace), outputs, out)
+                      : forward_chunk(h, mutable_data<float>(workspace), outputs, out);
+  return out;
+}
+
+void linear_chunk_backward(OptTensor g_logp, OptTensor g_entropy, OptTensor g_lse, const Tensor& hidden, const Tensor& weight,
+                           const Tensor& targets, OptTensor bias, OptTensor row_temperature, const Tensor& entropy,
+                           const Tensor& stats, Tensor workspace, OptTensor d_hidden, OptTensor d_weight, OptTensor d_bias,
+                           double temperature, double softcap, double logit_scale, int64_t ignore_index, bool accumulate) {
+  const Head h = chunk_head(hidden, weight, targets, bias, row_temperature, {temperature, softcap, logit_scale, ignore_index});
+  check_workspace(workspace, h);
+  check_grad(d_hidden, "d_hidden", h, {h.rows, h.width}, false);
+  check_grad(d_weight, "d_weight", h, {h.vocab, h.width}, !accumulate);
+  check_grad(d_bias, "d_bias", h, {h.vocab}, false);
+  const OnDevice guard(hidden);
+  const Upstream up = checked_upstream(g_logp, g_entropy, g_lse, h.rows, h.acc, entropy, stats);
+  if (h.rows == 0) {
+    for (OptTensor* t : {&d_weight, &d_bias})
+      if (*t && !accumulate) torch::stable::zero_(**t);
+    return;
+  }
+  const ChunkGrads grads{d_hidden, d_weight, d_bias, accumulate};
+  const auto run = [&](auto zero) {
+    using S = decltype(zero);
+    GradArgs<S> g;
+    set_upstream(g, up, entropy, stats, h.rows);
+    backward_chunk(h, mutable_data<S>(workspace), g, grads);
+  };
+  h.acc == DType::f64 ? run(0.0) : run(0.0f);
+}
+
+}  // namespace prefkern

@@ -1,0 +1,54 @@
+#include "logprobs/linear_head.h"
+
+namespace prefkern {
+
+void check_head(const Tensor& hidden, const Tensor& weight, const OptTensor& bias) {
+  check_value(hidden.dim() == 2, "hidden has shape ", shape_text(hidden), "; expected [N, H]");
+  check_value(weight.dim() == 2, "weight has shape ", shape_text(weight), "; expected [V, H]");
+  float_dtype(hidden, "hidden");
+  float_dtype(weight, "weight");
+  check_same_device(weight, "weight", hidden, "hidden");
+  check_type(hidden.scalar_type() == weight.scalar_type(), "hidden has dtype ", dtype_name(hidden.scalar_type()),
+             " and weight ", dtype_name(weight.scalar_type()), "; they must be equal");
+  check_value(hidden.size(1) == weight.size(1), "hidden has H = ", hidden.size(1), " and weight has H = ", weight.size(1),
+              "; they must be equal");
+  check_value(hidden.size(1) > 0, "hidden has H = 0; at least 1 is expected");
+  check_value(weight.size(0) > 0, "weight has V = 0; a vocabulary needs at least one token");
+  if (bias) {
+    float_dtype(*bias, "bias");
+    check_same_device(*bias, "bias", hidden, "hidden");
+    check_value(bias->dim() == 1 && bias->size(0) == weight.size(0), "bias has shape ", shape_text(*bias), "; expected [",
+                weight.size(0), "]");
+  }
+}
+
+namespace {
+// As a GEMM takes it: adjacent columns, rows that do not overlap (expand() gives them a stride of 0).
+Tensor gemm_layout(const Tensor& t) {
+  const bool columns = t.size(1) == 1 || t.stride(1) == 1, rows = t.size(0) <= 1 || t.stride(0) >= t.size(1);
+  return columns && rows ? t : torch::stable::contiguous(t);
+}
+}  // namespace
+
+Head make_head(const Tensor& hidden, const Tensor& weight, const Tensor& targets, const OptTensor& bias,
+               const OptTensor& row_temperature, const HeadOptions& options) {
+  const DType dtype = float_dtype(hidden, "hidden"), acc = accumulator(dtype);
+  Head h{gemm_layout(hidden),
+         gemm_layout(weight),
+         targets,
+         bias,
+         row_temperature,
+         options,
+         dtype,
+         acc,
+         hidden.size(0),
+         hidden.size(1),
+         weight.size(0),
+         hidden.is_cuda(),
+         current_stream(hidden),
+         {}};
+  if (bias) h.bias = to_contiguous(cast(*bias, scalar_type(acc)));
+  return h;
+}
+
+}  // namespace prefkern
