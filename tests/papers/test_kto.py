@@ -128,6 +128,7 @@ def test_recipe() -> None:
     assert assert_layouts_agree(recipe, expected(0.0)).metrics["kl"] == 0
     out = assert_layouts_agree(recipe, expected(0.7), per_pair={"kl": torch.tensor(0.7, dtype=F64)})
     close(out.metrics["kl"], 0.7)
+    assert out.metrics["pairs"] == 3
 
 
 def test_refusals_and_nan() -> None:

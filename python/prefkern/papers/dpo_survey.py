@@ -128,7 +128,7 @@ def gpo_loss(
     """GPO, generalized preference optimisation (Tang et al., arXiv:2402.05749): a convex loss of z by `kind`: one of
     `GPO_KINDS`.
 
-    "squared", (z - 1)^2, is IPO with its beta where DPO has it.
+    "squared", (z - 1)^2, is beta^2 times IPO, whose own beta is half of this one.
     """
     check_choice("kind", kind, tuple(GPO_KINDS))
     op_kind, offset = GPO_KINDS[kind]
@@ -419,7 +419,7 @@ def mallows_po_loss(
     beta: float = 0.1,
     reduction: Reduction = "mean",
 ) -> LossOutput:
-    """MallowsPO: l(phi z), `dispersion` phi [P] the weight of the pair's prompt: large where people agree. 1 is DPO."""
+    """MallowsPO: l(phi z), `dispersion` phi [P] the weight of the pair's prompt, by how far people agree on it. 1 is DPO."""
     check_rows(len(chosen_logp), dispersion=dispersion)
     return preference_loss(
         chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, beta=beta, scale=dispersion, reduction=reduction

@@ -111,7 +111,8 @@ class KTO(PairRecipe):
         ratios = torch.cat(pairs.log_ratios())
         desirable = torch.arange(len(ratios), device=ratios.device) < len(pairs)
         kl = pairs.get("kl")
-        return kto_loss(ratios, None, desirable, kl=0.0 if kl is None else kl, **self.options())
+        out = kto_loss(ratios, None, desirable, kl=0.0 if kl is None else kl, **self.options())
+        return LossOutput(out.loss, {**out.metrics, "pairs": out.metrics["pairs"] / 2})  # not responses
 
 
 recipe = KTO()
