@@ -45,6 +45,8 @@ OPS = {
         Op("conflict_runs", ("G", "L", "V"), ((16, 1024, 128256),), ("fp32",), ("fwd",)),
         Op("policy_loss", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), MODES),
         Op("preference_loss", ("P",), ((65536,),), ("fp32", "fp64"), MODES),
+        Op("listwise_loss", ("B", "K"), ((4096, 64),), ("fp32", "fp64"), MODES),
+        Op("linear_preference_loss", ("P", "T", "H", "V"), ((8, 64, 1024, 32000),), tuple(DTYPES), MODES),
         Op("top_quantile_mask", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), ("fwd",)),
         Op("sequence_sum", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), MODES),
         Op("gae", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), ("fwd",)),

@@ -66,6 +66,8 @@ def _run_case(case: Case, against: Sequence[str], device: str, rounds: int, budg
         names.insert(1, "prefkern-fp32")
     if case.op == "logits_logprobs" and workload.backward:
         names.insert(1, "prefkern-inplace")
+    if case.op == "linear_preference_loss":
+        names.insert(1, "prefkern-two-step")
     adapters = {name: _adapter(name) for name in names}
     floor = workload.floor()
     floor.call()

@@ -10,12 +10,14 @@ library has no such op. Every method takes and returns tensors and is differenti
     conflict_runs(tokens [G, L], advantages [G], mask, vocab)               -> forward [G], backward [G]
     policy_loss(logp, old_logp, advantages, mask, ref_logp, entropy, objective)   -> loss and metrics; [B, T], advantages [B]
     preference_loss(chosen [P], rejected [P], refs, lengths, objective)     -> loss and metrics
+    listwise_loss(scores [B, K], labels [B, K], objective)                  -> loss
+    linear_preference_loss(hidden [2P, T, H], weight, targets, ref_logp)    -> DPO's loss
     top_quantile_mask(values [B, T], mask, rule)                            -> bool [B, T]
     sequence_sum(values [B, T] or [N], mask, cu_seqlens)                    -> [B]
     gae(rewards [B, T], values [B, T], mask)                                -> advantages, returns
 
 `size` is the size of the groups when they lie one behind the other, None when they do not. `estimator` and `objective`
-are names from `ESTIMATORS`, `OBJECTIVES` and, for pairs, `PAIR_OBJECTIVES`.
+are names from `ESTIMATORS`, `OBJECTIVES` and, for pairs and lists, `PAIR_OBJECTIVES` and `LIST_OBJECTIVES`.
 
 base       the methods, the constants
 ours       this library
@@ -26,6 +28,7 @@ libraries  PyTorch's own fused functions, Liger, TRL, Cut Cross-Entropy
 
 from prefkern.bench.peers.base import (
     ESTIMATORS,
+    LIST_OBJECTIVES,
     OBJECTIVES,
     PAIR_OBJECTIVES,
     Estimator,
@@ -39,13 +42,26 @@ from prefkern.bench.peers.base import (
     Unavailable,
 )
 from prefkern.bench.peers.libraries import Cce, Liger, Torch, TorchChunked, Trl
-from prefkern.bench.peers.ours import Prefkern, PrefkernFp32, PrefkernInplace
+from prefkern.bench.peers.ours import Prefkern, PrefkernFp32, PrefkernInplace, PrefkernTwoStep
 from prefkern.bench.peers.plain import Compile, Eager
 from prefkern.bench.peers.python import Python
 
 PEERS: dict[str, type[Peer]] = {
     peer.name: peer
-    for peer in (Prefkern, PrefkernFp32, PrefkernInplace, Eager, Compile, Torch, TorchChunked, Python, Liger, Trl, Cce)
+    for peer in (
+        Prefkern,
+        PrefkernFp32,
+        PrefkernInplace,
+        PrefkernTwoStep,
+        Eager,
+        Compile,
+        Torch,
+        TorchChunked,
+        Python,
+        Liger,
+        Trl,
+        Cce,
+    )
 }
 AGAINST = ("eager", "compile", "torch", "python", "liger", "trl", "cce")  # whom a run compares with if nobody is named
 NAMEABLE = (*AGAINST, "torch-chunked")
@@ -53,6 +69,7 @@ NAMEABLE = (*AGAINST, "torch-chunked")
 __all__ = [
     "AGAINST",
     "ESTIMATORS",
+    "LIST_OBJECTIVES",
     "NAMEABLE",
     "OBJECTIVES",
     "PAIR_OBJECTIVES",
@@ -70,6 +87,7 @@ __all__ = [
     "Prefkern",
     "PrefkernFp32",
     "PrefkernInplace",
+    "PrefkernTwoStep",
     "Python",
     "Reduction",
     "Rule",

@@ -68,6 +68,12 @@ PAIR_OBJECTIVES = {
     "exo": PairObjective({"beta": PAIR_BETA, "kind": "exo_pair", "label_smoothing": 1e-3}),
 }
 
+LIST_OBJECTIVES: dict[str, dict[str, Any]] = {
+    "lambda": {"kind": "lambda", "beta": 0.5},
+    "plackett_luce": {"kind": "plackett_luce"},
+    "exo": {"kind": "exo"},
+}
+
 Logprobs = tuple[Tensor, Tensor | None]
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
 Reduction = Literal["sum", "logsumexp"]
@@ -119,6 +125,12 @@ class Peer:
         lengths: tuple[Tensor, ...] | None,
         objective: str,
     ) -> LossAndMetrics:
+        raise Unavailable("has no such op")
+
+    def listwise_loss(self, scores: Tensor, labels: Tensor, objective: str) -> Tensor:
+        raise Unavailable("has no such op")
+
+    def linear_preference_loss(self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor) -> Tensor:
         raise Unavailable("has no such op")
 
     def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: Rule) -> Tensor:

@@ -12,6 +12,7 @@ from prefkern.bench.peers.base import (
     ESTIMATORS,
     GAMMA,
     LAMBDA,
+    LIST_OBJECTIVES,
     OBJECTIVES,
     PAIR_OBJECTIVES,
     TOP_FRACTION,
@@ -94,6 +95,16 @@ class Prefkern(Peer):
             options = options | {"chosen_lengths": lengths[0], "rejected_lengths": lengths[1]}
         return prefkern.preference_loss(chosen, rejected, *(refs or ()), **options)
 
+    def listwise_loss(self, scores: Tensor, labels: Tensor, objective: str) -> Tensor:
+        import prefkern
+
+        return prefkern.listwise_loss(scores, labels, **LIST_OBJECTIVES[objective]).loss
+
+    def linear_preference_loss(self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor) -> Tensor:
+        import prefkern
+
+        return prefkern.linear_preference_loss(hidden, weight, targets, ref_logp=ref_logp).loss
+
     def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: Rule) -> Tensor:
         import prefkern
 
@@ -108,6 +119,19 @@ class Prefkern(Peer):
         import prefkern
 
         return prefkern.gae(rewards, values, mask, gamma=GAMMA, lam=LAMBDA)
+
+
+class PrefkernTwoStep(Prefkern):
+    """This library, head and loss one after the other: the logits are computed again in the backward."""
+
+    name = "prefkern-two-step"
+    about = "linear_logprobs, sequence_sum, preference_loss"
+
+    def linear_preference_loss(self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor) -> Tensor:
+        import prefkern
+
+        logp = prefkern.linear_logprobs(hidden, weight, targets).logp
+        return prefkern.preference_loss(*prefkern.sequence_sum(logp, minus=ref_logp).chunk(2)).loss
 
 
 class PrefkernFp32(Prefkern):

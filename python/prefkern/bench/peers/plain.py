@@ -16,6 +16,7 @@ from prefkern.bench.peers.base import (
     EPS_LOW,
     GAMMA,
     LAMBDA,
+    LIST_OBJECTIVES,
     PAIR_BETA,
     PAIR_OBJECTIVES,
     SIMPO_BETA,
@@ -190,6 +191,27 @@ class Eager(Peer):
             }  # fmt: skip
         return losses.mean(), metrics
 
+    def listwise_loss(self, scores: Tensor, labels: Tensor, objective: str) -> Tensor:
+        """Without a loop: all pairs at once, or logcumsumexp over the sorted list."""
+        options = LIST_OBJECTIVES[objective]
+        u = scores * options.get("beta", 1.0)
+        if objective == "plackett_luce":
+            ranked = u.gather(1, labels.argsort(1, descending=True))
+            return -(ranked - ranked.flip(1).logcumsumexp(1).flip(1)).sum(1).mean()
+        if objective == "exo":
+            log_p, log_t = u.log_softmax(1), labels.log_softmax(1)
+            return (log_p.exp() * (log_p - log_t)).sum(1).mean()
+        rank = labels.argsort(1, descending=True).argsort(1).to(u.dtype) + 1
+        gain, discount = labels.exp2() - 1, 1 / torch.log1p(rank)
+        weight = (gain[:, :, None] - gain[:, None, :]).abs() * (discount[:, :, None] - discount[:, None, :]).abs()
+        losses = -F.logsigmoid(u[:, :, None] - u[:, None, :]) * weight
+        return torch.where(labels[:, :, None] > labels[:, None, :], losses, 0.0).sum((1, 2)).mean()
+
+    def linear_preference_loss(self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor) -> Tensor:
+        logp = F.log_softmax(_wide(hidden @ weight.T), dim=-1).gather(-1, targets[..., None]).squeeze(-1)
+        chosen, rejected = (logp - ref_logp).sum(1).chunk(2)
+        return -F.logsigmoid(PAIR_BETA * (chosen - rejected)).mean()
+
     def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: Rule) -> Tensor:
         if rule == "trl":
             return (values >= torch.quantile(values[mask], 1 - TOP_FRACTION)) & mask
@@ -233,6 +255,8 @@ class Compile(Peer):
         self._reduce = torch.compile(eager.group_reduce, dynamic=False)
         self._policy = torch.compile(eager.policy_loss, dynamic=False)
         self._preference = torch.compile(eager.preference_loss, dynamic=False)
+        self._listwise = torch.compile(eager.listwise_loss, dynamic=False)
+        self._linear_preference = torch.compile(eager.linear_preference_loss, dynamic=False)
         self._sequence_sum = torch.compile(eager.sequence_sum, dynamic=False)
 
     def linear_logprobs(self, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
@@ -275,6 +299,12 @@ class Compile(Peer):
         objective: str,
     ) -> LossAndMetrics:
         return self._preference(chosen, rejected, refs, lengths, objective)
+
+    def listwise_loss(self, scores: Tensor, labels: Tensor, objective: str) -> Tensor:
+        return self._listwise(scores, labels, objective)
+
+    def linear_preference_loss(self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor) -> Tensor:
+        return self._linear_preference(hidden, weight, targets, ref_logp)
 
     def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: Rule) -> Tensor:
         raise Unavailable("the number of values depends on the mask, which is not compiled")

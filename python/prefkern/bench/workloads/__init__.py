@@ -4,9 +4,11 @@ The floor is the least that an implementation of the same kind has to do, in pla
 
     linear_logprobs   the bare torch.mm products in the type of the inputs: one forward; four with backward, of which
                       the second recomputes the logits that are not kept
+    linear_preference_loss   the bare torch.mm products: one forward, three with backward
     logits_logprobs   the fastest plain read of the logits; with backward two reads and one write
     conflict_runs     a copy of the tokens
-    group_advantages, group_reduce, policy_loss, preference_loss, top_quantile_mask, sequence_sum, gae
+    group_advantages, group_reduce, policy_loss, preference_loss, listwise_loss, top_quantile_mask,
+    sequence_sum, gae
                       a copy of the inputs
     overhead          x + 1 on a tiny tensor; all on one thread, since waking the others is not what is asked for
 """
@@ -19,7 +21,7 @@ from prefkern.bench.workloads.groups import GroupReduceWorkload
 from prefkern.bench.workloads.logprobs import LinearWorkload, LogitsWorkload
 from prefkern.bench.workloads.overhead import OverheadWorkload
 from prefkern.bench.workloads.policy import PolicyWorkload
-from prefkern.bench.workloads.preference import PreferenceWorkload
+from prefkern.bench.workloads.preference import LinearPreferenceWorkload, ListwiseWorkload, PreferenceWorkload
 from prefkern.bench.workloads.sequence import GaeWorkload, SequenceSumWorkload
 
 WORKLOADS: dict[str, type[Workload]] = {
@@ -30,6 +32,8 @@ WORKLOADS: dict[str, type[Workload]] = {
     "conflict_runs": ConflictRunsWorkload,
     "policy_loss": PolicyWorkload,
     "preference_loss": PreferenceWorkload,
+    "listwise_loss": ListwiseWorkload,
+    "linear_preference_loss": LinearPreferenceWorkload,
     "top_quantile_mask": TopQuantileWorkload,
     "sequence_sum": SequenceSumWorkload,
     "gae": GaeWorkload,
