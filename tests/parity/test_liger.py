@@ -10,6 +10,7 @@ from torch.testing import assert_close
 import prefkern
 from parity.batches import F32, close
 from parity.pairs import make_pairs, response_sums
+from prefkern.papers import Pairs, load_pair_recipe
 
 liger = pytest.importorskip("liger_kernel.chunked_loss")
 
@@ -321,3 +322,32 @@ def test_kto_has_no_weights_in_liger(api):
     plain = their_kto(batch, 4, label, kl, beta=0.3)
     assert not torch.isclose(weighted[0], plain[0], rtol=1e-3)
     same(our_kto(api, batch, 4, label, kl, beta=0.3, desirable_weight=1.0, undesirable_weight=1.0), plain)
+
+
+# ------------------------------------------------------------------------------------------------------- recipes, by name
+
+RECIPES = {
+    "dpo:beta=0.3": (liger.LigerFusedLinearDPOLoss, {"beta": 0.3}),
+    "robust_dpo": (liger.LigerFusedLinearDPOLoss, {"loss_type": "robust"} | SMOOTHED),
+    "apo_anchored:anchor=down": (liger.LigerFusedLinearDPOLoss, {"loss_type": "apo_down"}),
+    "rpo:nll_weight=0.4": (liger.LigerFusedLinearDPOLoss, {"alpha": 0.4, "compute_nll_loss": True}),
+    "cpo:cpo_alpha=0.4": (liger.LigerFusedLinearCPOLoss, {"alpha": 0.4}),
+    "simpo:gamma=0.7": (liger.LigerFusedLinearSimPOLoss, {"beta": 2.0, "gamma": 0.7, "compute_nll_loss": False}),
+    "orpo:beta=0.5": (liger.LigerFusedLinearORPOLoss, {"beta": 0.5}),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes(api, name):
+    batch = make_pairs(8, F32)
+    module, options = RECIPES[name]
+    with_reference = module is liger.LigerFusedLinearDPOLoss
+    expected = theirs(module(**options, compiled=False), batch, 8, with_reference=with_reference)
+    _, reference, targets = make_heads(batch, 8)
+    ref_logp = api.linear_logprobs(*reference[:2], targets, bias=reference[2], ignore_index=IGNORE).logp
+
+    def loss(tokens):
+        out = load_pair_recipe(name).loss(Pairs(tokens, batch.mask, ref_logp if with_reference else None))
+        return out.loss, out.metrics
+
+    same(ours(api, loss, batch, 8), expected)
