@@ -1,6 +1,7 @@
 """preference_loss and unpaired_loss against their float64 definitions and worked numbers, and everything they must refuse."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -485,6 +486,8 @@ def test_concatenated_and_strided(device):
 ROW = torch.zeros(3)
 REFUSED = [
     ({"kind": "sigmoidal"}, ValueError, r"kind is 'sigmoidal'; accepted: .*; did you mean 'sigmoid'\?"),
+    ({"kind": "sigmoid_norm"}, ValueError, "that is kind 'sigmoid' with average='score', or prefkern.papers.ln_dpo"),
+    ({"kind": "kto_pair"}, ValueError, "that is prefkern.unpaired_loss, or prefkern.papers.kto"),
     ({"score": "forward"}, ValueError, r"score is 'forward'; .* did you mean 'forward_kl'\?"),
     ({"average": "tokens"}, ValueError, "average is 'tokens'; accepted: None, 'logp', 'score'"),
     ({"reduction": "men"}, ValueError, r"reduction is 'men'; .* did you mean 'mean'\?"),
@@ -697,3 +700,16 @@ def test_opcheck_and_compile_of_posteriors(device):
 def test_posteriors_refused(args, error, message):
     with pytest.raises(error, match=message):
         label_posterior(*args)
+
+
+def test_every_name_that_is_elsewhere_is_there():
+    """The modules and functions that a refused kind is pointed to exist, and none of them is a kind."""
+    from prefkern import papers
+    from prefkern.ops.preference import _ELSEWHERE, KINDS
+
+    for name, place in _ELSEWHERE.items():
+        assert name not in KINDS
+        for paper in re.findall(r"prefkern\.papers\.(\w+)", place):
+            assert paper in papers.NAMES
+        for kind in re.findall(r"kind '(\w+)'", place):
+            assert kind in KINDS

@@ -55,6 +55,27 @@ _PARAMETERS = {"discopop": "tau", "dpop": "penalty", "focal": "gamma", "rao_kupp
 _PARAMETER_DEFAULTS = {"tau": 0.05, "penalty": 50.0, "gamma": 0.05, "sft": 1.0}
 
 
+# What trainers call a loss of pairs that is no kind of its own: where it is.
+_ELSEWHERE = {
+    "sigmoid_norm": "kind 'sigmoid' with average='score', or prefkern.papers.ln_dpo",
+    "aot": "prefkern.papers.aot",
+    "aot_pair": "prefkern.papers.aot with form='unpaired'",
+    "aot_unpaired": "prefkern.papers.aot with form='unpaired'",
+    "apo_zero_unpaired": "prefkern.unpaired_loss with kind='apo_zero'",
+    "kto": "prefkern.unpaired_loss, or prefkern.papers.kto",
+    "kto_pair": "prefkern.unpaired_loss, or prefkern.papers.kto",
+    "bco": "prefkern.papers.bco",
+    "sft": "prefkern.papers.rpo, which adds it to a loss of pairs",
+    "simpo": "prefkern.papers.simpo",
+    "alphapo": "prefkern.papers.cpo with alpha",
+    "orpo": "prefkern.papers.orpo",
+    "cpo": "prefkern.papers.cpo",
+    "dpo": "kind 'sigmoid'",
+    "cdpo": "kind 'sigmoid' with label_smoothing",
+    "slic": "kind 'hinge', or prefkern.papers.slic",
+}
+
+
 def preference_loss(
     chosen_logp: Tensor,
     rejected_logp: Tensor,
@@ -423,6 +444,8 @@ def _kind(value: str, accepted: tuple[str, ...], name: str = "kind") -> int:
     if value not in accepted:
         listed = ", ".join(map(repr, accepted))
         hint = nearest_hint(value, accepted) if isinstance(value, str) else ""
+        if accepted is KINDS and value in _ELSEWHERE:
+            hint = f"; that is {_ELSEWHERE[value]}"
         raise ValueError(f"{name} is {value!r}; accepted: {listed}{hint}")
     return _KERNEL_KIND[value] if accepted is KINDS else accepted.index(value)
 
