@@ -101,6 +101,8 @@ if wanted bench; then
     --json "$work/bench_groups.json"
   prefkern bench_tokens bench policy_loss top_quantile_mask sequence_sum gae --device cuda --mode fwd,bwd \
     --json "$work/bench_tokens.json"
+  prefkern bench_pairs bench preference_loss listwise_loss linear_preference_loss --device cuda --mode fwd,bwd \
+    --json "$work/bench_pairs.json"
   prefkern bench_overhead bench overhead --device cuda --json "$work/bench_overhead.json"
 fi
 
