@@ -125,7 +125,7 @@ def gpo_loss(
     beta: float = 0.1,
     reduction: Reduction = "mean",
 ) -> LossOutput:
-    """GPO, generalized preference optimisation (Tang et al., arXiv:2402.05749): a convex loss of z by `kind`: one of
+    """GPO, generalized preference optimisation (Tang et al., arXiv:2402.05749): a loss of z by `kind`, one of
     `GPO_KINDS`.
 
     "squared", (z - 1)^2, is beta^2 times IPO, whose own beta is half of this one.
