@@ -309,7 +309,7 @@ def test_bench_of_overhead(tmp_path):
     data, _ = measure(tmp_path, "overhead", "--against", "none")
     rows = {row["outputs"]: row for row in data["rows"] if row["peer"] == "prefkern"}
     measured = set(shapes.OPS) - {"overhead"}
-    assert set(rows) == measured | {"policy_loss 8x512", "policy_loss 8x512 bwd"}
+    assert set(rows) == measured | {"policy_loss 8x512", "policy_loss 8x512 bwd", "preference_loss bwd"}
     assert all(row["status"] == "ok" and row["ratio_eager"] is None for row in rows.values())
     assert {row["peer"] for row in data["rows"]} == {"prefkern", "floor"}
 

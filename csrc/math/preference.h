@@ -224,9 +224,11 @@ PK_HD PairLoss<V> pair_loss(PreferenceKind kind, const PreferenceRule<S>& rule, 
     }
     case PreferenceKind::apo_down: {
       const Logistic<V> w = logistic(u_w), l = logistic(z);
+      const V pull = l.q * l.p;
       loss = w.q + l.p;
-      chosen = w.q * w.p;
-      dz = -l.q * l.p;
+      // q p of u_w less that of z, which are nearly equal where u_w is near z or -z
+      chosen = clipped ? w.q * w.p : (w.q - l.q) * (w.p - l.q);
+      rejected = clipped ? zero : pull;
       break;
     }
     case PreferenceKind::discopop: {

@@ -11,7 +11,7 @@ from prefkern.bench.workloads.filters import TopQuantileWorkload
 from prefkern.bench.workloads.groups import GroupReduceWorkload
 from prefkern.bench.workloads.logprobs import LinearWorkload, LogitsWorkload
 from prefkern.bench.workloads.policy import PolicyWorkload
-from prefkern.bench.workloads.preference import PreferenceWorkload
+from prefkern.bench.workloads.preference import LinearPreferenceWorkload, ListwiseWorkload, PreferenceWorkload
 from prefkern.bench.workloads.sequence import GaeWorkload, SequenceSumWorkload
 
 # what is shown -> workload, op, shape, mode, variant of the workload
@@ -24,8 +24,10 @@ TINY: dict[str, tuple[type[Workload], str, Shape, str, str]] = {
     "policy_loss": (PolicyWorkload, "policy_loss", (2, 8), "fwd", "clip"),
     "policy_loss 8x512": (PolicyWorkload, "policy_loss", (8, 512), "fwd", "clip+k3"),
     "policy_loss 8x512 bwd": (PolicyWorkload, "policy_loss", (8, 512), "bwd", "clip+k3"),
-    "preference_loss 64": (PreferenceWorkload, "preference_loss", (64,), "fwd", "dpo"),
-    "preference_loss 64 bwd": (PreferenceWorkload, "preference_loss", (64,), "bwd", "dpo"),
+    "preference_loss": (PreferenceWorkload, "preference_loss", (64,), "fwd", "dpo"),
+    "preference_loss bwd": (PreferenceWorkload, "preference_loss", (64,), "bwd", "dpo"),
+    "listwise_loss": (ListwiseWorkload, "listwise_loss", (2, 4), "fwd", "lambda"),
+    "linear_preference_loss": (LinearPreferenceWorkload, "linear_preference_loss", (1, 2, 16, 32), "fwd", "dpo"),
     "top_quantile_mask": (TopQuantileWorkload, "top_quantile_mask", (2, 8), "fwd", "trl"),
     "sequence_sum": (SequenceSumWorkload, "sequence_sum", (2, 8), "fwd", "padded"),
     "gae": (GaeWorkload, "gae", (2, 8), "fwd", "padded"),
