@@ -180,6 +180,7 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "float chosen_weight, float rejected_weight, float norm, float temperature, float softcap, float logit_scale, "
       "int ignore_index, float sft_weight, int needs, int chunk_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("preference_loss_backward(Tensor g_loss, Tensor unnormalised, Tensor inverse_norm) -> Tensor");
+  m.def("preference_loss_backward_(Tensor g_loss, Tensor(a!) unnormalised, Tensor inverse_norm) -> ()");
   m.def("label_posterior(Tensor margin, Tensor reliability, Tensor? annotator) -> Tensor");
   // ---- lists: kind, gain, rank and reduction are the enumerations of math/lists.h; results are (loss, metrics,
   // unnormalised, inverse), of skew_score with three gradients, as `needs` of lists/ops.h says, in place of one; only the
@@ -260,6 +261,7 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("preference_loss", PK_OP(preference_loss));                                \
     m.impl("preference_loss_fwd", PK_OP(preference_loss));                            \
     m.impl("preference_loss_backward", PK_OP(preference_loss_backward));              \
+    m.impl("preference_loss_backward_", PK_OP(preference_loss_backward_inplace));     \
     m.impl("label_posterior", PK_OP(label_posterior));                                \
     m.impl("listwise_loss", PK_OP(listwise_loss));                                    \
     m.impl("listwise_loss_fwd", PK_OP(listwise_loss));                                \

@@ -443,10 +443,27 @@ def test_only_what_is_asked_for(device, op_log):
         preference_loss(**{**pairs, "chosen_logp": pairs["chosen_logp"].clone().requires_grad_()})
     assert [args[-1] for name, args in op_log.calls] == [False, False]
     out, _ = run(preference_loss, pairs, weight=torch.ones(6, device=device, requires_grad=True))
-    assert op_log.calls[-1][0] == "preference_loss_backward" and not any(v.requires_grad for v in out.metrics.values())
+    assert op_log.calls[-1][0].startswith("preference_loss_backward") and not any(v.requires_grad for v in out.metrics.values())
     refs = {name: t.clone().requires_grad_(True) for name, t in pairs.items()}
     preference_loss(**refs).loss.backward()
     assert refs["ref_chosen_logp"].grad is None and refs["chosen_logp"].grad is not None
+
+
+def test_gradients_are_written_over_what_was_saved_unless_the_graph_is_kept(device, op_log):
+    chosen, rejected = (torch.randn(9, device=device, requires_grad=True) for _ in range(2))
+    loss = preference_loss(chosen, rejected, beta=1.0).loss
+    first = torch.autograd.grad(2 * loss, (chosen, rejected), retain_graph=True)
+    again = torch.autograd.grad(2 * loss, (chosen, rejected), retain_graph=True)
+    last = torch.autograd.grad(2 * loss, (chosen, rejected))
+    assert all(map(torch.equal, first, again)) and all(map(torch.equal, first, last))
+    backward = "preference_loss_backward"
+    assert [name for name in op_log.names() if name.startswith(backward)] == [backward, backward, f"{backward}_"]
+    unnormalised, inverse, g = torch.randn(2, 9, device=device), torch.tensor(0.5, device=device), torch.rand(9, device=device)
+    expected = OPS.preference_loss_backward(g, unnormalised, inverse)
+    OPS.preference_loss_backward_(g, unnormalised, inverse)
+    assert torch.equal(unnormalised, expected)
+    with pytest.raises(RuntimeError, match="unnormalised is not contiguous"):
+        OPS.preference_loss_backward_(g, torch.randn(9, 2, device=device).T, inverse)
 
 
 def test_one_side_may_be_a_constant(device):

@@ -1,7 +1,7 @@
 // Losses of preference pairs and of single judged responses, with their derivatives.
 //
 // x = logp - ref_logp of a response, divided by its length n before or after the score where asked for; s = score(x):
-//   reverse_kl x;  forward_kl -e^-x;  js log 2 - log(1 + e^-x);  alpha -e^(-alpha x) / alpha;  log_odds x - log(1 - e^x);
+//   reverse_kl x;  forward_kl 1 - e^-x;  js log 2 - log(1 + e^-x);  alpha (1 - e^(-alpha x)) / alpha;  log_odds x - log(1 - e^x);
 //   chi x + e^x;  exp e^x. Exponents are held at exp_cap, with gradient 0 above.
 // With u_w = scale beta s_w of the chosen response, u_l = scale rejected_beta s_l of the rejected one, z = u_w - u_l - offset,
 // l(t) = -log sigmoid(t), q = sigmoid, e the label smoothing, t_w and t_l targets, f the factor, c the parameter of the kind:
@@ -85,20 +85,17 @@ enum class PairReduction : int32_t { mean, weighted_mean, sum, none };
 
 inline namespace PK_ISA {
 
-// The options in the form that a pair needs. constant is what every score of the alpha family has in common: a margin does
-// without it, so that it does not cancel there.
+// The options in the form that a pair needs.
 template <class S> struct PreferenceRule {
-  S beta, rejected_beta, chosen_reward, rejected_reward, constant, alpha, exp_cap, max_log_p, max_p_odds, parameter;
+  S beta, rejected_beta, chosen_reward, rejected_reward, alpha, exp_cap, max_log_p, max_p_odds, parameter;
   S log_parameter, tie_constant, clip, factor, asft_limit;
 };
 
 template <class S> PK_HD PreferenceRule<S> preference_rule(const PreferenceOptions& o) {
   PreferenceRule<S> r;
-  const bool powers = o.score == ScoreKind::forward_kl || o.score == ScoreKind::alpha;
   const double alpha = o.score == ScoreKind::forward_kl ? 1.0 : o.alpha;
   r.beta = S(o.beta), r.rejected_beta = S(o.rejected_beta);
   r.chosen_reward = S(o.chosen_reward), r.rejected_reward = S(o.rejected_reward);
-  r.constant = powers ? S(-1 / alpha) : S(0);
   r.alpha = S(alpha), r.exp_cap = S(o.exp_cap);
   const bool bounded = o.max_p < 1;
   r.max_log_p = bounded ? S(vlog(o.max_p)) : S(__builtin_inf());
@@ -113,7 +110,7 @@ template <class S> PK_HD PreferenceRule<S> preference_rule(const PreferenceOptio
   return r;
 }
 
-// A score less the constant of the rule, and its derivative in x.
+// A score, 0 where the policy is the reference if it is a divergence's, and its derivative in x.
 template <class V> struct Score {
   V value, slope;
   LanesIf<V> capped;
@@ -337,7 +334,7 @@ template <class V> struct PreferenceTerm {
 // The score of a response, and what of the derivative in x goes to its log-prob.
 template <class V> struct Scored {
   Score<V> score;
-  V x, share, constant;
+  V x, share;
 };
 template <class V, class S>
 PK_HD Scored<V> response_score(const PreferenceOptions& o, const PreferenceRule<S>& rule, const Response<V>& r) {
@@ -346,11 +343,7 @@ PK_HD Scored<V> response_score(const PreferenceOptions& o, const PreferenceRule<
   s.share = o.average == LengthAverage::none ? splat<V>(1) : splat<V>(1) / r.length;
   if (o.average == LengthAverage::logp) s.x = s.x * s.share;
   s.score = preference_score(o.score, rule, s.x);
-  s.constant = splat<V>(rule.constant);
-  if (o.average == LengthAverage::score) {
-    s.score.value = s.score.value * s.share;
-    s.constant = s.constant * s.share;
-  }
+  if (o.average == LengthAverage::score) s.score.value = s.score.value * s.share;
   return s;
 }
 
@@ -358,9 +351,8 @@ template <class V, class S>
 PK_HD PreferenceTerm<V> preference_term(const PreferenceOptions& o, const PreferenceRule<S>& rule, const PairOptions<V>& pair,
                                         const Response<V>& chosen, const Response<V>& rejected) {
   const Scored<V> w = response_score(o, rule, chosen), l = response_score(o, rule, rejected);
-  const V s_w = w.score.value + w.constant, s_l = l.score.value + l.constant;
-  const bool cancels = rule.beta == rule.rejected_beta && o.average != LengthAverage::score;
-  const V margin = cancels ? (w.score.value - l.score.value) * rule.beta : s_w * rule.beta - s_l * rule.rejected_beta;
+  const V s_w = w.score.value, s_l = l.score.value;
+  const V margin = rule.beta == rule.rejected_beta ? (s_w - s_l) * rule.beta : s_w * rule.beta - s_l * rule.rejected_beta;
   const V by_w = pair.scale * rule.beta, by_l = pair.scale * rule.rejected_beta;
   const PairLoss<V> p =
       pair_loss(o.kind, rule, pair, w.x, w.score.slope, s_w * by_w, s_l * by_l, margin * pair.scale - pair.offset);
@@ -379,7 +371,7 @@ template <class V, class S>
 PK_HD PreferenceTerm<V> response_term(const PreferenceOptions& o, const PreferenceRule<S>& rule, const PairOptions<V>& pair,
                                       LanesIf<V> desirable, const Response<V>& response) {
   const Scored<V> r = response_score(o, rule, response);
-  const V s = r.score.value + r.constant, by = pair.scale * rule.beta;
+  const V s = r.score.value, by = pair.scale * rule.beta;
   V loss, du;
   unpaired_loss(o.unpaired, rule, desirable, s * by, pair.offset, loss, du);
   const V weight = desirable ? splat<V>(S(o.chosen_weight)) : splat<V>(S(o.rejected_weight)), zero = splat<V>(0);

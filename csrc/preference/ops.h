@@ -18,6 +18,7 @@ PreferenceOutputs preference_loss(const Tensor& chosen, OptTensor rejected, OptT
                                   double alpha, double exp_cap, double max_p, double parameter, double clip, double factor,
                                   double chosen_weight, double rejected_weight, double norm, bool with_grad);
 Tensor preference_loss_backward(const Tensor& g_loss, const Tensor& unnormalised, const Tensor& inverse_norm);
+void preference_loss_backward_inplace(const Tensor& g_loss, Tensor unnormalised, const Tensor& inverse_norm);
 
 // [P]: how likely each label is right, from margins [P], reliabilities [K] and ids of annotators [P].
 Tensor label_posterior(const Tensor& margin, const Tensor& reliability, OptTensor annotator);

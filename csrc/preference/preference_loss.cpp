@@ -255,13 +255,14 @@ PreferenceOutputs preference_loss(const Tensor& chosen, OptTensor rejected, OptT
   return out;
 }
 
-Tensor preference_loss_backward(const Tensor& g_loss, const Tensor& unnormalised, const Tensor& inverse_norm) {
-  const DType dtype = float_dtype(unnormalised, "unnormalised");
+namespace {
+
+// Into `grad`, which may be the unnormalised gradient itself.
+void scale_gradient(const Tensor& g_loss, const Tensor& unnormalised, const Tensor& inverse_norm, const Tensor& grad) {
   const ScalarType st = unnormalised.scalar_type();
-  check_type(dtype == accumulator(dtype) && g_loss.scalar_type() == st && inverse_norm.scalar_type() == st,
+  check_type(g_loss.scalar_type() == st && inverse_norm.scalar_type() == st,
              "g_loss, unnormalised and inverse_norm have dtypes ", dtype_name(g_loss.scalar_type()), ", ", dtype_name(st),
              " and ", dtype_name(inverse_norm.scalar_type()), "; one of float32 and float64 is expected for all");
-  check_value(unnormalised.dim() == 2, "unnormalised has shape ", shape_text(unnormalised), "; expected [sides, P]");
   const int64_t pairs = unnormalised.size(1);
   const bool vector = g_loss.dim() == 1 && g_loss.size(0) == pairs;
   check_value((vector || g_loss.numel() == 1) && inverse_norm.numel() == 1, "g_loss and inverse_norm have shapes ",
@@ -270,22 +271,44 @@ Tensor preference_loss_backward(const Tensor& g_loss, const Tensor& unnormalised
   check_same_device(g_loss, "g_loss", unnormalised, "unnormalised");
   check_same_device(inverse_norm, "inverse_norm", unnormalised, "unnormalised");
   const OnDevice guard(unnormalised);
-  const Tensor g = to_contiguous(unnormalised), upstream = to_contiguous(g_loss), grad = torch::stable::empty_like(g);
+  const Tensor upstream = to_contiguous(g_loss);
   const auto filled = [&](auto a) {
     using S = std::remove_pointer_t<decltype(a.grad)>;
     a.pairs = pairs;
-    a.sides = g.size(0);
+    a.sides = unnormalised.size(0);
     a.vector = vector;
-    a.unnormalised = data<S>(g);
+    a.unnormalised = data<S>(unnormalised);
     a.upstream = data<S>(upstream);
     a.inverse_norm = data<S>(inverse_norm);
     a.grad = mutable_data<S>(grad);
     return a;
   };
-  if (dtype == DType::f64) cpu_preference_loss_backward(filled(PreferenceGradArgs<double>()));
-  else if (g.is_cuda()) check_cuda(cuda_preference_loss_backward(filled(PreferenceGradArgs<float>()), current_stream(g)));
+  if (st == ScalarType::Double) cpu_preference_loss_backward(filled(PreferenceGradArgs<double>()));
+  else if (unnormalised.is_cuda())
+    check_cuda(cuda_preference_loss_backward(filled(PreferenceGradArgs<float>()), current_stream(unnormalised)));
   else cpu_preference_loss_backward(filled(PreferenceGradArgs<float>()));
+}
+
+void check_unnormalised(const Tensor& unnormalised) {
+  const DType dtype = float_dtype(unnormalised, "unnormalised");
+  check_type(dtype == accumulator(dtype), "unnormalised has dtype ", dtype_name(unnormalised.scalar_type()),
+             "; accepted: float32, and float64 on the CPU");
+  check_value(unnormalised.dim() == 2, "unnormalised has shape ", shape_text(unnormalised), "; expected [sides, P]");
+}
+
+}  // namespace
+
+Tensor preference_loss_backward(const Tensor& g_loss, const Tensor& unnormalised, const Tensor& inverse_norm) {
+  check_unnormalised(unnormalised);
+  const Tensor from = to_contiguous(unnormalised), grad = torch::stable::empty_like(from);
+  scale_gradient(g_loss, from, inverse_norm, grad);
   return grad;
+}
+
+void preference_loss_backward_inplace(const Tensor& g_loss, Tensor unnormalised, const Tensor& inverse_norm) {
+  check_unnormalised(unnormalised);
+  check_value(unnormalised.is_contiguous(), "unnormalised is not contiguous; what is overwritten has to be");
+  scale_gradient(g_loss, unnormalised, inverse_norm, unnormalised);
 }
 
 }  // namespace prefkern

@@ -67,9 +67,9 @@ def test_the_gradient_is_that_of_the_score(divergence, loss) -> None:
     x_w, x_l = torch.tensor([1.0, -0.5, 2.0], dtype=F64), torch.tensor([-0.5, 1.0, 2.0], dtype=F64)
     score, slope = {
         "reverse_kl": (lambda x: x, torch.ones_like),
-        "forward_kl": (lambda x: -(-x).exp(), lambda x: (-x).exp()),
+        "forward_kl": (lambda x: 1 - (-x).exp(), lambda x: (-x).exp()),
         "js_divergence": (lambda x: math.log(2) + F.logsigmoid(x), lambda x: torch.sigmoid(-x)),
-        "alpha_divergence": (lambda x: -(-0.4 * x).exp() / 0.4, lambda x: (-0.4 * x).exp()),
+        "alpha_divergence": (lambda x: (1 - (-0.4 * x).exp()) / 0.4, lambda x: (-0.4 * x).exp()),
     }[divergence]
     z = (0.7 * (score(x_w) - score(x_l))).requires_grad_()
     value = {"sigmoid": F.softplus(-z), "hinge": F.relu(1 - z), "exponential": (-z).exp()}[loss]
@@ -111,7 +111,7 @@ def test_scores_increase_and_some_are_bounded(divergence) -> None:
     x = torch.linspace(-5, 30, 71, dtype=F64)
     rewards = torch.stack([of_ratios([v], [0.0], divergence=divergence, beta=1.0)[1]["chosen_reward"] for v in x.tolist()])
     assert (rewards.diff() >= 0).all() and (rewards[:30].diff() > 0).all()
-    top = {"reverse_kl": 30.0, "forward_kl": 0.0, "js_divergence": math.log(2), "alpha_divergence": 0.0}[divergence]
+    top = {"reverse_kl": 30.0, "forward_kl": 1.0, "js_divergence": math.log(2), "alpha_divergence": 2.0}[divergence]
     close(rewards[-1], top, atol=1e-6)
 
 

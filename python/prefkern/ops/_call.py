@@ -56,6 +56,15 @@ def no_double_backward(name: str) -> None:
     torch.library.register_autograd(f"prefkern::{name}", backward)
 
 
+_keep_graph: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+
+
+def keeps_graph() -> bool:
+    """Whether the backward that runs may be followed by another one through the same graph, so that what was saved for it
+    must stay as it is."""
+    return True if _keep_graph is None else bool(_keep_graph())
+
+
 def choice(name: str, value: str, accepted: tuple[str, ...]) -> int:
     """Index of ``value`` in ``accepted``, or a ValueError that lists them."""
     try:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import _C
 from ._arguments import accumulator, same_device
+from ._call import keeps_graph
 from .logprobs import _DTYPES, _GRAD_BIAS, _GRAD_HIDDEN, _GRAD_WEIGHT, _SAVE_STATS, _fake_outputs
 
 _OPS = torch.ops.prefkern
@@ -172,7 +173,7 @@ class Stored:
             raise RuntimeError(
                 "the gradients of this loss went to an earlier backward; call that one with retain_graph=True to have two"
             )
-        keep = _keeps_graph()
+        keep = keeps_graph()
         if not keep:
             self.gradients = None
         if g.is_cuda or float(g) != 1:
@@ -197,13 +198,6 @@ def differentiated_once(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | 
     if not torch.is_grad_enabled():
         return gradients
     return tuple(t if t is None else _Constant.apply(t.detach().requires_grad_()) for t in gradients)
-
-
-_keep_graph: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-
-
-def _keeps_graph() -> bool:
-    return True if _keep_graph is None else bool(_keep_graph())
 
 
 # ---- fake implementations --------------------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from .._names import nearest_hint
 from ._arguments import check_tensors, number, same_device
-from ._call import call, no_double_backward, validation
+from ._call import call, keeps_graph, no_double_backward, validation
 from .types import LossOutput
 
 _OPS = torch.ops.prefkern
 _loss, _loss_fwd = _OPS.preference_loss.default, _OPS.preference_loss_fwd.default
-_loss_backward, _posterior = _OPS.preference_loss_backward.default, _OPS.label_posterior.default
+_loss_backward, _loss_backward_ = _OPS.preference_loss_backward.default, _OPS.preference_loss_backward_.default
+_posterior = _OPS.label_posterior.default
 
 # In the order of the enumerations of csrc/math/preference.h.
 _KERNEL_KINDS = (
@@ -141,8 +142,8 @@ def preference_loss(
       :math:`(\nu^2 - 1)\,\sigma(z - \log\nu)\,\sigma(-z - \log\nu)` and :math:`2\nu e^{-z/2}` times that of the win.
     - ``"asft"``: :math:`-a\,x_w + f (\ell(u_w) + \ell(-u_l))`, with ``sft`` a; its score is ``"log_odds"``.
 
-    Scores, in which constants common to both sides cancel: ``"reverse_kl"`` x; ``"forward_kl"`` :math:`-e^{-x}`;
-    ``"js_divergence"`` :math:`\log 2 - \log(1 + e^{-x})`; ``"alpha_divergence"`` :math:`-e^{-\alpha x} / \alpha` (the
+    Scores, those of divergences being 0 at the reference: ``"reverse_kl"`` x; ``"forward_kl"`` :math:`1 - e^{-x}`;
+    ``"js_divergence"`` :math:`\log 2 - \log(1 + e^{-x})`; ``"alpha_divergence"`` :math:`(1 - e^{-\alpha x}) / \alpha` (the
     convention of the f-DPO paper; TRL's coefficient is :math:`1 - \alpha`); ``"log_odds"`` :math:`x - \log(1 - e^x)` (ORPO,
     ASFT; x < 0); ``"chi"`` :math:`x + e^x` (chi-PO); ``"exp"`` :math:`e^x` (SimPER). Stable for every x.
 
@@ -578,6 +579,11 @@ def _backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, 
     return (*_side_grads(ctx, g_loss), *(None,) * 37)
 
 
+@torch.library.register_fake("prefkern::preference_loss_backward_")
+def _fake_backward_inplace(g_loss: Tensor, unnormalised: Tensor, inverse_norm: Tensor) -> None:
+    return None
+
+
 class _PreferenceLoss(torch.autograd.Function):
     """What the registered formula does, for eager mode: without the op's Python autograd registration, and with one
     argument for all constants, a call costs a third."""
@@ -593,7 +599,11 @@ class _PreferenceLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, Tensor | None, None]:
-        return (*_side_grads(ctx, g_loss), None)
+        if g_loss is None or torch.is_grad_enabled() or keeps_graph():
+            return (*_side_grads(ctx, g_loss), None)
+        unnormalised, inverse_norm = ctx.saved_tensors  # nobody will ask for them again
+        _loss_backward_(g_loss, unnormalised, inverse_norm)
+        return unnormalised[0], unnormalised[1] if ctx.paired else None, None
 
 
 @torch.library.register_fake("prefkern::label_posterior")

@@ -95,10 +95,6 @@ def cpo_loss(
         offset=(0.5 if gamma is None else gamma) if kind == "simpo" else 0.0, label_smoothing=label_smoothing,
         reduction=reduction,
     )  # fmt: skip
-    if alpha:  # the score leaves out the constant 1 / alpha, which cancels in the loss
-        shift = beta / alpha * out.metrics["pairs"].clamp(max=1)
-        moved = {name: out.metrics[name] + shift for name in ("chosen_reward", "rejected_reward")}
-        out = LossOutput(out.loss, {**out.metrics, **moved})
     return add_nll(out, cpo_alpha, chosen_logp, chosen_lengths, nll_reduction)
 
 

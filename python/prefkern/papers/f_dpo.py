@@ -10,12 +10,12 @@ inverted and does not have 0 in its domain, the reward is :math:`\beta f'(u)` up
 .. math:: L = -\log\sigma\bigl(\beta\,s(x_w) - \beta\,s(x_l)\bigr)
 
 ================  ==============================  ================================
-divergence        :math:`f'(u)`                   score s(x) (constants cancel)
+divergence        :math:`f'(u)`                   score s(x), 0 at the reference
 ================  ==============================  ================================
 reverse_kl        :math:`\log u + 1`              x
-forward_kl        :math:`-1 / u`                  :math:`-e^{-x}`
+forward_kl        :math:`-1 / u`                  :math:`1 - e^{-x}`
 js_divergence     :math:`\log\frac{2u}{1 + u}`    :math:`\log 2 - \log(1 + e^{-x})`
-alpha_divergence  :math:`(1 - u^{-a}) / a`        :math:`-e^{-a x} / a`, a in (0, 1)
+alpha_divergence  :math:`(1 - u^{-a}) / a`        :math:`(1 - e^{-a x}) / a`, a in (0, 1)
 ================  ==============================  ================================
 
 a = 0 is the reverse KL, a = 1 the forward KL; chi-squared and total variation do not qualify.

@@ -21,7 +21,7 @@ def score_of(x: Tensor, score: str, alpha: float, exp_cap: float, max_p: float |
         return x, none
     if score in ("forward_kl", "alpha_divergence"):
         a = 1.0 if score == "forward_kl" else alpha
-        return -(-a * x).clamp(max=exp_cap).exp() / a, -a * x > exp_cap
+        return -torch.expm1((-a * x).clamp(max=exp_cap)) / a, -a * x > exp_cap
     if score == "js_divergence":
         return math.log(2) + F.logsigmoid(x), none
     if score == "log_odds":
