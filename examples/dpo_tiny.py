@@ -13,7 +13,7 @@ rejected answer can be as long as the chosen one, shorter or longer. What a loss
 whether the right answer itself becomes likelier, "chosen logp" and "right answers" tell, and there losses differ.
 
     python examples/dpo_tiny.py                           # DPO
-    python examples/dpo_tiny.py --loss simpo:beta=2.5     # or ipo, kto, sppo:eta=10.0, f_dpo, orpo, ...
+    python examples/dpo_tiny.py --loss simpo:beta=2.5     # or ipo, kto, sppo:eta=10.0, f_dpo:beta=1.0, orpo, ...
     python examples/dpo_tiny.py --loss dpo --loss simpo   # one after the other, from the same sloppy model
     python examples/dpo_tiny.py --out dpo_tiny.png --json dpo_tiny.json
     python examples/dpo_tiny.py --quick                   # a smoke run

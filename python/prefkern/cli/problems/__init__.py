@@ -10,6 +10,7 @@ from prefkern.cli.problems.advantages import advantage_problems
 from prefkern.cli.problems.base import Problem, on
 from prefkern.cli.problems.conflicts import conflict_problems, filter_problems
 from prefkern.cli.problems.groups import group_problems
+from prefkern.cli.problems.lists import list_problems
 from prefkern.cli.problems.logprobs import logprob_problems
 from prefkern.cli.problems.policy import policy_problems
 from prefkern.cli.problems.preference import preference_problems
@@ -25,6 +26,7 @@ def all_problems(dtype: torch.dtype) -> Iterator[Problem]:
         advantage_problems,
         policy_problems,
         preference_problems,
+        list_problems,
         conflict_problems,
         filter_problems,
         sequence_problems,

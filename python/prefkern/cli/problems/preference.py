@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
+import prefkern
+from prefkern import reference
 from prefkern.cli.problems.base import Problem, problem
 
 PAIRS = 53
@@ -45,6 +48,7 @@ def preference_problems(dtype: torch.dtype) -> Iterator[Problem]:
     yield loss("weighted mean", weight=weight, reduction="weighted_mean")
     yield loss("a scale, an offset and a soft label per pair", scale=weight + 0.5, offset=weight, label_smoothing=weight)
 
+    yield from _linear_problems(dtype)
     good = torch.rand(PAIRS) < 0.4
     single = {"ref_logp": ref["ref_chosen_logp"], "desirable": good, "mask": mask}
     for kind, options in {"kto": {"kl": 0.3}, "bco": {"offset": 0.1}, "squared": {"offset": -0.3}, "apo_zero": {}}.items():
@@ -56,3 +60,38 @@ def preference_problems(dtype: torch.dtype) -> Iterator[Problem]:
         "annotator": who,
     }
     yield problem("label_posterior", "four annotators", {}, posterior)
+
+
+def _linear_problems(dtype: torch.dtype) -> Iterator[Problem]:
+    """Pairs straight from hidden states, padded, in one chunk and in many."""
+    pairs, length, hidden_size, vocab = 4, 9, 24, 301
+    mask = torch.arange(length) < torch.randint(1, length + 1, (2 * pairs, 1))
+    leaves = {
+        "hidden": torch.randn(2 * pairs, length, hidden_size).to(dtype),
+        "weight": (2 / math.sqrt(hidden_size) * torch.randn(vocab, hidden_size)).to(dtype),
+        "bias": torch.randn(vocab).to(dtype),
+    }
+    given = {"targets": torch.randint(vocab, (2 * pairs, length)), "mask": mask, "ref_logp": -6 + torch.rand(2 * pairs, length)}
+
+    def loss_of(logp: Tensor, mask: Tensor, ref_logp: Tensor, options: dict[str, Any]) -> Any:
+        ratios = torch.where(mask, logp - ref_logp.to(logp.dtype), 0.0).sum(1)
+        return reference.preference_loss(*ratios.chunk(2), **options)
+
+    def exact(
+        hidden: Tensor, weight: Tensor, bias: Tensor, *, targets: Tensor, mask: Tensor, ref_logp: Tensor, **options: Any
+    ) -> Any:
+        options.pop("chunk_bytes", None)
+        return loss_of(reference.linear_logprobs(hidden, weight, targets, bias=bias).logp, mask, ref_logp, options)
+
+    def plain(
+        hidden: Tensor, weight: Tensor, bias: Tensor, *, targets: Tensor, mask: Tensor, ref_logp: Tensor, **options: Any
+    ) -> Any:
+        options.pop("chunk_bytes", None)
+        logp = reference.logits_logprobs(hidden @ weight.T + bias, targets).logp
+        return loss_of(logp, mask, ref_logp, options)
+
+    functions = (prefkern.linear_preference_loss, exact, plain)
+    yield Problem("linear_preference_loss", "one chunk", leaves, given, *functions)
+    yield Problem(
+        "linear_preference_loss", "a pair a chunk, ipo", leaves, {**given, "chunk_bytes": 1, "kind": "ipo"}, *functions
+    )
