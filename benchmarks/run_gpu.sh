@@ -2,36 +2,38 @@
 # Everything that needs an NVIDIA GPU, in one go: build for the GPU at hand, test, sanitize, check, measure, train, and
 # merge what came out into one JSON file.
 #
-#   bash benchmarks/run_gpu.sh [--steps build,tests,sanitize,check,bench,demo] [--limit SECONDS] [--out FILE]
+#   bash benchmarks/run_gpu.sh [--steps build,tests,check,bench,demo,sanitize] [--limit SECONDS] [--jobs N] [--out FILE]
 #
-# It uses the python3 of the environment (or $PYTHON), which needs a CUDA build of torch; see benchmarks/README.md. A step
+# --limit bounds each command; --jobs runs the tests in N processes (needs pytest-xdist). It uses the python3 of the environment (or $PYTHON), which needs a CUDA build of torch; see benchmarks/README.md. A step
 # that fails or runs past the limit is recorded, and the next one still runs.
 # Exit status: 0 all passed, 1 a step failed, 2 no GPU or bad usage.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 python=${PYTHON:-python3}
-steps=build,tests,sanitize,check,bench,demo
+steps=build,tests,check,bench,demo,sanitize
 limit=1800
+jobs=
 out=
 while [ $# -gt 0 ]; do
   case "$1" in
-    --steps | --limit | --out)
+    --steps | --limit | --jobs | --out)
       if [ $# -lt 2 ]; then echo "run_gpu.sh: $1 needs a value" >&2 && exit 2; fi
       case "$1" in
         --steps) steps=$2 ;;
         --limit) limit=$2 ;;
+        --jobs) jobs=$2 ;;
         --out) out=$2 ;;
       esac
       shift 2
       ;;
-    *) echo "run_gpu.sh: unknown argument $1; accepted: --steps, --limit, --out" >&2 && exit 2 ;;
+    *) echo "run_gpu.sh: unknown argument $1; accepted: --steps, --limit, --jobs, --out" >&2 && exit 2 ;;
   esac
 done
 for step in ${steps//,/ }; do
   case "$step" in
-    build | tests | sanitize | check | bench | demo) ;;
-    *) echo "run_gpu.sh: unknown step $step; accepted: build, tests, sanitize, check, bench, demo" >&2 && exit 2 ;;
+    build | tests | check | bench | demo | sanitize) ;;
+    *) echo "run_gpu.sh: unknown step $step; accepted: build, tests, check, bench, demo, sanitize" >&2 && exit 2 ;;
   esac
 done
 
@@ -74,7 +76,34 @@ if wanted build; then
     -C cmake.define.PREFKERN_CUDA=ON -C cmake.define.PREFKERN_CUDA_ARCHS="$arch-real"
 fi
 
-if wanted tests; then run tests "$python" -m pytest -m cuda -q --junitxml="$work/tests.xml"; fi
+if wanted tests; then run tests "$python" -m pytest -m cuda -q ${jobs:+-n "$jobs"} --junitxml="$work/tests.xml"; fi
+
+if wanted check; then prefkern check check --device cuda --json "$work/check.json"; fi
+
+if wanted bench; then
+  # Head shapes: a Llama-3-sized and a Qwen-sized vocabulary, and a small model; then the other ops. Peers that walk over
+  # samples in Python are left out: on a GPU every number of theirs is a copy of its own.
+  peers=eager,compile,torch,liger,trl,cce
+  prefkern bench_head bench linear_logprobs --device cuda --shapes 4096x4096x128256,8192x2048x151936,8192x1024x32000 \
+    --dtype bf16 --mode fwd,bwd --against $peers --json "$work/bench_head.json"
+  prefkern bench_logits bench logits_logprobs --device cuda --shapes 4096x151936 --dtype bf16,fp32 --mode fwd,bwd \
+    --against $peers --json "$work/bench_logits.json"
+  prefkern bench_policy bench policy_loss --device cuda --shapes 64x4096,1024x8192 --mode bwd --against eager,compile \
+    --json "$work/bench_policy.json"
+  prefkern bench_pairs bench preference_loss listwise_loss --device cuda --mode bwd --against eager,compile \
+    --json "$work/bench_pairs.json"
+  prefkern bench_linear_pairs bench linear_preference_loss --device cuda --shapes 16x256x2048x128256 --dtype bf16 --mode bwd \
+    --against eager --json "$work/bench_linear_pairs.json"
+  prefkern bench_groups bench group_advantages group_reduce --device cuda --shapes 4096x8,100000x8 --mode fwd --against eager \
+    --json "$work/bench_groups.json"
+  prefkern bench_tokens bench conflict_runs top_quantile_mask sequence_sum gae --device cuda --mode fwd --against eager,torch \
+    --json "$work/bench_tokens.json"
+  prefkern bench_overhead bench overhead --device cuda --json "$work/bench_overhead.json"
+fi
+
+if wanted demo; then
+  run demo "$python" examples/grpo_arithmetic.py --device cuda --quick --out "$work/demo.png" --json "$work/demo.json"
+fi
 
 if wanted sanitize; then
   sanitizer=$(PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer)
@@ -87,27 +116,6 @@ if wanted sanitize; then
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$tool" "$sanitizer" --tool "$tool" --kernel-name kns=prefkern --report-api-errors no \
       --error-exitcode 99 "$python" -c 'import sys; from prefkern.cli import main; sys.exit(main())' check --device cuda
   done
-fi
-
-if wanted check; then prefkern check check --device cuda --json "$work/check.json"; fi
-
-if wanted bench; then
-  # Head shapes: a Llama-3-sized and a Qwen-sized vocabulary; then every op at its own default shape.
-  prefkern bench_head bench linear_logprobs --device cuda --shapes 4096x4096x128256,8192x2048x151936 --dtype bf16,fp32 \
-    --mode fwd,bwd --json "$work/bench_head.json"
-  prefkern bench_logits bench logits_logprobs --device cuda --shapes 4096x128256 --dtype bf16,fp32 --mode fwd,bwd \
-    --json "$work/bench_logits.json"
-  prefkern bench_groups bench group_advantages group_reduce conflict_runs --device cuda --mode fwd,bwd \
-    --json "$work/bench_groups.json"
-  prefkern bench_tokens bench policy_loss top_quantile_mask sequence_sum gae --device cuda --mode fwd,bwd \
-    --json "$work/bench_tokens.json"
-  prefkern bench_pairs bench preference_loss listwise_loss linear_preference_loss --device cuda --mode fwd,bwd \
-    --json "$work/bench_pairs.json"
-  prefkern bench_overhead bench overhead --device cuda --json "$work/bench_overhead.json"
-fi
-
-if wanted demo; then
-  run demo "$python" examples/grpo_arithmetic.py --device cuda --quick --out "$work/demo.png" --json "$work/demo.json"
 fi
 
 WORK=$work OUT=$out RUN_BY=$python "$python" - <<'PY'

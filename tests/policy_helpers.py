@@ -23,7 +23,7 @@ def f64(*values):
 
 
 def close(actual, expected, tolerance=1e-9):
-    assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=0, atol=tolerance)
+    assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype, device=actual.device), rtol=0, atol=tolerance)
 
 
 def value_and_gradient(logp, *args, upstream=1.0, function=policy_loss, **options):

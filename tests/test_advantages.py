@@ -63,7 +63,7 @@ def assert_fields(actual, expected, rtol, atol=0.0):
         if a is None:
             continue
         assert a.shape == e.shape, name
-        assert_close(a.cpu().to(e.dtype), e, rtol=rtol, atol=atol, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+        assert_close(a.cpu().to(e.dtype), e.cpu(), rtol=rtol, atol=atol, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # --------------------------------------------------------------------------------------------------------------- values
@@ -369,7 +369,8 @@ def test_apart_a_shift_or_scale_of_one_reward_changes_nothing(data, shift):
     assert_close(a.advantages[well], b.advantages[well], rtol=1e-7, atol=1e-7)
 
 
-def test_only_what_is_named_is_allocated(allocations):
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_only_what_is_named_is_allocated(device, allocations):
     rewards, group = torch.randn(100_000), torch.arange(100_000) // 8
     group_advantages(rewards, group)
     assert allocations(lambda: group_advantages(rewards, group)).peak == 400_000

@@ -31,6 +31,13 @@ DIFFERENTIABLE = {
     "step_mean",
     "level_pairs",
     "group_normalize",
+    "group_preference_loss",
+    "linear_preference_loss",
+    "listwise_loss",
+    "preference_loss",
+    "skew_loss",
+    "skew_score",
+    "unpaired_loss",
 }
 
 
@@ -120,7 +127,7 @@ def test_check_passes_on_this_machine(tmp_path):
     output = succeed("check", "--json", file)
     saved = json.loads(file.read_text())
     rows = saved["rows"]
-    every = {(op, dtype) for op in reference.__all__ for dtype in ("fp32", "bf16", "fp16", "fp64")}
+    every = {(op, dtype) for op in (*reference.__all__, "linear_preference_loss") for dtype in ("fp32", "bf16", "fp16", "fp64")}
     assert {(row["op"], row["dtype"]) for row in rows} == every
     assert all(row["ok"] and row["forward"] <= row["forward_bound"] for row in rows)
     for row in rows:
@@ -267,6 +274,7 @@ def test_bench_of_the_other_ops(tmp_path, op, shape, mode, outputs):
         assert row["max_error"] < 1e-5
         assert row["bit_stable"] is True
         assert row["launches"] is None
+        assert row["kernel_ms"] is None
         assert row["cpu_ratio_floor"] > 0
         assert (row["cpu_ratio_eager"] == 1.0) or row["peer"] != "eager"
         assert (row["grad_error"] is None) == (mode == "fwd")
@@ -366,6 +374,7 @@ def test_bench_counts_launches_on_the_gpu(tmp_path):
     data, output = measure(tmp_path, "policy_loss", "--shapes", "16x128", "--device", "cuda", "--against", "eager")
     launches = {(row["outputs"], row["peer"]): row["launches"] for row in data["rows"]}
     assert 1 <= launches["clip", "prefkern"] < launches["clip", "eager"]
+    assert all(row["kernel_ms"] > 0 for row in data["rows"])
     assert "launches" in output
 
 
@@ -453,7 +462,7 @@ def test_cases_of_a_plain_run_cover_every_op():
 
 def test_unnamed_ops_are_left_out_where_they_lack_something():
     cases = shapes.plan_cases(dtypes=["bf16"], modes=["bwd"])
-    assert {case.op for case in cases} == {"linear_logprobs", "logits_logprobs"}
+    assert {case.op for case in cases} == {"linear_logprobs", "logits_logprobs", "linear_preference_loss"}
 
 
 def test_several_named_ops_run_what_they_have():

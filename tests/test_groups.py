@@ -32,7 +32,7 @@ def f64(*values):
 
 
 def close(actual, expected, tolerance=1e-9):
-    assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=0, atol=tolerance)
+    assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype, device=actual.device), rtol=0, atol=tolerance)
 
 
 def skip_float64_on_cuda(device, dtype):

@@ -76,7 +76,8 @@ def assert_fields(actual, expected, tolerance, rtol=0.0):
         assert (a is None) == (e is None), name
         if a is not None:
             assert a.shape == e.shape
-            assert_close(a.cpu().to(e.dtype), e, rtol=rtol, atol=tolerance, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+            near = {"rtol": rtol, "atol": tolerance, "equal_nan": True}
+            assert_close(a.cpu().to(e.dtype), e.cpu(), **near, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def leaf(t):

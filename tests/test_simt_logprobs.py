@@ -194,6 +194,50 @@ def test_fold(simt, dtype, columns):
 
 
 @each_dtype
+@pytest.mark.parametrize("columns", [24, 1000, 4096, 20000])
+def test_bits_do_not_depend_on_where_rows_lie(simt, dtype, columns):
+    """Rows at multiples of 16 bytes have a path of their own."""
+    values, targets = sample(4, columns)
+    targets[1] = -100
+    aligned, elsewhere = values.to(dtype), misaligned(values, dtype)
+    a, b = (fold(simt, logits, targets) for logits in (aligned, elsewhere))
+    assert all(same_bits(a[name], b[name]) for name in a)
+    close_outputs(a, definition(aligned, targets))
+    gradients = [grad(simt, logits, targets, a, upstream_of(4)) for logits in (aligned, elsewhere)]
+    assert same_bits(*gradients)
+    counts = {name: g * (targets != -100) for name, g in upstream_of(4).items()}
+    close_grad(gradients[0], definition_of_grad(aligned, targets.clamp(min=0), counts))
+
+
+@pytest.mark.parametrize("columns", [1, 31, 33, 700])
+@pytest.mark.parametrize("name", [*HEADS, None])
+def test_the_gradient_of_the_bias(simt, columns, name):
+    """It is the sum down the columns of the gradient of the logits before the softcap's input is scaled."""
+    logits, targets = sample(37, columns)
+    targets[5] = -100
+    head = heads(37, columns)[name] if name else PLAIN
+    stats, upstream = fold(simt, logits, targets, head), upstream_of(37)
+    expected = grad(simt, logits, targets, stats, upstream, head, into=torch.full_like(logits, NAN)).double().sum(0)
+    before = torch.randn(columns)
+
+    def bias(add):
+        args = simt.GradArgs()
+        args.block = logit_block(simt, logits, targets, head, 0, columns)
+        args.logits, args.logits_map = pointer(logits), row_map(simt, logits)
+        for statistic in (*STATISTICS, "entropy"):
+            setattr(args, statistic, pointer(stats[statistic]))
+        for output, g in upstream.items():
+            setattr(args, f"g_{output}", pointer(g))
+        into = before.clone() if add else torch.full((columns,), NAN)
+        args.d_bias, args.add_to_bias = pointer(into), add
+        simt.cuda_grad_bias(args)
+        return {"d_bias": into}
+
+    close(same_bits_in_every_order(simt, lambda: bias(False))["d_bias"], expected, atol=2e-5)
+    close(bias(True)["d_bias"], expected + before.double(), atol=2e-5)
+
+
+@each_dtype
 @pytest.mark.parametrize("columns", [8, 127, 4096])
 def test_fold_takes_a_slice_of_a_batch(simt, dtype, columns):
     values, targets = sample(15, columns)

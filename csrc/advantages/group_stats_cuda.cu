@@ -2,8 +2,8 @@
 //
 // Up to kScanIdsUpTo rows a warp takes one row and looks through all ids for the members of its group: 32 KiB of
 // ids stay in the L1 cache, and nothing has to be sorted or counted first. Beyond that, ids come sorted with the row of
-// each; a warp takes one sorted position, leaves unless a group begins there, finds the end by binary search and writes
-// the whole group. Either way 32 lanes add the members in a fixed order, in double, and equal input gives equal bits.
+// each; a warp takes one sorted position, leaves unless a group begins there, finds the end by search and writes the
+// whole group. Either way 32 lanes add the members in a fixed order, in double, and equal input gives equal bits.
 //
 // The batch stage is one block: some thousand rows in double, which its caches hold.
 #include "advantages/group_stats.h"
@@ -119,11 +119,8 @@ __device__ __forceinline__ void write_row(const GroupArgs<float>& a, int64_t row
   else a.values[row] = any ? sum : kLeftOut;
 }
 
-template <bool PLAIN> __global__ void __launch_bounds__(kThreads) scan_kernel(const GroupArgs<float> a) {
-  const int64_t row = warp_index();
-  const int lane = threadIdx.x % kWarp;
-  if (row >= a.count) return;  // a whole warp at a time
-  const ScannedMembers members{a.group, a.count, a.group[row]};
+template <bool PLAIN, class Members>
+__device__ __forceinline__ void scan_row(const GroupArgs<float>& a, const Members& members, int64_t row, int lane) {
   if (PLAIN) {
     const GroupResult g = reduce_plain(a, members, lane);
     if (lane != 0) return;
@@ -144,6 +141,15 @@ template <bool PLAIN> __global__ void __launch_bounds__(kThreads) scan_kernel(co
     if (lane == 0) write_statistics(a, row * columns + k, g);
   }
   if (lane == 0) write_row(a, row, sum, any);
+}
+
+template <bool PLAIN> __global__ void __launch_bounds__(kThreads) scan_kernel(const GroupArgs<float> a) {
+  PK_SMEM(int32_t, rows, kThreads / kWarp * kMostCollected);
+  const int64_t row = warp_index();
+  const int lane = threadIdx.x % kWarp;
+  if (row >= a.count) return;  // a whole warp at a time
+  with_collected(a.group, a.count, a.group[row], lane, rows + threadIdx.x / kWarp * kMostCollected,
+                 [&](const auto& members) { scan_row<PLAIN>(a, members, row, lane); });
 }
 
 template <bool PLAIN> __global__ void __launch_bounds__(kThreads) segment_kernel(const GroupArgs<float> a) {

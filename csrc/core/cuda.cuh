@@ -35,7 +35,27 @@ __device__ __forceinline__ float vmax(float a, float b) { return a > b ? a : b; 
 __device__ __forceinline__ float vmin(float a, float b) { return a < b ? a : b; }
 constexpr float kFlushExponent = -151.0f;  // 2^t is exactly 0 here
 
+// max_number passes over NaN, vmax_nan does not; vmax does in its first argument only.
+__device__ __forceinline__ float max_number(float a, float b) { return fmaxf(a, b); }
+#if defined(PK_SIMT)
+__device__ __forceinline__ float vmax_nan(float a, float b) { return a != a ? a : vmax(a, b); }
 __device__ __forceinline__ float exp2_flush(float t) { return exp2f(t); }
+__device__ __forceinline__ float add_rounded(float a, float b) { return a + b; }
+#else
+__device__ __forceinline__ float vmax_nan(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+// Two ulp; 0 below 2^-126, where exp2f would spend instructions on denormals.
+__device__ __forceinline__ float exp2_flush(float t) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(t));
+  return r;
+}
+// A sum that is not fused with a product before it.
+__device__ __forceinline__ float add_rounded(float a, float b) { return __fadd_rn(a, b); }
+#endif
 __device__ __forceinline__ float vexp(float x) { return expf(x); }
 constexpr float kExpTail = 0.34f;  // see math/policy.h
 __device__ __forceinline__ float vtanh(float x) { return tanhf(x); }
@@ -66,6 +86,30 @@ template <class T> __device__ __forceinline__ void store_pack(T* p, const Pack<T
   uint4 raw;
   memcpy(&raw, &value, 16);
   __stcs(reinterpret_cast<uint4*>(p), raw);
+}
+// Rounded to nearest even.
+template <class O> __device__ __forceinline__ O narrow(float x) { return static_cast<O>(x); }
+__device__ __forceinline__ void narrow_two(float a, float b, float* to) { to[0] = a, to[1] = b; }
+#if defined(PK_SIMT)
+template <class O> __device__ __forceinline__ void narrow_two(float a, float b, O* to) {
+  to[0] = narrow<O>(a), to[1] = narrow<O>(b);
+}
+#else  // one instruction for both
+__device__ __forceinline__ void narrow_two(float a, float b, bf16_t* to) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  to[0] = pair.x, to[1] = pair.y;
+}
+__device__ __forceinline__ void narrow_two(float a, float b, f16_t* to) {
+  const __half2 pair = __floats2half2_rn(a, b);
+  to[0] = pair.x, to[1] = pair.y;
+}
+#endif
+template <class O, int N> __device__ __forceinline__ Pack<O, N> narrow_pack(const float (&x)[N]) {
+  static_assert(N % 2 == 0);
+  Pack<O, N> r;
+#pragma unroll
+  for (int i = 0; i < N; i += 2) narrow_two(x[i], x[i + 1], r.v + i);
+  return r;
 }
 PK_HD bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 

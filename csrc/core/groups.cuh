@@ -11,9 +11,16 @@ __device__ __forceinline__ bool group_begins(const int64_t* sorted, int64_t at) 
   return at == 0 || sorted[at - 1] != sorted[at];
 }
 
-// One past the last position of the group that begins at `begin`.
+// Both look near before they look far: groups are small beside the batch.
+
+// One past the last position of the group that `begin` is in.
 __device__ __forceinline__ int64_t group_end(const int64_t* sorted, int64_t count, int64_t begin) {
-  int64_t inside = begin, outside = count;  // the last position known to be in the group, the first known not to be
+  int64_t inside = begin, step = 1;  // the last position known to be in the group, the first known not to be
+  while (inside + step < count && sorted[inside + step] == sorted[begin]) {
+    inside += step;
+    step *= 2;
+  }
+  int64_t outside = inside + step < count ? inside + step : count;
   while (outside - inside > 1) {
     const int64_t middle = (inside + outside) / 2;
     if (sorted[middle] == sorted[begin]) inside = middle;
@@ -24,7 +31,12 @@ __device__ __forceinline__ int64_t group_end(const int64_t* sorted, int64_t coun
 
 // The first position of the group that `at` is in.
 __device__ __forceinline__ int64_t group_start(const int64_t* sorted, int64_t at) {
-  int64_t outside = -1, inside = at;
+  int64_t inside = at, step = 1;
+  while (inside - step >= 0 && sorted[inside - step] == sorted[at]) {
+    inside -= step;
+    step *= 2;
+  }
+  int64_t outside = inside - step > -1 ? inside - step : -1;
   while (inside - outside > 1) {
     const int64_t middle = (inside + outside) / 2;
     if (sorted[middle] == sorted[at]) inside = middle;
@@ -48,6 +60,31 @@ struct ScannedMembers {
       if (ids[i] == id) f(i);
   }
 };
+// Gathered into shared memory by one look at the ids, for who asks several times.
+constexpr int kMostCollected = 64;
+struct CollectedMembers {
+  const int32_t* rows;
+  int count;
+  template <class F> __device__ __forceinline__ void for_members(int lane, F&& f) const {
+    for (int i = lane; i < count; i += kWarp) f(rows[i]);
+  }
+};
+// By a whole warp, into `rows`; calls f with the members, in the order of their rows. A group that does not fit is looked for
+// every time. `count` is at most kScanIdsUpTo.
+template <class F>
+__device__ __forceinline__ void with_collected(const int64_t* ids, int64_t count, int64_t id, int lane, int32_t* rows, F&& f) {
+  int found = 0;
+  for (int first = 0; first < count; first += kWarp) {
+    const int i = first + lane;
+    const uint32_t hits = __ballot_sync(0xffffffffu, i < count && ids[i] == id);
+    const int at = found + __popc(hits & ((1u << lane) - 1));
+    if (hits >> lane & 1 && at < kMostCollected) rows[at] = i;
+    found += __popc(hits);
+  }
+  __syncwarp();
+  if (found <= kMostCollected) f(CollectedMembers{rows, found});
+  else f(ScannedMembers{ids, count, id});
+}
 struct SortedMembers {
   const int64_t* order;
   int64_t begin, end;

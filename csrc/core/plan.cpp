@@ -7,17 +7,45 @@ namespace {
 
 // CPU: a block of logits should survive in the last-level cache between the GEMM that writes it and the fold that reads
 // it, and still be wide enough for the GEMM to run at its full rate.
-// CUDA: wide blocks, because every block adds one pass over the float32 hidden gradient.
+// CUDA: no cache holds a block that keeps all multiprocessors busy, and so blocks are large. How many rows they have is a
+// matter of what passes over the gradients cost: see cuda_backward.
 constexpr int64_t kCpuBudget = int64_t(48) << 20, kCudaBudget = int64_t(512) << 20;
 constexpr int64_t kCpuLogits = int64_t(4) << 20;  // of the budget, for the block of logits, unless the caller sets one
 constexpr int64_t kCpuRows = 2048, kCudaRows = 4096;
-constexpr int64_t kCpuMinColumns = 512;
+constexpr int64_t kCpuMinColumns = 512, kCudaMinColumns = 2048;
 // Kept logits: every chunk adds its share to the weight's gradient, V x H of it, which many rows make up for. On CUDA a
 // launch over all columns is best.
 constexpr int64_t kCpuKept = int64_t(128) << 20, kCudaKept = int64_t(1) << 30;
 constexpr int64_t kColumnMultiple = 64, kMinColumns = 64;
 
 int64_t round_down(int64_t x, int64_t multiple) { return x - x % multiple; }
+
+int64_t whole_columns(int64_t cols, int64_t vocab) {
+  cols = std::clamp<int64_t>(cols, 1, vocab);
+  return cols < vocab && cols > kColumnMultiple ? round_down(cols, kColumnMultiple) : cols;
+}
+
+// Every block of the vocabulary reads and writes the float32 gradient of hidden once. A single chunk of rows writes the
+// gradient of the weight once, in its own type; of several, each reads and writes it in float32, and if it is narrow, it is
+// narrowed at last. The fewest bytes win among chunks that leave a GEMM enough columns.
+ChunkPlan cuda_backward(const PlanRequest& r, int64_t budget) {
+  const int64_t own = r.dtype == DType::f32 ? 4 : 2;
+  ChunkPlan best;
+  double fewest = 0;
+  for (int64_t rows = r.rows;; rows = ceil_div(rows, 2)) {
+    const int64_t chunks = ceil_div(r.rows, rows), per_column = chunks > 1 && own < 4 ? 4 * r.hidden : 0;
+    const int64_t cols = whole_columns(budget / (4 * rows + per_column), r.vocab), bytes = cols * (4 * rows + per_column);
+    const bool fits = bytes <= budget && cols >= std::min(r.vocab, rows > 1 ? kCudaMinColumns : 1);
+    const double weight_bytes = chunks == 1 ? own : 4.0 * double(2 * chunks - 1) + (own < 4 ? 4 + own : 0);
+    const double moved = 8.0 * double(r.rows) * double(ceil_div(r.vocab, cols)) + weight_bytes * double(r.vocab);
+    if (fits && (best.row_chunk == 0 || moved < fewest)) {
+      best = {rows, cols, bytes};
+      fewest = moved;
+    }
+    if (rows == 1) return best.row_chunk > 0 ? best : ChunkPlan{1, cols, bytes};
+    if (best.row_chunk > 0 && rows <= kCudaRows) return best;
+  }
+}
 
 }  // namespace
 
@@ -33,13 +61,14 @@ ChunkPlan plan_chunks(const PlanRequest& r) {
   const int64_t per_row = widen ? 4 * r.hidden : 0;
   const int64_t per_column = (widen ? 4 * r.hidden : 0) + (narrow && r.backward ? 4 * r.hidden : 0);
   const int64_t budget = r.budget_bytes > 0 ? r.budget_bytes : default_chunk_bytes(r.cuda);
+  if (r.cuda && r.backward && acc == 4) return cuda_backward(r, budget);
 
   int64_t rows = std::min(r.rows, r.cuda ? kCudaRows : kCpuRows);
   const auto columns_for = [&](int64_t n) { return (budget - n * per_row) / (n * acc + per_column); };
   while (rows > 1 && columns_for(rows) < std::min(r.vocab, kMinColumns)) rows = (rows + 1) / 2;
   int64_t cols = std::clamp<int64_t>(columns_for(rows), 1, r.vocab);
   if (r.budget_bytes <= 0 && !r.cuda) cols = std::min(cols, std::max(kCpuMinColumns, kCpuLogits / (rows * acc)));
-  if (cols < r.vocab && cols > kColumnMultiple) cols = round_down(cols, kColumnMultiple);
+  cols = whole_columns(cols, r.vocab);
   return {rows, cols, rows * cols * acc + rows * per_row + cols * per_column};
 }
 

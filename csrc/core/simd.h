@@ -190,7 +190,8 @@ template <> struct Keep<VecF> {
 };
 
 // ---- the operations formulas need -----------------------------------------------------------------------------------
-// vmax(a, b) is a > b ? a : b: where one of them is NaN, the result is b. Likewise vmin.
+// vmax(a, b) is a > b ? a : b: where one of them is NaN, the result is b. Likewise vmin. vmax_nan is for an a that is no NaN:
+// that of b passes.
 PK_HD float vmax(float a, float b) { return a > b ? a : b; }
 PK_HD double vmax(double a, double b) { return a > b ? a : b; }
 PK_HD float vmin(float a, float b) { return a < b ? a : b; }
@@ -213,6 +214,7 @@ PK_HD VecF vmin(VecF a, VecF b) {
 PK_HD VecF vmax(VecF a, VecF b) { return a > b ? a : b; }
 PK_HD VecF vmin(VecF a, VecF b) { return a < b ? a : b; }
 #endif
+template <class V> PK_HD V vmax_nan(V a, V b) { return vmax(a, b); }
 
 // 2^t for kFlushExponent <= t < 127, exactly 0 at kFlushExponent, NaN for NaN. Relative error <= 1.9e-7 (3 ulp); results
 // below 2^-126 are subnormal or 0. A degree-5 polynomial on [-1/2, 1/2], fitted for least relative error with the

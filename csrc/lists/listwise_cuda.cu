@@ -16,7 +16,8 @@ struct List {
   float beta;
 
   __device__ __forceinline__ bool counts(int64_t i) const { return !a.mask || a.mask[row + i] != 0; }
-  __device__ __forceinline__ float u(int64_t i) const { return beta * a.scores[row + i]; }
+  // Rounded, not fused with what follows: equal scores must stay equal.
+  __device__ __forceinline__ float u(int64_t i) const { return rounded_product(beta, a.scores[row + i]); }
   __device__ __forceinline__ float given(int64_t i) const { return a.labels ? a.labels[row + i] : -float(i); }
   __device__ __forceinline__ float& scratch(int64_t i, int k) const { return a.scratch[(row + i) * 3 + k]; }
 };

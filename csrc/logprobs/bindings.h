@@ -50,7 +50,8 @@ template <class S> void bind_logit_structs(py::module_& m, const std::string& su
   g.member("block", &Grad::block)
       .member("logits_map", &Grad::logits_map)
       .member("grad_dtype", &Grad::grad_dtype)
-      .member("grad_map", &Grad::grad_map);
+      .member("grad_map", &Grad::grad_map)
+      .member("add_to_bias", &Grad::add_to_bias);
   g.member("logits", &Grad::logits);
   g.member("grad", &Grad::grad);
   g.member("row_max", &Grad::row_max);
@@ -59,6 +60,7 @@ template <class S> void bind_logit_structs(py::module_& m, const std::string& su
   g.member("g_logp", &Grad::g_logp);
   g.member("g_entropy", &Grad::g_entropy);
   g.member("g_lse", &Grad::g_lse);
+  g.member("d_bias", &Grad::d_bias);
 }
 
 inline void bind_logprobs(py::module_& m) {
@@ -76,6 +78,7 @@ inline void bind_logprobs_cpu(py::module_& m) {
 inline void bind_logprobs_cuda(py::module_& m) {
   bind_cuda(m, "cuda_fold_logits", &cuda_fold_logits);
   bind_cuda(m, "cuda_grad_logits", &cuda_grad_logits);
+  bind_cuda(m, "cuda_grad_bias", &cuda_grad_bias);
 }
 
 }  // namespace prefkern

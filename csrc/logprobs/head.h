@@ -91,5 +91,12 @@ inline void run_grad(const GradArgs<float>& g, void* stream, bool cuda) {
   cuda ? check_cuda(cuda_grad_logits(g, stream)) : cpu_grad_logits(g);
 }
 inline void run_grad(const GradArgs<double>& g, void*, bool) { cpu_grad_logits(g); }
+// The gradient of the bias from float32 logits that run_grad has not overwritten yet.
+inline void bias_on_cuda(GradArgs<float> g, float* d_bias, bool add, void* stream) {
+  g.d_bias = d_bias;
+  g.add_to_bias = add;
+  check_cuda(cuda_grad_bias(g, stream));
+}
+inline void bias_on_cuda(const GradArgs<double>&, double*, bool, void*) { fail("RuntimeError", "float64 is for the CPU"); }
 
 }  // namespace prefkern

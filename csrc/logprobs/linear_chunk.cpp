@@ -9,7 +9,7 @@
 namespace prefkern {
 namespace {
 
-// Where gradients in the weight's own narrow type are written: columns at a time through a float32 buffer.
+// Where gradients in the weight's own narrow type are written: on the CPU, columns at a time through a float32 buffer.
 constexpr int64_t kNarrowColumns = 8192;
 
 Head chunk_head(const Tensor& hidden, const Tensor& weight, const Tensor& targets, const OptTensor& bias,
@@ -61,7 +61,7 @@ template <class S> void forward_chunk(const Head& h, S* z, int64_t outputs, cons
   Operand hidden(h.hidden, h, h.rows), weight(h.weight, h, h.plan.vocab_block);
   for_blocks(h, [&](int64_t v, int64_t cols) {
     S* block = z + h.rows * v;
-    gemm(h.hidden, hidden.type(), h.rows, cols, h.width, hidden.rows(0, h.rows), weight.rows(v, cols, true), block, cols,
+    gemm(h.hidden, hidden.type(), h.rows, cols, h.width, hidden.rows(0, h.rows), weight.rows(v, cols, true), block, h.acc, cols,
          false);
     f.block = block_of<S>(h, v, cols, 0, h.rows);
     f.logits = block;
@@ -78,25 +78,29 @@ template <class S> void forward_chunk(const Head& h, S* z, int64_t outputs, cons
 template <class S> class WeightGrad {
  public:
   WeightGrad(const Head& h, const OptTensor& into, bool accumulate) : h_(h), into_(into), accumulate_(accumulate) {
-    if (!into || into->scalar_type() == scalar_type(h.acc)) return;
+    if (!into || h.cuda || into->scalar_type() == scalar_type(h.acc)) return;
     step_ = std::min(h.plan.vocab_block, kNarrowColumns);
     buffer_ = empty({step_, h.width}, scalar_type(h.acc), h.hidden);
   }
   void add(DType type, int64_t v, int64_t cols, const Matrix& dz, const Matrix& x) {
     if (!into_) return;
-    if (!buffer_) return multiply(type, cols, dz, x, mutable_data<S>(*into_) + v * h_.width, accumulate_);
+    if (!buffer_) {
+      const DType own = float_dtype(*into_, "d_weight");
+      char* rows = static_cast<char*>(into_->mutable_data_ptr()) + v * h_.width * element_size(own);
+      return multiply(type, cols, dz, x, rows, own, accumulate_);
+    }
     for (int64_t c = 0; c < cols; c += step_) {
       const int64_t n = std::min(step_, cols - c);
       const Matrix part{static_cast<const char*>(dz.data) + c * element_size(type), dz.stride, true};
-      multiply(type, n, part, x, mutable_data<S>(*buffer_), false);
+      multiply(type, n, part, x, mutable_data<S>(*buffer_), h_.acc, false);
       Tensor rows = torch::stable::narrow(*into_, 0, v + c, n);
       torch::stable::copy_(rows, torch::stable::narrow(*buffer_, 0, 0, n));
     }
   }
 
  private:
-  void multiply(DType type, int64_t cols, const Matrix& dz, const Matrix& x, S* into, bool accumulate) {
-    gemm(h_.hidden, type, cols, h_.width, h_.rows, {dz.data, dz.stride, true}, x, into, h_.width, accumulate);
+  void multiply(DType type, int64_t cols, const Matrix& dz, const Matrix& x, void* into, DType into_type, bool accumulate) {
+    gemm(h_.hidden, type, cols, h_.width, h_.rows, {dz.data, dz.stride, true}, x, into, into_type, h_.width, accumulate);
   }
   const Head& h_;
   OptTensor into_, buffer_;
@@ -113,7 +117,7 @@ template <class S> void backward_chunk(const Head& h, S* z, GradArgs<S> g, const
   // On CUDA the logits' gradient is narrowed in place to the inputs' type, so that tensor cores take it.
   const DType type = h.cuda ? h.dtype : h.acc;
   OptTensor ones;
-  if (grads.bias) {
+  if (grads.bias && !h.cuda) {
     ones = empty({h.rows}, scalar_type(type), h.hidden);
     ones = torch::stable::fill_(*ones, 1.0);
   }
@@ -127,14 +131,16 @@ template <class S> void backward_chunk(const Head& h, S* z, GradArgs<S> g, const
     const int64_t stride = cols * int64_t(sizeof(S)) / element_size(type);
     g.grad_dtype = type;
     g.grad_map = {1, stride, 0};
+    if (grads.bias && h.cuda) bias_on_cuda(g, mutable_data<S>(*grads.bias) + v, grads.accumulate, h.stream);
     run_grad(g, h.stream, h.cuda);
     const Matrix dz{block, stride, false};
     if (grads.hidden)
-      gemm(h.hidden, type, h.rows, h.width, cols, dz, weight.rows(v, cols), mutable_data<S>(*grads.hidden), h.width, v > 0);
+      gemm(h.hidden, type, h.rows, h.width, cols, dz, weight.rows(v, cols), mutable_data<S>(*grads.hidden), h.acc, h.width,
+           v > 0);
     if (grads.weight) d_weight.add(type, v, cols, dz, hidden.rows(0, h.rows));
-    if (grads.bias)
-      gemm(h.hidden, type, 1, cols, h.rows, {ones->const_data_ptr(), h.rows, false}, dz, mutable_data<S>(*grads.bias) + v, cols,
-           grads.accumulate);
+    if (grads.bias && !h.cuda)
+      gemm(h.hidden, type, 1, cols, h.rows, {ones->const_data_ptr(), h.rows, false}, dz, mutable_data<S>(*grads.bias) + v,
+           h.acc, cols, grads.accumulate);
   });
 }
 

@@ -37,8 +37,8 @@ template <class S> void forward_walk(const Head& h, int64_t outputs, const HeadO
   Operand hidden(h.hidden, h, h.plan.row_chunk), weight(h.weight, h, cols);
   S* z = mutable_data<S>(logits);
   for_blocks(h, [&](int64_t v, int64_t n_cols, int64_t r, int64_t n_rows) {
-    gemm(h.hidden, hidden.type(), n_rows, n_cols, h.width, hidden.rows(r, n_rows), weight.rows(v, n_cols, true), z, n_cols,
-         false);
+    gemm(h.hidden, hidden.type(), n_rows, n_cols, h.width, hidden.rows(r, n_rows), weight.rows(v, n_cols, true), z, h.acc,
+         n_cols, false);
     FoldArgs<S> a = f;
     a.block = block_of<S>(h, v, n_cols, r, n_rows);
     a.logits = z;
@@ -53,6 +53,10 @@ template <class S> void forward_walk(const Head& h, int64_t outputs, const HeadO
   });
 }
 
+char* row_of(Tensor& matrix, int64_t row) {
+  return static_cast<char*>(matrix.mutable_data_ptr()) + row * matrix.size(1) * element_size(float_dtype(matrix, "gradient"));
+}
+
 struct HeadGrads {
   Tensor hidden, weight, bias;
 };
@@ -60,17 +64,21 @@ struct HeadGrads {
 template <class S> HeadGrads backward_walk(const Head& h, const GradArgs<S>& upstream, int64_t needs) {
   const ScalarType acc = scalar_type(h.acc);
   const int64_t cols = h.plan.vocab_block;
-  const bool direct = h.dtype == h.acc;  // gradients have the accumulator type: GEMMs write them in place
+  // Gradients that are one GEMM, block by block, or that have the accumulator type: GEMMs write them in place. The others are
+  // added up in the accumulator type first.
+  const bool weight_direct = h.dtype == h.acc || (h.cuda && h.plan.row_chunk >= h.rows);
+  const DType hidden_type = h.cuda && cols >= h.vocab ? h.dtype : h.acc;
+  const DType weight_type = weight_direct ? h.dtype : h.acc;
   const auto none = [&] { return empty({0}, acc, h.hidden); };  // one each: results may not share memory
   Tensor logits = empty({h.plan.row_chunk, cols}, acc, h.hidden);
-  Tensor d_hidden = needs & kGradHidden ? empty({h.rows, h.width}, acc, h.hidden) : none();
+  Tensor d_hidden = needs & kGradHidden ? empty({h.rows, h.width}, scalar_type(hidden_type), h.hidden) : none();
   Tensor d_weight = needs & kGradWeight ? empty({h.vocab, h.width}, scalar_type(h.dtype), h.hidden) : none();
-  Tensor d_weight_block = needs & kGradWeight && !direct ? empty({cols, h.width}, acc, h.hidden) : none();
+  Tensor d_weight_block = needs & kGradWeight && !weight_direct ? empty({cols, h.width}, acc, h.hidden) : none();
   Tensor d_bias = needs & kGradBias ? empty({h.vocab}, acc, h.hidden) : none();
   // On CUDA the logits' gradient is narrowed in place to the inputs' type, so that tensor cores take it.
   const DType grad_type = h.cuda ? h.dtype : h.acc;
   Tensor ones = none();
-  if (needs & kGradBias) {
+  if (needs & kGradBias && !h.cuda) {
     ones = empty({h.plan.row_chunk}, scalar_type(grad_type), h.hidden);
     ones = torch::stable::fill_(ones, 1.0);
   }
@@ -78,7 +86,7 @@ template <class S> HeadGrads backward_walk(const Head& h, const GradArgs<S>& ups
   S* z = mutable_data<S>(logits);
   for_blocks(h, [&](int64_t v, int64_t n_cols, int64_t r, int64_t n_rows) {
     const Matrix w = weight.rows(v, n_cols), x = hidden.rows(r, n_rows);
-    gemm(h.hidden, hidden.type(), n_rows, n_cols, h.width, x, {w.data, w.stride, true}, z, n_cols, false);
+    gemm(h.hidden, hidden.type(), n_rows, n_cols, h.width, x, {w.data, w.stride, true}, z, h.acc, n_cols, false);
     GradArgs<S> g = upstream;
     g.block = block_of<S>(h, v, n_cols, r, n_rows);
     g.logits = g.grad = z;
@@ -87,21 +95,22 @@ template <class S> HeadGrads backward_walk(const Head& h, const GradArgs<S>& ups
     g.grad_dtype = grad_type;
     g.grad_map = {1, grad_stride, 0};
     for (const S** p : {&g.row_max, &g.row_log2_sum, &g.entropy, &g.g_logp, &g.g_entropy, &g.g_lse}) advance(*p, r);
+    if (needs & kGradBias && h.cuda) bias_on_cuda(g, mutable_data<S>(d_bias) + v, r > 0, h.stream);
     run_grad(g, h.stream, h.cuda);
     const Matrix dz{z, grad_stride, false}, dz_t{z, grad_stride, true};
     if (needs & kGradHidden)
-      gemm(h.hidden, grad_type, n_rows, h.width, n_cols, dz, w, mutable_data<S>(d_hidden) + r * h.width, h.width, v > 0);
+      gemm(h.hidden, grad_type, n_rows, h.width, n_cols, dz, w, row_of(d_hidden, r), hidden_type, h.width, v > 0);
     if (needs & kGradWeight) {
-      S* into = direct ? mutable_data<S>(d_weight) + v * h.width : mutable_data<S>(d_weight_block);
-      gemm(h.hidden, grad_type, n_cols, h.width, n_rows, dz_t, x, into, h.width, r > 0);
-      if (!direct && r + n_rows == h.rows) {
+      void* into = weight_direct ? row_of(d_weight, v) : row_of(d_weight_block, 0);
+      gemm(h.hidden, grad_type, n_cols, h.width, n_rows, dz_t, x, into, weight_type, h.width, r > 0);
+      if (!weight_direct && r + n_rows == h.rows) {
         Tensor rows = torch::stable::narrow(d_weight, 0, v, n_cols);
         torch::stable::copy_(rows, torch::stable::narrow(d_weight_block, 0, 0, n_cols));
       }
     }
-    if (needs & kGradBias)
+    if (needs & kGradBias && !h.cuda)
       gemm(h.hidden, grad_type, 1, n_cols, n_rows, {ones.const_data_ptr(), n_rows, false}, dz, mutable_data<S>(d_bias) + v,
-           n_cols, r > 0);
+           h.acc, n_cols, r > 0);
   });
   return {needs & kGradHidden ? cast(d_hidden, scalar_type(h.dtype)) : d_hidden, d_weight, d_bias};
 }

@@ -53,6 +53,8 @@ template <class S> struct GradArgs {
   const S *row_max = nullptr, *row_log2_sum = nullptr;
   const S* entropy = nullptr;                                                   // needed with g_entropy
   const S *g_logp = nullptr, *g_entropy = nullptr, *g_lse = nullptr;            // upstream, null = zero
+  S* d_bias = nullptr;       // of cuda_grad_bias: [cols], the gradient of the bias
+  bool add_to_bias = false;  // to what is there
 };
 
 inline namespace PK_ISA {
@@ -98,5 +100,7 @@ PK_API void cpu_grad_logits(const GradArgs<double>& args);
 // Enqueue on `stream`; return a cudaError_t. Rows whose target is out of range come out NaN.
 PK_API int cuda_fold_logits(const FoldArgs<float>& args, void* stream);
 PK_API int cuda_grad_logits(const GradArgs<float>& args, void* stream);
+// Reads float32 logits and leaves them: before cuda_grad_logits overwrites them.
+PK_API int cuda_grad_bias(const GradArgs<float>& args, void* stream);
 
 }  // namespace prefkern

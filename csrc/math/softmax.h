@@ -33,7 +33,7 @@ template <class S> constexpr S kMinusInf = -__builtin_inff();
 
 // Below this exponent 2^t is exactly 0; clamping there keeps t * 2^t at 0 for logits of -inf. NaN passes.
 template <class S> PK_HD constexpr S exponent_floor() { return sizeof(S) == 8 ? S(-1100) : S(kFlushExponent); }
-template <class V> PK_HD V clamp_exponent(V t) { return vmax(splat<V>(exponent_floor<typename Lanes<V>::Scalar>()), t); }
+template <class V> PK_HD V clamp_exponent(V t) { return vmax_nan(splat<V>(exponent_floor<typename Lanes<V>::Scalar>()), t); }
 
 // Adds one element; max must be finite and at least as large as every element added.
 template <bool ENTROPY, bool EXTRA, class V, class S>

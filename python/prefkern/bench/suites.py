@@ -39,6 +39,8 @@ class Row:
     peak_mib: float | None = None
     launches: int | None = None
     """Kernels that a call starts on the GPU; None on the CPU."""
+    kernel_ms: float | None = None
+    """How long those kernels run; the rest of the time the GPU waits for the processor."""
     max_error: float | None = None
     """Largest absolute error of the results against float64."""
     grad_error: float | None = None
@@ -162,6 +164,7 @@ def _row(case: Case, variant: str, name: str, timing: Timing, timings: dict[str,
         cpu_ratio_eager=timing.cpu_ratio(eager) if eager.wall_s else None,
         peak_mib=None if timing.peak_bytes is None else timing.peak_bytes / 2**20,
         launches=timing.launches,
+        kernel_ms=None if timing.kernel_s is None else 1e3 * timing.kernel_s,
         max_error=probe.errors.forward if probe.errors else None,
         grad_error=probe.errors.gradient if probe.errors else None,
         bit_stable=probe.bit_stable,

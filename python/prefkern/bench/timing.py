@@ -32,6 +32,7 @@ class Timing:
     cpu_s: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     launches: int | None = None
+    kernel_s: float | None = None
     error: str | None = None
 
     @property
@@ -93,7 +94,7 @@ def _compare(
             seconds[name] = time.perf_counter() - start
             long = seconds[name] > 50 * SAMPLE_SECONDS
             repeats[name] = 1 if long else _repeats(call, device)
-            timings[name].launches = count_launches(call, device)
+            timings[name].launches, timings[name].kernel_s = look_at_kernels(call, device)
         except Exception as error:  # a peer may fail in any way; the others are still worth measuring
             timings[name].error = describe(error)
     alive = list(repeats)
@@ -148,21 +149,29 @@ def free_bytes(device: str = "cpu") -> int | None:
     return _size_in("/proc/meminfo", "MemAvailable")
 
 
-def count_launches(call: Call, device: str) -> int | None:
-    """How many kernels the call starts on the GPU; None on the CPU and where the profiler does not say."""
+def look_at_kernels(call: Call, device: str) -> tuple[int | None, float | None]:
+    """How many kernels a call starts on the GPU, and the seconds that they run; None on the CPU and where no profiler says.
+
+    A call on little data takes much longer than its kernels: the processor is what it waits for.
+    """
     if device != "cuda":
-        return None
+        return None, None
     try:
+        from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
             call()
             torch.cuda.synchronize()
+        events = seen.key_averages()
         launches = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
-        return sum(event.count for event in seen.key_averages() if event.key in launches) or None
+        count = sum(event.count for event in events if event.key in launches)
+        kernels = (event for event in events if event.device_type == DeviceType.CUDA)
+        seconds = sum(event.self_device_time_total for event in kernels) / 1e6
+        return count or None, seconds or None
     except Exception:  # profiling needs permissions and a library that may be missing; times need neither
-        return None
+        return None, None
 
 
 def _median_ratio(mine: list[float], theirs: list[float]) -> float:

@@ -119,12 +119,15 @@ def _print_case(case: Case, rows: list[Row]) -> None:
 
     optional = {
         "grad error": any(row.grad_error is not None for row in rows),
+        "kernels": any(row.kernel_ms is not None for row in rows),
         "launches": any(row.launches is not None for row in rows),
     }
     table = Table(title=case.title, title_justify="left")
     for name in ("outputs", "peer"):
         table.add_column(name, no_wrap=True)
-    columns = ["time", "CPU time", "/ eager", "/ floor", "extra MiB", "launches", "max error", "grad error", "bit-stable"]
+    columns = [
+        "time", "CPU time", "kernels", "/ eager", "/ floor", "extra MiB", "launches", "max error", "grad error", "bit-stable",
+    ]  # fmt: skip
     shown = [name for name in columns if optional.get(name, True)]
     for name in shown:
         table.add_column(name, justify="right")
@@ -137,6 +140,7 @@ def _print_case(case: Case, rows: list[Row]) -> None:
             "/ eager": report.times(row.ratio_eager),
             "/ floor": report.times(row.ratio_floor),
             "extra MiB": report.mebibytes(row.peak_mib),
+            "kernels": report.milliseconds(row.kernel_ms),
             "launches": "" if row.launches is None else str(row.launches),
             "max error": report.scientific(row.max_error),
             "grad error": report.scientific(row.grad_error),

@@ -86,7 +86,7 @@ def linear_logprobs(
         raise ValueError(
             f"targets has shape {list(shape)}; hidden has shape {list(hidden.shape)}, so {list(hidden.shape[:-1])} is expected"
         )
-    if hidden.is_cuda:
+    if hidden.is_cuda and weight.ndim == 2:  # another weight is the op's to refuse
         _validate(targets, temperature, weight.shape[0], ignore_index)
     tau, row_temperature = _split_temperature(temperature, shape)
     if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):

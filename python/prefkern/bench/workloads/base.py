@@ -40,6 +40,8 @@ class Workload(ABC):
         self.dtype = DTYPES[case.dtype]
         self.backward = case.mode == "bwd"
         self.random = torch.Generator().manual_seed(0)
+        # What is large is drawn where it is used: a GPU draws gigabytes faster than they reach it.
+        self.there = self.random if device == "cpu" else torch.Generator(device).manual_seed(0)
 
     @abstractmethod
     def call(self, peer: Peer, variant: str) -> OutputsCall:
@@ -52,7 +54,7 @@ class Workload(ABC):
     def errors(self, outputs: Outputs, variant: str) -> Errors: ...
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=self.random) * scale).to(self.dtype).to(self.device)
+        return (torch.randn(shape, generator=self.there, device=self.device) * scale).to(self.dtype)
 
     def integers(self, high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=self.random).to(self.device)
