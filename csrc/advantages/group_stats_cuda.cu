@@ -119,8 +119,11 @@ __device__ __forceinline__ void write_row(const GroupArgs<float>& a, int64_t row
   else a.values[row] = any ? sum : kLeftOut;
 }
 
-template <bool PLAIN, class Members>
-__device__ __forceinline__ void scan_row(const GroupArgs<float>& a, const Members& members, int64_t row, int lane) {
+template <bool PLAIN> __global__ void __launch_bounds__(kThreads) scan_kernel(const GroupArgs<float> a) {
+  const int64_t row = warp_index();
+  const int lane = threadIdx.x % kWarp;
+  if (row >= a.count) return;  // a whole warp at a time
+  const ScannedMembers members{a.group, a.count, a.group[row]};
   if (PLAIN) {
     const GroupResult g = reduce_plain(a, members, lane);
     if (lane != 0) return;
@@ -141,15 +144,6 @@ __device__ __forceinline__ void scan_row(const GroupArgs<float>& a, const Member
     if (lane == 0) write_statistics(a, row * columns + k, g);
   }
   if (lane == 0) write_row(a, row, sum, any);
-}
-
-template <bool PLAIN> __global__ void __launch_bounds__(kThreads) scan_kernel(const GroupArgs<float> a) {
-  PK_SMEM(int32_t, rows, kThreads / kWarp * kMostCollected);
-  const int64_t row = warp_index();
-  const int lane = threadIdx.x % kWarp;
-  if (row >= a.count) return;  // a whole warp at a time
-  with_collected(a.group, a.count, a.group[row], lane, rows + threadIdx.x / kWarp * kMostCollected,
-                 [&](const auto& members) { scan_row<PLAIN>(a, members, row, lane); });
 }
 
 template <bool PLAIN> __global__ void __launch_bounds__(kThreads) segment_kernel(const GroupArgs<float> a) {

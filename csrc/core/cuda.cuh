@@ -40,7 +40,10 @@ __device__ __forceinline__ float max_number(float a, float b) { return fmaxf(a, 
 #if defined(PK_SIMT)
 __device__ __forceinline__ float vmax_nan(float a, float b) { return a != a ? a : vmax(a, b); }
 __device__ __forceinline__ float exp2_flush(float t) { return exp2f(t); }
-__device__ __forceinline__ float add_rounded(float a, float b) { return a + b; }
+__device__ __forceinline__ float add_rounded(float a, float b) {
+  volatile float product = a;
+  return product + b;
+}
 #else
 __device__ __forceinline__ float vmax_nan(float a, float b) {
   float r;

@@ -60,31 +60,6 @@ struct ScannedMembers {
       if (ids[i] == id) f(i);
   }
 };
-// Gathered into shared memory by one look at the ids, for who asks several times.
-constexpr int kMostCollected = 64;
-struct CollectedMembers {
-  const int32_t* rows;
-  int count;
-  template <class F> __device__ __forceinline__ void for_members(int lane, F&& f) const {
-    for (int i = lane; i < count; i += kWarp) f(rows[i]);
-  }
-};
-// By a whole warp, into `rows`; calls f with the members, in the order of their rows. A group that does not fit is looked for
-// every time. `count` is at most kScanIdsUpTo.
-template <class F>
-__device__ __forceinline__ void with_collected(const int64_t* ids, int64_t count, int64_t id, int lane, int32_t* rows, F&& f) {
-  int found = 0;
-  for (int first = 0; first < count; first += kWarp) {
-    const int i = first + lane;
-    const uint32_t hits = __ballot_sync(0xffffffffu, i < count && ids[i] == id);
-    const int at = found + __popc(hits & ((1u << lane) - 1));
-    if (hits >> lane & 1 && at < kMostCollected) rows[at] = i;
-    found += __popc(hits);
-  }
-  __syncwarp();
-  if (found <= kMostCollected) f(CollectedMembers{rows, found});
-  else f(ScannedMembers{ids, count, id});
-}
 struct SortedMembers {
   const int64_t* order;
   int64_t begin, end;

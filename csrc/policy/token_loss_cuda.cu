@@ -137,10 +137,9 @@ template <PolicyKind KIND, Penalty PENALTY, bool GENERAL, class DERIVED> struct 
     const float g = call(value, !a.mask || a.mask[i] != 0);
     if (DERIVED::writes && a.grad) a.grad[i] = g;
   }
-  __device__ __forceinline__ Pack<uint8_t, kPack> mask_of(int64_t pack) const {
-    return a.mask ? load4(a.mask + pack * kPack) : Pack<uint8_t, kPack>{{1, 1, 1, 1}};
-  }
-  __device__ __forceinline__ void four(int64_t i, const Pack<uint8_t, kPack>& mask) {
+  __device__ __forceinline__ void four(int64_t i) {
+    Pack<uint8_t, kPack> mask = {{1, 1, 1, 1}};
+    if (a.mask) mask = load4(a.mask + i);
     Pack<float, kPack> out = {}, packs[kTokenArrays] = {};
     if (mask.v[0] | mask.v[1] | mask.v[2] | mask.v[3]) {
 #pragma unroll
@@ -167,17 +166,7 @@ template <PolicyKind KIND, Penalty PENALTY, bool GENERAL, class DERIVED> struct 
       return;
     }
     if (begin + threadIdx.x < first_pack * kPack) one(begin + threadIdx.x);
-    // The mask is read a step ahead: whether to read the rest should not have to wait for it.
-    int64_t p = first_pack + threadIdx.x;
-    Pack<uint8_t, kPack> ahead = {};
-    if (p < last_pack) ahead = mask_of(p);
-    while (p < last_pack) {
-      const Pack<uint8_t, kPack> mask = ahead;
-      const int64_t next = p + kThreads;
-      if (next < last_pack) ahead = mask_of(next);
-      four(p * kPack, mask);
-      p = next;
-    }
+    for (int64_t p = first_pack + threadIdx.x; p < last_pack; p += kThreads) four(p * kPack);
     if (last_pack * kPack + threadIdx.x < end) one(last_pack * kPack + threadIdx.x);
   }
 };

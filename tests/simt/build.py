@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -33,8 +34,11 @@ COMMON = [
 ]  # fmt: skip
 PYTHON = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
 SANITIZERS = "-fsanitize=address,undefined"
+# A GPU's compiler fuses products and sums wherever it can: what must not be fused has to fail here, too.
+CPU_FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+FUSED = ["-ffp-contract=fast", *(["-mfma"] if re.search(r"^flags\b.*\bfma\b", CPU_FLAGS, re.MULTILINE) else [])]
 VARIANTS = {
-    "plain": ["-O2"],
+    "plain": ["-O2", *FUSED],
     "sanitize": ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", SANITIZERS],
 }
 
