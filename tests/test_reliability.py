@@ -1,9 +1,6 @@
 """Reliabilities of annotators: the moving average, its checkpoints, and several ranks."""
 
 import math
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +8,7 @@ from torch.testing import assert_close
 
 import prefkern
 from prefkern import AnnotatorReliability
+from ranks import run_ranks
 
 F64 = torch.float64
 
@@ -136,39 +134,22 @@ def test_a_hook_sums_over_ranks() -> None:
         assert_close(found, whole, rtol=0, atol=1e-15)
 
 
-RANKS = """
-import sys, torch, torch.distributed as dist, prefkern
-rank, port = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-torch.manual_seed(0)
-w, annotator = torch.rand(3, 10, dtype=torch.float64), torch.randint(4, (3, 10))
-share = slice(0, 7) if rank == 0 else slice(7, 10)
-for reduce in ("world", dist.group.WORLD):
-    ranks, whole = prefkern.AnnotatorReliability(5, reduce=reduce), prefkern.AnnotatorReliability(5)
-    for step in range(3):
-        found, expected = ranks.update(w[step, share], annotator[step, share]), whole.update(w[step], annotator[step])
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-15)
-    both = [torch.empty_like(found) for _ in range(2)]
-    dist.all_gather(both, found)
-    assert both[0].equal(both[1])
-print("equal", float(found.sum()))
-dist.destroy_process_group()
-"""
+def updates_of_a_share(rank: int) -> list[torch.Tensor]:
+    w, annotator = torch.rand(3, 10, dtype=torch.float64), torch.randint(4, (3, 10))  # the same on each rank
+    share = slice(0, 7) if rank == 0 else slice(7, 10)
+    results = []
+    for reduce in ("world", torch.distributed.group.WORLD):
+        ranks, whole = AnnotatorReliability(5, reduce=reduce), AnnotatorReliability(5)
+        for step in range(3):
+            found, expected = ranks.update(w[step, share], annotator[step, share]), whole.update(w[step], annotator[step])
+        assert_close(found, expected, rtol=0, atol=1e-15)
+        results.append(found)
+    return results
 
 
-@pytest.mark.slow
 def test_two_ranks_stay_equal() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-c", RANKS]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=120) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    assert outputs[0][0] == outputs[1][0] and outputs[0][0].startswith("equal")
+    for one, other in zip(*run_ranks(updates_of_a_share, 2), strict=True):
+        assert one.equal(other)
 
 
 # ---- refusals

@@ -1,7 +1,6 @@
 """DisCO against its worked numbers, its definition, its invariants and its edge cases."""
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from prefkern.papers import Rollout, disco, load_recipe, take_rows
+from ranks import run_ranks
 
 F64 = torch.float64
 NAN = math.nan
@@ -269,41 +269,27 @@ def test_it_compiles_without_a_break() -> None:
     assert_close(*(torch.autograd.grad(of(logp), logp)[0] for of in (compiled, loss)), rtol=1e-12, atol=0)
 
 
-RANK = """
-import sys
-import torch
-import torch.distributed as dist
-from prefkern.papers import disco
-
-rank, file = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method="file://" + file, rank=rank, world_size=2)
-inputs = torch.load(file + ".in")
-rows = inputs["group"] // 2 == rank
-results = []
-for tau in (None, 0.5):
-    logp = inputs["logp"][rows].requires_grad_()
-    loss, metrics = disco.disco_loss(
-        logp, inputs["old"][rows], inputs["mask"][rows], inputs["group"][rows], inputs["rewards"][rows], tau=tau,
-        process_group=dist.group.WORLD,
-    )
-    loss.backward()
-    results.append({"loss": loss.detach(), "metrics": metrics, "gradient": logp.grad})
-torch.save(results, f"{file}.{rank}")
-dist.destroy_process_group()
-"""
+def loss_of_a_share(rank: int, logp, old, mask, group, rewards) -> list[dict[str, torch.Tensor]]:
+    rows = group // 2 == rank
+    results = []
+    for tau in (None, 0.5):
+        own = logp[rows].requires_grad_()
+        loss, metrics = disco.disco_loss(
+            own, old[rows], mask[rows], group[rows], rewards[rows], tau=tau, process_group=torch.distributed.group.WORLD
+        )
+        loss.backward()
+        results.append({"loss": loss.detach(), "metrics": metrics, "gradient": own.grad})
+    return results
 
 
-def test_ranks_together_are_the_whole_batch(tmp_path, run_python) -> None:
+def test_ranks_together_are_the_whole_batch() -> None:
     group = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3, 3])  # rank 0 has 0 and 1, rank 1 has 2 and 3, which is of one class
     rewards = torch.tensor([1.0, 0, 1, 0, 0, 0, 1, 1, 1], dtype=F64)
     mask = torch.arange(5) < torch.randint(1, 6, (9, 1))
     logp = -torch.rand(9, 5, dtype=F64)
     old = logp + 0.05 * torch.rand(9, 5, dtype=F64)
-    file = tmp_path / "ranks"
-    torch.save({"logp": logp, "old": old, "mask": mask, "group": group, "rewards": rewards}, f"{file}.in")
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda rank: run_python(RANK, rank, file, OMP_NUM_THREADS="1"), range(2)))
-    for tau, *parts in zip((None, 0.5), *(torch.load(f"{file}.{rank}") for rank in range(2)), strict=True):
+    ranks = run_ranks(loss_of_a_share, 2, logp, old, mask, group, rewards)
+    for tau, *parts in zip((None, 0.5), *ranks, strict=True):
         loss, metrics, gradient = run(logp, old, mask, group, rewards, tau=tau)
         assert metrics["kl"] > 1e-3
         for part in parts:
