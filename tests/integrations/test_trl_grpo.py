@@ -1,7 +1,11 @@
 """GRPO with recipes, in TRL's trainer: against TRL's own losses, and end to end."""
 
+import os
+import socket
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch.testing import assert_close
 
 from integrations.trl_tiny import build, dataset, history, rewards, save_model
@@ -17,6 +21,10 @@ def model_path(tmp_path_factory):
 
 def other_rewards(completions, **_):
     return [len(set(text.split())) / 6 for text in completions]
+
+
+def right_or_wrong(completions, **_):
+    return [float(i % 3 == 0) for i in range(len(completions))]
 
 
 def train(path, output, recipe=None, **options):
@@ -79,7 +87,8 @@ def test_recipes_that_trl_has_too(name, how, model_path, tmp_path):
 # ----------------------------------------------------------------------------------------------------------- end to end
 
 RECIPES = [
-    "grpo", "dapo:max_length=6,cache=3", "dr_grpo", "gspo", "gtpo", "gtpo:variant=code", "ngrpo:r_max=1.0", "gdpo", "dgpo",
+    "grpo", "dapo:max_length=6,cache=3", "dr_grpo", "gspo", "gtpo:threshold=9.0", "gtpo:variant=code,threshold=9.0",
+    "ngrpo:r_max=2.0", "gdpo", "dgpo",
     "cispo", "sapo", "gmpo", "gpg", "mo_grpo", "opo", "rloo", "rloo:level=token", "reinforce_pp",
     "reinforce_pp:variant=baseline", "etr", "reg_grpo", "disco:tau=None",
 ]  # fmt: skip
@@ -126,22 +135,20 @@ def test_recipes(recipe, model_path, tmp_path, monkeypatch):
         for a, b in zip(mine, theirs, strict=True):
             assert (a is None) == (b is None)
             if a is not None:
-                assert_close(a, b, rtol=1e-3, atol=1e-5)
+                assert_close(a, b, rtol=5e-3, atol=1e-5)
         return loss
 
     monkeypatch.setattr(PrefkernGRPOTrainer, "_compute_loss", recorded)
     monkeypatch.setattr(PrefkernGRPOTrainer, "_calculate_rewards", recorded_rewards)
     monkeypatch.setattr("trl.trainer.grpo_trainer.shuffle_sequence_dict", lambda batch: batch)
-    trainer, logged, _ = train(
-        model_path, tmp_path, recipe, per_device_train_batch_size=8, reward_funcs=[rewards, other_rewards]
-    )
+    functions = [right_or_wrong] if recipe.startswith("disco") else [rewards, other_rewards]
+    trainer, logged, _ = train(model_path, tmp_path, recipe, per_device_train_batch_size=8, reward_funcs=functions)
     assert len(logged) == 2
     assert all(entry["grad_norm"] > 1e-3 for entry in logged)
     assert logged[0]["entropy"] > 1
-    assert {"reward", "rewards/rewards/mean", "rewards/other_rewards/mean", "frac_reward_zero_std"} <= logged[0].keys()
+    assert {"reward", *(f"rewards/{f.__name__}/mean" for f in functions), "frac_reward_zero_std"} <= logged[0].keys()
     assert any(key.startswith("recipe/") for key in logged[0])
-    names = load_recipe(recipe)
-    if hasattr(names, "weights"):
+    if hasattr(load_recipe(recipe), "weights"):
         assert trainer.recipe.weights == (1.0, 1.0)
 
 
@@ -292,7 +299,7 @@ def test_extra_that_a_subclass_gives(model_path, tmp_path):
 
 def test_auxiliary_loss(tmp_path):
     path = save_model(
-        tmp_path / "moe", family="Mixtral", num_local_experts=4, num_experts_per_tok=2, output_router_logits=True,
+        tmp_path / "moe", family="Mixtral", num_local_experts=4, num_experts_per_tok=2,
         router_aux_loss_coef=0.5,
     )  # fmt: skip
     _, expected, their_weights = train(path, tmp_path)
@@ -352,45 +359,76 @@ def test_what_is_no_recipe(model_path, tmp_path):
 # ------------------------------------------------------------------------------------------------------ several processes
 
 
-def rollout_of_a_rank(rank, path, output, recipe):
-    """What this rank's trainer made of its half of two groups that both ranks share."""
-    import os
+def rollouts_of_a_rank(rank, path, output, recipes, port):
+    """What this rank's trainers made of its half of two groups, which both ranks share."""
+    world = dist.get_world_size()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    found = []
+    for recipe in recipes:
+        trainer = build(
+            "GRPO", path, output, trainer=PrefkernGRPOTrainer, trainer_options={"recipe": recipe},
+            per_device_train_batch_size=2, gradient_accumulation_steps=2, generation_kwargs={"max_new_tokens": 5 + rank},
+        )  # fmt: skip
+        assert trainer.accelerator.num_processes == world
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = 2
+        batch = trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
+        loss = trainer._compute_loss(trainer.model, batch).detach()
+        kept = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+        found.append(kept | {"loss": loss, "logged": torch.tensor(list(trainer._logs["advantages"]))})
+    return found
 
-    import torch.distributed as dist
 
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(dist.get_world_size())}
-    trainer = build(
-        "GRPO", path, output, trainer=PrefkernGRPOTrainer, trainer_options={"recipe": recipe}, per_device_train_batch_size=2,
-        gradient_accumulation_steps=2, generation_kwargs={"max_new_tokens": 5 + rank},
-    )  # fmt: skip
-    assert trainer.accelerator.num_processes == 2
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 2
-    batch = trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
-    loss = trainer._compute_loss(trainer.model, batch).detach()
-    return {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)} | {"loss": loss}
+SHARE = {"gtpo": 1 / 2, "dapo": 1.0}
+"""Of the loss in one call that has the whole rollout, where two calls are accumulated: means of sequences are divided by two,
+tokens by how many the rollout has."""
+STRADDLING = ("gtpo:threshold=9.0", "dapo")
 
 
-@pytest.mark.parametrize("recipe", ["gtpo:threshold=9.0", "dapo"])
-def test_groups_that_straddle_ranks(recipe, model_path, tmp_path):
-    """As one process that has all of it; the ranks' losses average to that of the whole batch."""
-    parts = run_ranks(rollout_of_a_rank, 2, model_path, tmp_path, recipe, timeout=100.0)
-    columns = [part["completion_ids"].shape[1] for part in parts]
+@pytest.fixture(scope="module")
+def parts(model_path, tmp_path_factory):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    ranks = run_ranks(rollouts_of_a_rank, 2, model_path, tmp_path_factory.mktemp("ranks"), STRADDLING, port, timeout=300.0)
+    return dict(zip(STRADDLING, zip(*ranks, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("recipe", STRADDLING)
+def test_groups_that_straddle_ranks(recipe, parts, model_path, tmp_path):
+    """As one process that has all of it: advantages, masks, weights of tokens, and the average of the ranks' losses."""
+    mine = parts[recipe]
+    columns = [part["completion_ids"].shape[1] for part in mine]
     width = max(columns)
     assert columns[0] != columns[1]
 
     def joined(key):
-        return torch.cat([torch.nn.functional.pad(part[key], (0, width - part[key].shape[1])) for part in parts])
+        return torch.cat([torch.nn.functional.pad(part[key], (0, width - part[key].shape[1])) for part in mine])
 
     tokens, mask = joined("completion_ids"), joined("completion_mask").bool()
-    words = build("GRPO", model_path, tmp_path).processing_class
-    texts = words.batch_decode([row[keep] for row, keep in zip(tokens, mask, strict=True)], skip_special_tokens=True)
+    one = build("GRPO", model_path, tmp_path)
+    texts = one.processing_class.batch_decode(
+        [row[keep] for row, keep in zip(tokens, mask, strict=True)], skip_special_tokens=True
+    )
     rollout = Rollout(torch.tensor(rewards(texts)), torch.arange(8) // 4, mask, tokens=tokens)
-    expected = load_recipe(recipe).prepare(rollout)
+    loaded = load_recipe(recipe)
+    expected = loaded.prepare(rollout)
     assert expected["advantages"].abs().sum() > 0.1
-    assert_close(torch.cat([part["recipe/advantages"] for part in parts]), expected["advantages"], rtol=1e-5, atol=1e-6)
+    assert_close(torch.cat([part["recipe/advantages"] for part in mine]), expected["advantages"], rtol=1e-5, atol=1e-6)
+    assert_close(mine[0]["logged"], expected["advantages"], rtol=1e-5, atol=1e-6)
     assert torch.equal(joined("recipe/mask"), expected["mask"])
-    assert [part["recipe/items"].item() for part in parts] == [expected["mask"].sum().item()] * 2
+    assert [part["recipe/items"].item() for part in mine] == [expected["mask"].sum().item()] * 2
     if recipe.startswith("gtpo"):
-        inside = torch.cat([torch.arange(width).expand(4, -1) < n for n in columns])
+        inside = torch.cat([(torch.arange(width) < n).expand(4, -1) for n in columns])
         assert torch.equal(joined("recipe/weights")[inside], expected["weights"][inside])
+    longest = max(part["prompt_ids"].shape[1] for part in mine)
+    prompts, attention = (
+        torch.cat([torch.nn.functional.pad(part[key], (longest - part[key].shape[1], 0)) for part in mine])
+        for key in ("prompt_ids", "prompt_mask")
+    )
+    logp, entropy, _ = one._get_per_token_logps_and_entropies(
+        one.model, torch.cat([prompts, tokens], 1), torch.cat([attention, mask.long()], 1), width, compute_entropy=True
+    )
+    whole = loaded.loss(logp, expected, entropy=entropy).loss
+    assert_close(sum(part["loss"] for part in mine) / 2, whole * SHARE[recipe[:4]], rtol=1e-4, atol=1e-6)

@@ -193,13 +193,15 @@ class PrefkernGRPOTrainer(GRPOTrainer):
         )
 
     def _gather(self, values: Tensor) -> Tensor:
+        """The same of all processes, by rows, padded to the widest."""
         if self.accelerator.num_processes == 1:
             return values
-        if values.dim() > 1:
-            values = self.accelerator.pad_across_processes(values, dim=1)
-        gathered = self.accelerator.gather(values)
+        sent = values.to(torch.uint8) if values.dtype == torch.bool else values  # padding would make int64 of bool
+        if sent.dim() > 1:
+            sent = self.accelerator.pad_across_processes(sent, dim=1)
+        gathered = self.accelerator.gather(sent)
         assert isinstance(gathered, Tensor)
-        return gathered
+        return gathered.to(values.dtype)
 
     def _old_logp(self, output: dict[str, Any]) -> Tensor:
         """TRL leaves them out where they are those of the loss."""
