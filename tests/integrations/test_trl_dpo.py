@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from integrations.trl_tiny import build, dataset, history, save_model, transformers, trl
-from prefkern.integrations.trl import PrefkernDPOTrainer, patch
+from prefkern.integrations.trl import PrefkernDPOTrainer, _options, patch
 from prefkern.papers import Pairs, load_pair_recipe
 
 
@@ -205,3 +205,13 @@ def test_a_configuration_is_left_as_it_is(model_path, tmp_path):
         processing_class=transformers.AutoTokenizer.from_pretrained(model_path),
     )  # fmt: skip
     assert not args.precompute_ref_log_probs
+
+
+def test_no_configuration():
+    """As TRL: its defaults, in a folder named by the model."""
+    named = _options.default_config(str, "somewhere/a-model", "DPO")
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    model.config._name_or_path = "somewhere/another"
+    assert (named, _options.default_config(str, model, "GRPO")) == ("a-model-DPO", "another-GRPO")

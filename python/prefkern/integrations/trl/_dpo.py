@@ -18,7 +18,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from ...ops import LossOutput
 from ...papers import PairRecipe, Pairs, load_pair_recipe
-from ._options import refuse_options
+from ._options import default_config, refuse_options
 
 TAKEN_OVER = (
     "loss_type", "loss_weights", "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha",
@@ -63,7 +63,7 @@ class PrefkernDPOTrainer(DPOTrainer):
         self.recipe = load_pair_recipe(recipe) if isinstance(recipe, str) else recipe
         if not isinstance(self.recipe, PairRecipe):
             raise TypeError(f"recipe is {recipe!r}; a name or a prefkern.papers.PairRecipe is expected")
-        args = DPOConfig() if args is None else copy.copy(args)
+        args = default_config(DPOConfig, model, "DPO") if args is None else copy.copy(args)
         refuse_options(args, TAKEN_OVER, self.recipe)
         name = self.recipe.name
         missing = [key for key in self.recipe.needs if key not in ("ref_logp", "sum_sq_probs")]

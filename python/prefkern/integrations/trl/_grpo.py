@@ -17,7 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 from ...ops import LossOutput
 from ...papers import Batch, Recipe, Rollout, load_recipe
 from ...papers._recipe import multiply
-from ._options import refuse_options
+from ._options import default_config, refuse_options
 
 TAKEN_OVER = (
     "loss_type", "scale_rewards", "multi_objective_aggregation", "importance_sampling_level", "epsilon", "epsilon_high",
@@ -66,7 +66,7 @@ class PrefkernGRPOTrainer(GRPOTrainer):
         self.recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
         if not isinstance(self.recipe, Recipe):
             raise TypeError(f"recipe is {recipe!r}; a name or a prefkern.papers.Recipe is expected")
-        args = GRPOConfig() if args is None else args
+        args = default_config(GRPOConfig, model, "GRPO") if args is None else args
         refuse_options(args, TAKEN_OVER, self.recipe)
         self._check_recipe(args)
         super().__init__(model, reward_funcs, args, *rest, **more)
@@ -260,7 +260,7 @@ class PrefkernGRPOTrainer(GRPOTrainer):
         batch = {key[len(PREFIX) :]: value for key, value in inputs.items() if key.startswith(PREFIX)}
         theirs = {key: value for key, value in inputs.items() if not key.startswith(PREFIX)}
         theirs["advantages"] = batch["advantages"].new_zeros(len(batch["advantages"]))
-        beta: float = self.args.beta
+        beta: float = self.beta  # type: ignore[has-type]
         if self._own_reference:
             self.beta = 0.0
         if self.beta == 0:  # else the KL may be corrected by the ratio; a ratio of inf would make NaN of the 0

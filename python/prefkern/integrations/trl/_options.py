@@ -22,3 +22,9 @@ def refuse_options(args: Any, names: tuple[str, ...], recipe: Recipe | PairRecip
                 f"{type(args).__name__} has {field.name}={value!r}, which recipe {recipe.name!r} decides; {default!r} is "
                 f"expected, and options of the recipe: {listed}"
             )
+
+
+def default_config(config: Any, model: Any, method: str) -> Any:
+    """What TRL takes for no configuration: its defaults, and a folder named by the model."""
+    name = model if isinstance(model, str) else model.config._name_or_path
+    return config(f"{name.split('/')[-1]}-{method}")

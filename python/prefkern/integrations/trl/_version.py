@@ -17,7 +17,7 @@ def check_version() -> None:
         found = version("trl")
     except PackageNotFoundError:
         raise ImportError(f"trl is not installed; trl>={first},<{beyond} is expected") from None
-    if not Version(first) <= Version(found) < Version(beyond):
+    if not Version(first) <= Version(Version(found).base_version) < Version(beyond):
         raise RuntimeError(
             f"trl is {found}; supported: >={first},<{beyond}. The hooks are private names of TRL's, which move between releases"
         )
