@@ -1,0 +1,1 @@
+"""prefkern in the trainers that people use. Each module here imports its trainer, and none is imported by `prefkern` itself."""
