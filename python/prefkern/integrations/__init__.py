@@ -1,0 +1,1 @@
+"""prefkern inside other people's trainers. Each module imports its trainer, and only when it is itself imported."""
