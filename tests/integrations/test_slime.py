@@ -324,6 +324,12 @@ def test_truncated_importance_sampling(name, path):
     assert (expected - unweighted).abs() > 1e-3
     assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     assert 0 < metrics["tis_clipfrac"] < 1
+    if name == "grpo":
+        away = (made.rollout.old_logp - sampled).abs()
+        ratio = (logp.detach() - made.rollout.old_logp).exp()
+        for key, value in (("train_rollout_logprob_abs_diff", away), ("ois", ratio)):
+            mean = ((value * made.mask).sum(1) / made.mask.sum(1)).mean().item()
+            assert metrics[key] == pytest.approx(mean, rel=1e-5)
     both = [torch.autograd.grad(x, leaf, retain_graph=True)[0] for x in (loss, expected)]
     assert_close(*both, rtol=1e-4, atol=1e-7)
 

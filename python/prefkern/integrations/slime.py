@@ -235,6 +235,12 @@ def loss(
         kl_loss = sum_of_sample_mean(kl)
         reported["kl_loss"] = kl_loss.detach()
         total = total + args.kl_loss_coef * kl_loss
+    if batch.get("rollout_log_probs"):
+        trained = flat_logp if getattr(args, "use_rollout_logprobs", False) else torch.cat(list(old))
+        away = (trained - torch.cat(list(batch["rollout_log_probs"]))).abs()
+        reported["train_rollout_logprob_abs_diff"] = sum_of_sample_mean(away).detach()
+    if tis is not None:
+        reported["ois"] = sum_of_sample_mean(torch.exp(flat_logp - torch.cat(list(old)))).detach()
     if flat_logp.numel() == 0:
         total = total + 0 * logits.sum()
     reported |= {key: sum_of_sample_mean(metric).detach() for key, metric in metrics.items()}
