@@ -67,6 +67,7 @@ class TokenLoss:
         norm: float | Tensor | None = None,
         scale: float | None = None,
         token_weight: Tensor | None = None,
+        ref_logp: Tensor | None = None,
     ) -> LossOutput:
         """All tensors [B, T], mask bool. agg, norm and scale: as `prefkern.policy_loss` has them, for means over tokens;
         for one loss per completion `norm` stands for the number of completions. Gradient to logp."""
@@ -76,27 +77,25 @@ class TokenLoss:
             advantages = row_values("advantages", advantages, mask)
         if self.average == "tokens":
             return policy_loss(
-                logp,
-                old_logp,
-                advantages,
-                mask,
-                agg=agg,
-                norm=norm,
-                scale=scale,
-                token_weight=token_weight,
-                **self.options,
-            )
+                logp, old_logp, advantages, mask, agg=agg, norm=norm, scale=scale, token_weight=token_weight,
+                ref_logp=ref_logp, **self.options,
+            )  # fmt: skip
         rows = row_values("advantages", advantages, mask)
         weight = None if token_weight is None else geometric_mean(token_weight, mask)
         if self.options["kind"] == "gmpo":
-            return policy_loss(logp, old_logp, rows, mask, agg="trl-grpo", norm=norm, token_weight=weight, **self.options)
+            return policy_loss(
+                logp, old_logp, rows, mask, agg="trl-grpo", norm=norm, token_weight=weight, ref_logp=ref_logp, **self.options
+            )
         ratio = sequence_sum(logp, mask, minus=old_logp)[:, None]
         out = policy_loss(ratio, torch.zeros_like(ratio), rows, norm=norm, token_weight=weight, **self.options)
         return LossOutput(out.loss, {**out.metrics, "tokens": mask.sum()})
 
 
-def token_loss(recipe: Recipe, trainer: str) -> TokenLoss:
-    """The loss of a recipe for a hook of a trainer. ValueError that says what is missing, and what to do instead."""
+def token_loss(recipe: Recipe, trainer: str, *, reference: bool = False) -> TokenLoss:
+    """The loss of a recipe for a hook of a trainer. ValueError that says what is missing, and what to do instead.
+
+    reference: whether the hook receives the reference's log-probs, so that the recipe's KL can be in its loss.
+    """
     name = recipe.name
     instead = f"; with {trainer} use its advantages with the loss of another recipe, or the recipe from a loop of your own"
     if recipe.whole_groups:
@@ -107,7 +106,7 @@ def token_loss(recipe: Recipe, trainer: str) -> TokenLoss:
         )
     if name in _NO_LOSS:
         raise ValueError(f"recipe {name!r} has no loss for {trainer}: {_NO_LOSS[name]}{instead}")
-    if (beta := kl_in_loss(recipe)) != 0:
+    if not reference and (beta := kl_in_loss(recipe)) != 0:
         raise ValueError(
             f"recipe {name!r} has beta {beta}: {trainer}'s loss hook does not receive the reference's log-probs; set the KL in "
             f"{trainer}'s own options and leave beta at 0"
@@ -116,8 +115,9 @@ def token_loss(recipe: Recipe, trainer: str) -> TokenLoss:
         return TokenLoss(recipe, {"kind": "clip", "ratio_clamp": None}, "tokens", "seq-mean-token-mean", None)
     options = recipe.loss_options({})
     agg, scale = options.pop("agg", "token-mean"), options.pop("scale", None)
-    options.pop("beta", None)
-    options.pop("kl", None)
+    if not reference:
+        options.pop("beta", None)
+        options.pop("kl", None)
     options.setdefault("kind", "clip")
     if name == "rloo" and recipe.level == "sequence":  # type: ignore[attr-defined]
         return TokenLoss(recipe, options | {"ratio_clamp": None}, "rows", "seq-mean-token-mean", None)
