@@ -229,7 +229,7 @@ def test_the_clipped_loss_is_nemo_rls(integration, by_token):
         "probs_ratio_max": ratio.detach()[kept].max().item(),
         "token_mult_prob_error": mean((generated - rollout.old_logp).abs().exp()),
         "gen_kl_error": mean((rollout.old_logp - generated).exp() - 1 - (rollout.old_logp - generated)),
-        "sampling_importance_ratio": mean((rollout.old_logp - generated).exp()),
+        "sampling_importance_ratio": mean((rollout.old_logp - generated).exp().clamp(0, 1.1)),
         "approx_entropy": -mean((logp - generated).exp() * logp),
         "num_valid_samples": 6.0,
     }

@@ -105,7 +105,10 @@ class RecipeLoss:
             logp, old, advantages, mask, agg=self._loss.agg, norm=_number(norm, logp), scale=self._loss.scale,
             token_weight=weight, ref_logp=reference,
         )  # fmt: skip
-        return loss, self._metrics(loss, metrics, logp.detach(), old, generated, mask, data["sample_mask"], global_valid_toks)
+        found = self._metrics(
+            loss, metrics, logp.detach(), old, generated, weight, mask, data["sample_mask"], global_valid_toks
+        )
+        return loss, found
 
     def _metrics(
         self,
@@ -114,6 +117,7 @@ class RecipeLoss:
         logp: Tensor,
         old: Tensor,
         generated: Tensor,
+        weight: Tensor | None,
         mask: Tensor,
         samples: Tensor,
         tokens: Tensor,
@@ -134,7 +138,7 @@ class RecipeLoss:
             "approx_kl": metrics["approx_kl"] * share,
             "token_mult_prob_error": over_all((generated - old).abs().exp()),
             "gen_kl_error": kl_penalty(generated, old, mask, kl="k3", norm=norm),
-            "sampling_importance_ratio": over_all((old - generated).exp()),
+            "sampling_importance_ratio": over_all((old - generated).exp() if weight is None else weight),
             "approx_entropy": -over_all((logp - generated).exp() * logp),
             "probs_ratio_min": metrics["ratio_min"],
             "probs_ratio_max": metrics["ratio_max"],
