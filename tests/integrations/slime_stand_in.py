@@ -7,6 +7,13 @@ from types import ModuleType
 
 import torch
 
+FLAGS = (
+    "--custom-config-path", "--custom-advantage-function-path", "--loss-type", "--custom-loss-function-path",
+    "--custom-tis-function-path", "--custom-pg-loss-reducer-function-path", "--rollout-data-postprocess-path",
+    "--calculate-per-token-loss", "--use-kl-loss", "--use-tis", "--tis-clip-low", "--tis-clip", "--eps-clip", "--eps-clip-high",
+    "--eps-clip-c",
+)  # fmt: skip
+"""Of slime's parser."""
 context_parallel = {"rank": 0, "size": 1}
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from integrations.pages import DOCS, blocks
 from integrations.rollouts import COLUMNS, MASK, RECIPES, make
 from prefkern import importance_weights
 from prefkern.papers import Rollout, load_recipe, recipes
@@ -341,3 +342,19 @@ def test_other_versions_are_refused_with_the_range(monkeypatch, version):
     stand_in(monkeypatch, version)
     with pytest.raises(ImportError, match=r"nemo_rl is .* from 0\.6 to before 0\.8"):
         importlib.import_module(MODULE)
+
+
+def test_the_page(integration, monkeypatch):
+    grpo = ModuleType("nemo_rl.algorithms.grpo")
+    monkeypatch.setitem(sys.modules, grpo.__name__, grpo)
+    monkeypatch.setattr(sys.modules["nemo_rl.algorithms"], "grpo", grpo, raising=False)
+    (code,) = blocks("nemo_rl.md", "python")
+    names = {}
+    exec(code, names)
+    rollout, logp, _ = make()
+    estimator = grpo._create_advantage_estimator(None)
+    assert estimator.recipe == names["loss_fn"].recipe == load_recipe("ngrpo", r_max=2.0)
+    loss, _, _ = run(names["loss_fn"], train_data(rollout, estimate(integration, estimator.recipe, rollout)), logp)
+    assert loss.isfinite()
+    text = (DOCS / "nemo_rl.md").read_text()
+    assert all(name in text for name in NO_LOSS)

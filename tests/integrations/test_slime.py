@@ -1,5 +1,6 @@
 """The functions for slime's custom paths, called as slime calls them, in a stand-in of its training backend."""
 
+import re
 import warnings
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from integrations import slime_stand_in as slime
+from integrations.pages import DOCS, blocks, paths
 from integrations.rollouts import COLUMNS, LENGTHS, MASK, RECIPES, as_text, make
 from prefkern import importance_weights
 from prefkern.integrations import slime as integration
@@ -458,3 +460,31 @@ def test_the_reducer_of_dr_grpo(monkeypatch):
         monkeypatch.setenv("PREFKERN_RECIPE", other)
         with pytest.raises(ValueError, match=f"PREFKERN_RECIPE is '{other}'; this reducer is for dr_grpo:max_length="):
             integration.pg_loss_reducer(made.totals, made.lengths, made.masks)
+
+
+def test_the_page(monkeypatch):
+    """Its functions exist, its flags are slime's, and its configuration chooses what it says."""
+    flags = set(re.findall(r"--[\w-]+", (DOCS / "slime.md").read_text()))
+    assert flags <= set(slime.FLAGS), flags - set(slime.FLAGS)
+    for path in paths("slime.md"):
+        assert callable(slime.load_function(path))
+    first, second = blocks("slime.md", "yaml")
+    assert load_recipe(settings(first)["prefkern_recipe"]) == load_recipe("ngrpo", r_max=2.0)
+    made = Step()
+    args = slime.arguments(**settings(second))
+    _, _, metrics = integration.importance(
+        args, pg_loss=torch.ones(sum(made.lengths)), train_log_probs=made.rows(made.rollout.old_logp),
+        rollout_log_probs=made.rows(made.rollout.ref_logp), loss_masks=made.masks,
+    )  # fmt: skip
+    assert metrics["tis"].shape == (sum(made.lengths),)
+    (exported,) = [block for block in blocks("slime.md", "bash") if "export" in block]
+    name, value = re.search(r'export (\w+)="(.*)"', exported).groups()
+    monkeypatch.setenv(name, value)
+    assert integration.pg_loss_reducer([4], [2], [torch.ones(2)])(torch.ones(2)) == 2 / 4096
+
+
+def settings(block):
+    """key: value of a flat YAML file."""
+    pairs = re.findall(r"^(\w+): *\"?([^\"#\n]*?)\"? *(?:#.*)?$", block, re.MULTILINE)
+    assert pairs
+    return dict(pairs)

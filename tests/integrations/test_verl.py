@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -13,6 +14,7 @@ from torch.testing import assert_close
 
 import prefkern
 from integrations import serving  # before verl's trainer
+from integrations.pages import DOCS, blocks, paths
 from integrations.rollouts import MASK, RECIPES, as_text, make, value_and_gradient
 from integrations.shards import sharded_head
 from prefkern.integrations._hooks import token_loss
@@ -768,3 +770,70 @@ def test_a_weight_in_shards():
         assert_close(entropy.double(), expected[1].flatten(), rtol=0, atol=1e-5)
         assert_close(total, gradients[0], rtol=1e-4, atol=1e-5)
     assert_close(torch.cat([r[3] for r in results]), gradients[1], rtol=1e-4, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------- configuration, docs
+
+
+def whole_configuration(*overrides):
+    """verl's own, from its file, with overrides as on its command line."""
+    from omegaconf import OmegaConf
+
+    path = os.path.join(os.path.dirname(verl.__file__), "trainer", "config", "_generated_ppo_trainer.yaml")
+    config = OmegaConf.load(path)
+    for override in overrides:
+        key, value = override.split("=")
+        assert OmegaConf.select(config, key, default="absent") != "absent", f"verl has no setting {key}"
+        OmegaConf.update(config, key, value)
+    return config
+
+
+def test_through_verls_configuration():
+    from verl.utils.config import omega_conf_to_dataclass
+
+    config = whole_configuration(
+        "algorithm.adv_estimator=prefkern_ngrpo", "actor_rollout_ref.actor.policy_loss.loss_mode=prefkern_ngrpo"
+    )
+    config.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu = 8
+    rollout, logp, _ = make()
+    data = ray_trainer.compute_advantage(proto(rollout), adv_estimator=config.algorithm.adv_estimator, config=config.algorithm)
+    chosen = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    ids = torch.ones(8, PROMPT + 6, dtype=torch.long)
+    attention = torch.cat([torch.ones(8, PROMPT).long(), MASK.long()], 1)
+    batch = worker_batch(
+        ids, attention, MASK.long(), rollout.old_logp, rollout.ref_logp, data.batch["advantages"],
+        {"batch_num_tokens": int(MASK.sum()), "global_batch_size": 8},
+    )  # fmt: skip
+    places = torch.zeros(attention.shape, dtype=F64)
+    places[:, PROMPT - 1 : -1] = logp
+    loss, metrics = ppo_loss(chosen, {"log_probs": places[attention.bool()]}, batch)
+    recipe = recipes()["ngrpo"]
+    assert_close(loss, recipe.loss(logp, recipe.prepare(rollout)).loss)
+    assert metrics["actor/pg_loss"].aggregate() == pytest.approx(loss.item())
+
+
+def test_the_page(monkeypatch):
+    (command, exported) = blocks("verl.md", "bash")
+    whole_configuration(*re.findall(r"[\w.]+=[\w-]+(?= |$)", command.split("main_ppo")[1].replace("\\\n", " "), re.MULTILINE))
+    assert "VERL_USE_EXTERNAL_MODULES=prefkern.integrations.verl " in command
+    name, _, value = exported.removeprefix("export ").strip().partition("=")
+    assert name == integration.RECIPES_VARIABLE
+    monkeypatch.setenv(name, value.strip('"'))
+    integration._from_environment()
+    assert core_algos.get_policy_loss_fn("prefkern_ngrpo").recipe.r_max == 2.0
+    assert core_algos.get_policy_loss_fn("prefkern_strict").recipe.eps_high == 0.1
+    try:
+        for code in blocks("verl.md", "python"):
+            exec(code, {})
+        assert kernel.linear_cross_entropy is integration.linear_cross_entropy
+        assert hasattr(ray_trainer.compute_advantage, "__wrapped__")
+    finally:
+        integration.unpatch_head()
+        integration.unpass_batch()
+    for path in paths("verl.md") - {"prefkern.integrations.verl"}:
+        assert hasattr(integration, path.rpartition(".")[2])
+    text = (DOCS / "verl.md").read_text()
+    assert integration.BATCH_VARIABLE in text
+    assert {f"prefkern_{name}" for name in ("ngrpo", "grpo", "ppo", "strict")} <= set(re.findall(r"prefkern_\w+", text))
+    for name in REFUSED:
+        assert name in text
