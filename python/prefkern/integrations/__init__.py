@@ -1,1 +1,1 @@
-"""prefkern in the trainers that people use. Each module here imports its trainer, and none is imported by `prefkern` itself."""
+"""prefkern inside other libraries: transformers, TRL, verl, slime and NeMo-RL, a module each. Importing this imports none."""
