@@ -14,7 +14,7 @@ from prefkern import distributed
 from ranks import run_ranks
 
 F64 = torch.float64
-FRACTIONS = (0.0, 0.07, 0.2, 0.5, 0.999, 1.0)
+FRACTIONS = {2: (0.0, 0.07, 0.2, 0.5, 0.999, 1.0), 4: (0.13,)}
 ROWS = {2: (9, 11), 4: (0, 12, 5, 3)}
 
 
@@ -45,13 +45,14 @@ def share(rank: int, counts: tuple[int, ...], t: torch.Tensor) -> torch.Tensor:
 
 
 def own_parts(rank: int, counts: tuple[int, ...]) -> None:
+    fractions = FRACTIONS[len(counts)]
     for i, (values, mask) in enumerate(inputs()):
         own, own_mask = share(rank, counts, values), None if mask is None else share(rank, counts, mask)
-        for fraction, rule in product(FRACTIONS, ("count", "trl")):
+        for fraction, rule in product(fractions, ("count", "trl")):
             found = distributed.top_quantile_mask(own, own_mask, fraction=fraction, rule=rule, process_group="world")
             whole = prefkern.top_quantile_mask(values, mask, fraction=fraction, rule=rule)
             assert found.shape == own.shape and torch.equal(found, share(rank, counts, whole)), (i, fraction, rule)
-        for q, interpolation in product(FRACTIONS, ("linear", "lower", "higher")):
+        for q, interpolation in product(fractions, ("linear", "lower", "higher")):
             at = distributed.masked_quantile(own, q, own_mask, interpolation=interpolation, process_group="world")
             expected = prefkern.masked_quantile(values, q, mask, interpolation=interpolation)
             assert at.dtype == expected.dtype and at.shape == ()

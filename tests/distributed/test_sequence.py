@@ -24,8 +24,8 @@ def batch(dtype: torch.dtype = F64) -> dict[str, torch.Tensor]:
     logp = -torch.rand(B, T, dtype=dtype)
     logp[0, 4] = math.nan
     return {
-        "logp": logp, "old": logp + 0.1 * torch.randn(B, T, dtype=dtype), "weights": torch.rand(B, T, dtype=dtype), "mask": mask,
-        "advantages": torch.randn(B, dtype=dtype),
+        "logp": logp, "old": logp + 0.1 * torch.randn(B, T, dtype=dtype), "weights": torch.rand(B, T, dtype=dtype),
+        "mask": mask, "advantages": torch.randn(B, dtype=dtype), "lengths": mask.sum(1).to(dtype),
     }  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def sums_of_a_share(rank: int, size: int) -> None:
     for dtype, tolerance in ((F64, 1e-13), (torch.float32, 1e-6)):
         rows = batch(dtype)
         for kind in KINDS:
-            options = {name: rows[of] if of in rows else of for name, of in kind.items()}
+            options = {name: rows.get(of, of) for name, of in kind.items()}
             for whole_op, op in (
                 (prefkern.sequence_sum, distributed.sequence_sum),
                 (prefkern.sequence_mean, distributed.sequence_mean),
@@ -57,7 +57,7 @@ def sums_of_a_share(rank: int, size: int) -> None:
                 (expected * slope).sum().backward()
                 for striped in (False, True):
                     part = {name: columns(rank, size, t, striped) for name, t in rows.items() if t.dim() == 2}
-                    own = {name: part[of] if of in part else of for name, of in kind.items()}
+                    own = {name: part.get(of, of) for name, of in kind.items()}
                     for gradient, factor in (("sum", 1), ("mean", size)):
                         logp = part["logp"].clone().requires_grad_()
                         found = op(logp, part["mask"], **own, process_group="world", gradient=gradient)
@@ -82,8 +82,9 @@ def test_sums_and_means(size: int) -> None:
 
 def gspo(logp: torch.Tensor, mean: Callable[..., torch.Tensor], rows: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
     s = mean(logp, rows["mask"], minus=rows["old"], **options).exp()
-    a = rows["advantages"]
-    return torch.maximum(-a * s, -a * s.clamp(1 - 3e-4, 1 + 4e-4))
+    a, n = rows["advantages"], rows["lengths"]
+    each = torch.maximum(-a * s, -a * s.clamp(1 - 3e-4, 1 + 4e-4)) * n / (n + 1e-8)  # as seq-mean-token-mean does
+    return each[n > 0].mean()
 
 
 def losses_of_a_share(rank: int, logp: torch.Tensor, ref: torch.Tensor, kernel: torch.Tensor, size: int) -> list[torch.Tensor]:
@@ -95,7 +96,7 @@ def losses_of_a_share(rank: int, logp: torch.Tensor, ref: torch.Tensor, kernel: 
         part = {name: columns(rank, size, t, True) if t.dim() == 2 else t for name, t in rows.items()}
         own = columns(rank, size, logp, True) * shared
         mean = distributed.sequence_mean
-        loss = gspo(own, mean, part, process_group="world", gradient=gradient)[rows["mask"].any(1)].mean()
+        loss = gspo(own, mean, part, process_group="world", gradient=gradient)
         loss.backward()
         results += [loss.detach(), shared.grad]
 
