@@ -73,11 +73,11 @@ def looks(t: Tensor) -> bool:
 
 
 def attempt(make: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
-    """What `make` returns, or the refusal that it raises. A rank whose own arguments are wrong still sends its message, which
-    says so: the others would wait for it."""
+    """What `make` returns, or what it raises. A rank whose own arguments are wrong still sends its message, which says so: the
+    others would wait for it."""
     try:
         return make(), None
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # raised again when the message is out
         return None, error
 
 
@@ -96,7 +96,7 @@ def checksum(text: str) -> int:
 def head(text: str, ranks: Ranks, refusal: Exception | None) -> list[int]:
     """What a rank adds to the first numbers of a message that is summed: two halves of a checksum of what all must agree on,
     each with its square, since n numbers are equal exactly if n times the sum of their squares is the square of their sum;
-    whether it refuses, and who it then is. Sums and their squares are exact in float64 over 1024 ranks."""
+    whether it refuses, and who it then is. The sums are exact in float64 too."""
     high, low = divmod(checksum(text), 1 << 16)
     refuses = refusal is not None
     return [high, high * high, low, low * low, int(refuses), (ranks.rank + 1) * refuses, 0, 0]
@@ -104,6 +104,7 @@ def head(text: str, ranks: Ranks, refusal: Exception | None) -> list[int]:
 
 def all_well(sums: Tensor, ranks: Ranks) -> Tensor:
     """Whether no rank refuses and all agree, of the summed heads: bool, 0-d, without looking at it."""
+    sums = sums[:HEAD].long()
     agree = (sums[0] * sums[0] == ranks.size * sums[1]) & (sums[2] * sums[2] == ranks.size * sums[3])
     return agree & (sums[4] == 0)
 

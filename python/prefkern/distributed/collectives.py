@@ -132,8 +132,7 @@ def packed_sum(*tensors: Tensor, process_group: ProcessGroup, gradient: Literal[
             gradients over these ranks, as DDP and FSDP do.
 
     Returns:
-        A tuple of sums, shaped like the tensors: integers in their dtype (exact below 2^53), else float32, or float64 for
-        float64. Added in double, so that sums of float32 differ from those of one process by a rounding. Equal on all ranks.
+        A tuple of sums, shaped like the tensors: int64 of integers (exact below 2^53), else float32, or float64 for float64. Added in double, so that sums of float32 differ from those of one process by a rounding. Equal on all ranks.
 
     Up to 504 numbers are one message of 4096 bytes, whatever they are; the others follow in a second.
 
@@ -149,7 +148,7 @@ def packed_sum(*tensors: Tensor, process_group: ProcessGroup, gradient: Literal[
 def sum_of(
     make: Callable[[], Sequence[Tensor]], ranks: Ranks | None, what: str, gradient: str = "sum", like: Any = None
 ) -> tuple[Tensor, ...]:
-    """`packed_sum` of what `make` returns. If that raises ValueError or TypeError, all ranks raise."""
+    """`packed_sum` of what `make` returns. If that raises, all ranks raise."""
 
     def checked() -> list[Tensor]:
         choice("gradient", gradient, GRADIENTS)
@@ -233,7 +232,7 @@ def _cast(total: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _sum_dtype(t: Tensor) -> torch.dtype:
-    return accumulator(t) if t.is_floating_point() else t.dtype
+    return accumulator(t) if t.is_floating_point() else torch.int64
 
 
 def _checked_terms(tensors: Sequence[Tensor]) -> list[Tensor]:
