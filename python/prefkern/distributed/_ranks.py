@@ -93,13 +93,14 @@ def checksum(text: str) -> int:
     return zlib.crc32(text.encode())
 
 
-def head(text: str, ranks: Ranks, refusal: Exception | None) -> list[int]:
+def head(text: str, ranks: Ranks, refusal: Exception | None, like: Tensor) -> Tensor:
     """What a rank adds to the first numbers of a message that is summed: two halves of a checksum of what all must agree on,
     each with its square, since n numbers are equal exactly if n times the sum of their squares is the square of their sum;
-    whether it refuses, and who it then is. The sums are exact in float64 too."""
+    whether it refuses, and who it then is. [HEAD], of the dtype of the message; the sums are exact in float64 too."""
     high, low = divmod(checksum(text), 1 << 16)
     refuses = refusal is not None
-    return [high, high * high, low, low * low, int(refuses), (ranks.rank + 1) * refuses, 0, 0]
+    numbers = [high, high * high, low, low * low, int(refuses), (ranks.rank + 1) * refuses, 0, 0]
+    return torch.tensor(numbers, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
 def all_well(sums: Tensor, ranks: Ranks) -> Tensor:

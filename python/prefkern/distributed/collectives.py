@@ -132,7 +132,8 @@ def packed_sum(*tensors: Tensor, process_group: ProcessGroup, gradient: Literal[
             gradients over these ranks, as DDP and FSDP do.
 
     Returns:
-        A tuple of sums, shaped like the tensors: int64 of integers (exact below 2^53), else float32, or float64 for float64. Added in double, so that sums of float32 differ from those of one process by a rounding. Equal on all ranks.
+        A tuple of sums, shaped like the tensors: int64 of integers (exact below 2^53), else float32, or float64 for float64.
+        Added in double, so that sums of float32 differ from those of one process by a rounding. Equal on all ranks.
 
     Up to 504 numbers are one message of 4096 bytes, whatever they are; the others follow in a second.
 
@@ -214,8 +215,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 def _reduced(flat: Tensor, ranks: Ranks, what: str, text: str, refusal: Exception | None) -> Tensor:
     first = flat[: SUM_SLOT - HEAD]
-    start = torch.tensor(head(text, ranks, refusal), dtype=torch.float64).to(flat.device)
-    slot = torch.cat([start, first, first.new_zeros(SUM_SLOT - HEAD - len(first))])
+    slot = torch.cat([head(text, ranks, refusal, flat), first, first.new_zeros(SUM_SLOT - HEAD - len(first))])
     ranks.reduce(slot)
     if looks(slot):
         check_heads(slot, ranks, what, text, refusal)

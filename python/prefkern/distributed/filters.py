@@ -114,8 +114,12 @@ class _Selection:
         self.used = self.kept & ~nan
         self.width = 8 * values.element_size()
         self.order = _order(self.values)
+        self.pool = _without_sign(self.order, self.width)  # of which those count that are
+        self.in_pool: Tensor | None = self.used
+        if _narrows(self.pool):
+            self.pool, self.in_pool = self.pool[self.used], None
         text = f"{options} of {str(values.dtype)[6:]}"
-        start = torch.tensor(head(text, ranks, refusal)).to(values.device)
+        start = head(text, ranks, refusal, self.order)
         start[_NANS] = (self.kept & nan).sum()
         said = self._count(0, start, start.new_zeros(()))
         if looks(said):
@@ -178,12 +182,25 @@ class _Selection:
 
     def _count(self, p: int, start: Tensor, key: Tensor) -> Tensor:
         """A round: how many values of all ranks have which digit here, and before it the digits of `key`; behind `start`."""
-        own = _without_sign(self.order, self.width)
-        digit = (own >> self._shift(p)) & ((1 << min(DIGIT_BITS, self.width - DIGIT_BITS * p)) - 1)
-        counts = self.used if p == 0 else self.used & ((own ^ key) >> self._shift(p - 1) == 0)
-        places = torch.where(counts, digit, DIGITS)
-        histogram = digit.new_zeros(DIGITS + 1).scatter_add_(0, places, torch.ones_like(places))
-        return self.ranks.reduce(torch.cat([start, histogram[:DIGITS]]))
+        takes_part = self.in_pool
+        if p > 0:
+            matches = (self.pool ^ key) >> self._shift(p - 1) == 0
+            if takes_part is None:
+                self.pool = self.pool[matches]
+            else:
+                takes_part = takes_part & matches
+        digit = (self.pool >> self._shift(p)) & ((1 << min(DIGIT_BITS, self.width - DIGIT_BITS * p)) - 1)
+        if takes_part is None:
+            histogram = torch.bincount(digit, minlength=DIGITS)
+        else:
+            places = torch.where(takes_part, digit, DIGITS)
+            histogram = digit.new_zeros(DIGITS + 1).scatter_add_(0, places, torch.ones_like(places))[:DIGITS]
+        return self.ranks.reduce(torch.cat([start, histogram]))
+
+
+def _narrows(t: Tensor) -> bool:
+    """Whether values that take no part any more are left out: on CUDA that would wait for the device."""
+    return t.device.type == "cpu"
 
 
 # ---- floats as integers of the same order: csrc/math/quantile.h --------------------------------------------------------
