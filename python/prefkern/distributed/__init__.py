@@ -3,7 +3,7 @@
 Every function takes `process_group`: ``"world"``, a group of `torch.distributed`, or None, which is one process and sends
 nothing (`dist.group.WORLD` is None before `init_process_group`). It is called by all members of the group, in the same order,
 and gives what one process would on the data of all ranks in their order. Results are equal on all ranks. docs/scaling.md lists
-the messages.
+the messages. Tensors lie on a device that the group's backend serves.
 
 A rank whose arguments are wrong does not leave the others waiting: its message says so, and all raise. What a rank raises
 elsewhere, before it calls, others notice when the timeout of the process group is over.
