@@ -10,12 +10,12 @@ elsewhere, before it calls, others notice when the timeout of the process group 
 """
 
 from .advantages import batch_moments, group_advantages, whiten
-from .collectives import Gathered, gather_rows, global_count, packed_sum
+from .collectives import GatheredRows, gather_rows, global_count, packed_sum
 from .filters import masked_quantile, top_quantile_mask
 from .sequence import sequence_mean, sequence_sum
 
 __all__ = [
-    "Gathered",
+    "GatheredRows",
     "batch_moments",
     "gather_rows",
     "global_count",
