@@ -125,7 +125,8 @@ def main() -> None:
     options = parser.parse_args()
     if not options.markdown:
         data: dict[str, Any] = {
-            "machine": platform.machine(), "cpus": os.cpu_count(), "torch": torch.__version__, "backend": "gloo, loopback",
+            "machine": platform.machine(), "cpus": os.cpu_count(), "load": os.getloadavg()[0], "torch": torch.__version__,
+            "backend": "gloo, loopback",
             "measured": [], "calls": [],
         }  # fmt: skip
         for size in RANKS:

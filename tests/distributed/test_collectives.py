@@ -185,7 +185,7 @@ def one_does_not_come(rank: int) -> tuple[str, float]:
         if rank == 1:
             raise ValueError("no luck")
         distributed.group_advantages(torch.zeros(2), torch.zeros(2, dtype=torch.int64), process_group=group)
-    except Exception as error:
+    except (RuntimeError, ValueError) as error:
         waited = time.monotonic() - start
         time.sleep(4 if rank == 1 else 0)
         return type(error).__name__, waited
@@ -195,5 +195,5 @@ def one_does_not_come(rank: int) -> tuple[str, float]:
 def test_the_others_wait_for_the_timeout_of_the_group_and_no_longer() -> None:
     outcomes = run_ranks(one_does_not_come, 2, timeout=30)
     assert outcomes[1][0] == "ValueError"
-    assert outcomes[0][0] == "RuntimeError" or "Error" in outcomes[0][0]
+    assert outcomes[0][0] != "ValueError"  # gloo's own, a RuntimeError
     assert 1 < outcomes[0][1] < 10

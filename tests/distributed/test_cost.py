@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import prefkern
 from prefkern import distributed
 from prefkern.distributed import cost
 from prefkern.distributed.cost import Cost, Link, Message
@@ -121,6 +122,30 @@ def test_the_functions_send_what_the_model_says(size: int) -> None:
                 grown = max(grown, messages[0].nbytes)
                 assert grown == messages[0].nbytes, "workloads grow, so that each needs what the model says"
             assert sorted(rank[what]) == stated, what
+
+
+def head_of_a_range(rank: int, size: int) -> list[tuple[str, int]]:
+    from prefkern.distributed import vocab_parallel
+
+    sent: list[tuple[str, int]] = []
+    reduce, gather = dist.all_reduce, vocab_parallel._all_gather
+    dist.all_reduce = lambda t, **options: (sent.append(("all_reduce", t.nbytes)), reduce(t, **options))
+    vocab_parallel._all_gather = lambda out, t, **options: (
+        sent.append(("all_gather", t.nbytes)),
+        gather(out, t, **options),
+    )
+    hidden, weight = torch.randn(12, 16, requires_grad=True), torch.randn(10, 16, requires_grad=True)
+    place = {"vocab_offset": 10 * rank, "vocab": 10 * size}
+    logp = prefkern.linear_logprobs(hidden, weight, torch.arange(12), group=dist.group.WORLD, **place).logp
+    logp.sum().backward()
+    return sent
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_head_sends_what_the_model_says(size: int) -> None:
+    pytest.importorskip("prefkern.distributed.vocab_parallel")
+    stated = [(m.kind, m.nbytes) for m in cost.vocabulary_parallel(12, 16)]
+    assert run_ranks(head_of_a_range, size, size) == [stated] * size
 
 
 # ---- docs/scaling.md

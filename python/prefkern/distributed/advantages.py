@@ -55,7 +55,7 @@ def group_advantages(
     except ValueError as error:
         own = gathered.own
         raise ValueError(
-            f"{error} (rows of all ranks in order; {own.start} to {own.stop - 1} are those of this rank, {ranks.rank})"
+            f"{error} (rows of all ranks in order; rank {ranks.rank}, this one, has {own.stop - own.start} from {own.start} on)"
         ) from None
     own_rows: Any = (None if t is None else t[gathered.own].clone() for t in result)
     return GroupAdvantages(*own_rows)
@@ -96,8 +96,10 @@ def whiten(values: Tensor, mask: Tensor | None = None, *, eps: float = 1e-8, pro
         return ops.whiten(values, mask, eps=eps)
 
     def moments() -> Tensor:
-        if isinstance(mask, Tensor) and mask.dtype != torch.bool:
-            raise TypeError(f"mask has dtype {mask.dtype}; accepted: bool")
+        if mask is not None:
+            check_tensors(mask=mask)
+            if mask.dtype != torch.bool:
+                raise TypeError(f"mask has dtype {mask.dtype}; accepted: bool")
         number("eps", eps)
         return ops.batch_moments(values, mask)
 

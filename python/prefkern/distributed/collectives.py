@@ -40,7 +40,7 @@ _ALIGN = 8
 _slots: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
 
 
-class Gathered(NamedTuple):
+class GatheredRows(NamedTuple):
     """Rows of all ranks, in the order of the ranks."""
 
     tensors: dict[str, Tensor]
@@ -48,7 +48,7 @@ class Gathered(NamedTuple):
     """Which of them are this rank's."""
 
 
-def gather_rows(rows: Mapping[str, Tensor | None], *, process_group: ProcessGroup, agree: str = "") -> Gathered:
+def gather_rows(rows: Mapping[str, Tensor | None], *, process_group: ProcessGroup, agree: str = "") -> GatheredRows:
     r"""The rows that all ranks hold, of several tensors, on every rank, in one all-gather.
 
     What compares rows that lie on different ranks is then computed as one process would, on every rank alike, and each
@@ -64,7 +64,7 @@ def gather_rows(rows: Mapping[str, Tensor | None], *, process_group: ProcessGrou
         agree: what all ranks must say alike: the options of what follows.
 
     Returns:
-        Gathered(tensors ``[sum of B, ...]``, own).
+        GatheredRows(tensors ``[sum of B, ...]``, own).
 
     A rank's message has a fixed size, the same on all ranks: 4096 bytes, of which 512 say what it holds. If that of one is too
     small, all see it, send again with the next power of two that is large enough, and go on with that size: one message a call
@@ -80,14 +80,14 @@ def gather_rows(rows: Mapping[str, Tensor | None], *, process_group: ProcessGrou
     if ranks is None:
         if local is None:
             raise refusal or AssertionError
-        return Gathered(local, slice(0, _rows(local)))
+        return GatheredRows(local, slice(0, _rows(local)))
     first = next((t for t in rows.values() if isinstance(t, Tensor)), None) if isinstance(rows, Mapping) else None
     return exchange_rows(local, ranks, "gather_rows", agree, refusal, device_for(first, ranks))
 
 
 def exchange_rows(
     rows: dict[str, Tensor] | None, ranks: Ranks, what: str, agree: str, refusal: Exception | None, device: torch.device
-) -> Gathered:
+) -> GatheredRows:
     """`gather_rows` of checked rows, or of the reason why there are none."""
     if rows is None:
         saying, payload, count = f"{type(refusal).__name__}: {refusal}", torch.empty(0, dtype=torch.uint8, device=device), 0
@@ -116,7 +116,7 @@ def exchange_rows(
     assert rows is not None
     counts = [n for _, n, *_ in said]
     before = sum(counts[: ranks.rank])
-    return Gathered(_unpacked(received, counts, rows), slice(before, before + count))
+    return GatheredRows(_unpacked(received, counts, rows), slice(before, before + count))
 
 
 def packed_sum(*tensors: Tensor, process_group: ProcessGroup, gradient: Literal["sum", "mean"] = "sum") -> tuple[Tensor, ...]:
