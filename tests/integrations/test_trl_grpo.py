@@ -135,7 +135,7 @@ def test_recipes(recipe, model_path, tmp_path, monkeypatch):
         for a, b in zip(mine, theirs, strict=True):
             assert (a is None) == (b is None)
             if a is not None:
-                assert_close(a, b, rtol=5e-3, atol=1e-5)
+                assert (a - b).norm() <= 1e-3 * b.norm() + 1e-6
         return loss
 
     monkeypatch.setattr(PrefkernGRPOTrainer, "_compute_loss", recorded)
