@@ -356,6 +356,19 @@ def test_refusals(recipe, options, message, model_path, tmp_path):
         train(model_path, tmp_path, recipe, **options)
 
 
+def test_weights_for_other_rewards(model_path, tmp_path):
+    with pytest.raises(ValueError, match="recipe 'gdpo' has 2 weights; 1 are expected, one per reward function"):
+        train(model_path, tmp_path, "gdpo:weights=(1.0, 2.0)")
+
+
+def test_models_of_images(model_path, tmp_path):
+    class Seeing(PrefkernGRPOTrainer):
+        _is_vlm = property(lambda self: True, lambda self, value: None)
+
+    with pytest.raises(ValueError, match="model is a vision-language model; PrefkernGRPOTrainer takes models of text"):
+        build("GRPO", model_path, tmp_path, trainer=Seeing, trainer_options={"recipe": "grpo"})
+
+
 def test_what_is_no_recipe(model_path, tmp_path):
     with pytest.raises(TypeError, match=r"recipe is 3; a name or a prefkern\.papers\.Recipe"):
         build("GRPO", model_path, tmp_path, trainer=PrefkernGRPOTrainer, trainer_options={"recipe": 3})
