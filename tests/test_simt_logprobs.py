@@ -588,7 +588,7 @@ def keep(simt, logits, targets, kept, head=PLAIN, *, cuts=()):
     mean = torch.full((len(targets),), NAN)
     parts = []
     for first, last in pairwise((0, *cuts, logits.shape[-1])):
-        part = logits[:, first:last].contiguous()
+        part = logits[:, first:last].clone(memory_format=torch.contiguous_format)
         args = simt.KeepArgs()
         args.block = logit_block(simt, logits, targets, head, first, last)
         args.block.transform.masked = True
@@ -661,8 +661,8 @@ def test_wrong_ids_stay_within_bounds(simt, dtype):
     offsets = torch.tensor([-(2**62), 3, 2**62, 1, 4, 6])
     ids = torch.tensor([39, 2**62, -(2**63), 7, 3, 3])
     for kind in (torch.int64, torch.int32):
-        logits = values.to(dtype)
-        out = keep(simt, logits, targets, kept_ids(simt, offsets, ids.clamp(-(2**31), 2**31 - 1).to(kind)))
+        logits, given = values.to(dtype), ids.clamp(-(2**31), 2**31 - 1).to(kind)
+        out = keep(simt, logits, targets, kept_ids(simt, offsets, given))
         same = (out["logits"] == logits) | (out["logits"] == -INF)
         assert same.all()
         assert out["logits"][4].tolist() == [logits[4, i].item() if i == 3 else -INF for i in range(40)]
@@ -695,5 +695,6 @@ def test_kept_of_no_rows_and_float64(simt):
     simt.cuda_keep_logits(simt.KeepArgs())
     simt.cuda_kept_upstream(simt.KeptUpstreamArgs())
     values, targets = sample(2, 10)
+    offsets, ids = csr([[0], [1]])
     with pytest.raises(RuntimeError, match="invalid argument"):
-        keep(simt, values.double(), targets, kept_ids(simt, *csr([[0], [1]])))
+        keep(simt, values.double(), targets, kept_ids(simt, offsets, ids))
