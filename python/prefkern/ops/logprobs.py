@@ -217,7 +217,8 @@ def plan_chunks(
     chunk_bytes: int | None = None,
 ) -> Any:
     """How :func:`linear_logprobs` will cut a call with ``rows`` tokens: ``row_chunk``, ``vocab_block``,
-    ``workspace_bytes``. The plan depends on nothing but these arguments."""
+    ``workspace_bytes``. The plan depends on nothing but these arguments. With ``lora`` count its rank into ``hidden``; with a
+    ``logits_dtype`` that rounds, a forward has the plan of its backward."""
     for name, value in (("rows", rows), ("hidden", hidden), ("vocab", vocab)):
         if integer(name, value) < 0:
             raise ValueError(f"{name} is {value}; it must not be negative")
@@ -304,7 +305,9 @@ def _validate_keep(offsets: Tensor, ids: Tensor, targets: Tensor, vocab: int, ig
         return
     targets = targets.reshape(-1)
     rows = len(targets)
-    integers = offsets.dtype == torch.int64 and ids.dtype in (torch.int64, torch.int32) and not targets.is_floating_point()
+    integers = (
+        offsets.dtype == torch.int64 and ids.dtype in (torch.int64, torch.int32) and targets.dtype in (torch.int64, torch.int32)
+    )
     if not integers or offsets.shape != (rows + 1,) or ids.ndim != 1 or not offsets.device == ids.device == targets.device:
         return
     counts = offsets.diff()
