@@ -11,6 +11,7 @@
 #include "groups/group_folds.h"
 #include "groups/pair_walk.h"
 #include "logprobs/logits_fold.h"
+#include "logprobs/shard_merge.h"
 #include "policy/importance.h"
 #include "policy/token_loss.h"
 #include "preference/pair_loss.h"
@@ -32,6 +33,7 @@ const char* cuda_error_string(int) {
 int cuda_fold_logits(const FoldArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_grad_logits(const GradArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_grad_bias(const GradArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_merge_shards(const ShardMergeArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_group_advantages(const GroupArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_conflict_runs(const ConflictArgs<int32_t>&, void*) { return kBuiltWithoutCuda; }
 int cuda_conflict_runs(const ConflictArgs<int64_t>&, void*) { return kBuiltWithoutCuda; }

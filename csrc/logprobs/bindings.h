@@ -4,6 +4,7 @@
 
 #include "core/bindings.h"
 #include "logprobs/logits_fold.h"
+#include "logprobs/shard_merge.h"
 
 namespace prefkern {
 
@@ -45,6 +46,11 @@ template <class S> void bind_logit_structs(py::module_& m, const std::string& su
   f.member("row_max", &Fold::row_max);
   f.member("row_log2_sum", &Fold::row_log2_sum);
 
+  Struct<ShardMergeArgs<S>> merge(m, "ShardMergeArgs" + suffix);
+  merge.member("rows", &ShardMergeArgs<S>::rows);
+  merge.member("shards", &ShardMergeArgs<S>::shards);
+  merge.member("shard_stride", &ShardMergeArgs<S>::shard_stride);
+
   using Grad = GradArgs<S>;
   Struct<Grad> g(m, "GradArgs" + suffix);
   g.member("block", &Grad::block)
@@ -73,12 +79,15 @@ inline void bind_logprobs_cpu(py::module_& m) {
   bind_cpu<void, FoldArgs<double>>(m, "cpu_fold_logits64", &cpu_fold_logits);
   bind_cpu<void, GradArgs<float>>(m, "cpu_grad_logits", &cpu_grad_logits);
   bind_cpu<void, GradArgs<double>>(m, "cpu_grad_logits64", &cpu_grad_logits);
+  bind_cpu<void, ShardMergeArgs<float>>(m, "cpu_merge_shards", &cpu_merge_shards);
+  bind_cpu<void, ShardMergeArgs<double>>(m, "cpu_merge_shards64", &cpu_merge_shards);
 }
 
 inline void bind_logprobs_cuda(py::module_& m) {
   bind_cuda(m, "cuda_fold_logits", &cuda_fold_logits);
   bind_cuda(m, "cuda_grad_logits", &cuda_grad_logits);
   bind_cuda(m, "cuda_grad_bias", &cuda_grad_bias);
+  bind_cuda(m, "cuda_merge_shards", &cuda_merge_shards);
 }
 
 }  // namespace prefkern

@@ -115,19 +115,6 @@ template <class S> HeadGrads backward_walk(const Head& h, const GradArgs<S>& ups
   return {needs & kGradHidden ? cast(d_hidden, scalar_type(h.dtype)) : d_hidden, d_weight, d_bias};
 }
 
-// Rows that count, as indices: on the CPU ignored rows leave before the GEMM.
-Tensor active_rows(const Tensor& targets, int64_t ignored, int64_t ignore_index) {
-  const int64_t rows = targets.size(0);
-  Tensor active = empty({rows - ignored}, ScalarType::Long, targets);
-  const int64_t* t = data<int64_t>(targets);
-  int64_t* out = mutable_data<int64_t>(active);
-  for (int64_t i = 0; i < rows; i++)
-    if (t[i] != ignore_index) *out++ = i;
-  return active;
-}
-
-OptTensor index_optional(const OptTensor& t, const Tensor& rows) { return t ? OptTensor(index_rows(*t, rows)) : t; }
-
 }  // namespace
 
 HeadOutputs linear_logprobs(const Tensor& hidden, const Tensor& weight, const Tensor& targets, OptTensor bias,

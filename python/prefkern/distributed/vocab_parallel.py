@@ -1,0 +1,375 @@
+"""``linear_logprobs(..., group=)``: each process of a group holds a range of the vocabulary's rows of the head.
+
+Every process folds its own columns into 7 numbers per row (``csrc/logprobs/linear_shard.cpp``), one all-gather brings them to
+all, and each joins them in the order of the ranks: equal bits everywhere. Nothing of N x V elements exists on any process.
+
+Messages, for N rows, hidden size H and R processes:
+
+- forward: one all-gather in which each process gives 28 N + 28 bytes (float64: twice that);
+- backward: one all-reduce of 4 N H bytes, the hidden gradient in float32, if hidden requires a gradient;
+- where the ranges are not given by the caller, one all-gather of 56 bytes before the forward, which the host waits for.
+
+Which of them are sent follows from the arguments, never from what a process remembers of earlier calls, so no process can wait
+for a message that another believes it can do without.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..ops import _linear_shard, logprobs, validation
+from ..ops._arguments import accumulator, check_tensors, integer, number, positive_int
+from ..ops._call import call
+from ..ops.types import LinearLogprobs
+
+_OPS = torch.ops.prefkern
+_shard, _merge = _OPS.linear_shard.default, _OPS.merge_linear_shards.default
+_shard_backward = _OPS.linear_shard_backward.default
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
+
+_T = TypeVar("_T")
+
+
+class VocabShard(NamedTuple):
+    """Where the rows of a process lie: those of tokens ``[offset, offset + V_r)`` of a vocabulary of ``vocab``."""
+
+    offset: int
+    vocab: int
+
+
+def vocab_shard(weight: Tensor, group: dist.ProcessGroup, *, vocab: int | None = None) -> VocabShard:
+    """The range of the vocabulary that this process's ``weight`` ``[V_r, H]`` is, where the processes of ``group`` hold the
+    ranges one after the other, in the order of their ranks.
+
+    A collective call: every process of the group makes it, once, and then passes ``vocab_offset=shard.offset,
+    vocab=shard.vocab`` to :func:`prefkern.linear_logprobs`, which then sends one message in the forward.
+
+    Args:
+        weight: ``[V_r, H]``, V_r may differ from process to process and be 0.
+        group: the process group.
+        vocab: V, if it is known: ranges that do not sum to it are an error, on every process.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what is accepted.
+        RuntimeError: on the others, where one process refuses its arguments.
+    """
+    ranks = _ranks_of(group)
+
+    def rows() -> int:
+        check_tensors(weight=weight)
+        if weight.ndim != 2:
+            raise ValueError(f"weight has shape {list(weight.shape)}; expected [V_r, H]")
+        return weight.shape[0]
+
+    columns, refusal = _attempt(rows)
+    text = f"vocab {None if vocab is None else integer('vocab', vocab)}"
+    device = weight.device if isinstance(weight, Tensor) else torch.device("cpu")
+    heads = ranks.gather(torch.tensor(_head(text, columns or 0, 0, refusal), device=device)).tolist()
+    _check_heads(heads, ranks, text, refusal)
+    return _range_of(heads, ranks, vocab)
+
+
+# ---- the call ---------------------------------------------------------------------------------------------------------
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    group: dist.ProcessGroup,
+    vocab_offset: int | None = None,
+    vocab: int | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    outputs: Iterable[str] = (),
+    chunk_bytes: int | None = None,
+) -> LinearLogprobs:
+    """See :func:`prefkern.linear_logprobs`, which comes here for ``group=``."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError("linear_logprobs with group= cannot be compiled: its messages are those of eager torch.distributed")
+    if group is None:
+        raise ValueError(f"vocab_offset is {vocab_offset} and vocab is {vocab} but group is None; they say where a range lies")
+    ranks = _ranks_of(group)
+    given = _given(vocab_offset, vocab)
+    p, refusal = _attempt(
+        lambda: _prepare(
+            hidden, weight, targets, vocab, bias, temperature, softcap, logit_scale, ignore_index, outputs, chunk_bytes
+        )
+    )
+    if given is None or validation():
+        device = next((t.device for t in (hidden, weight, targets) if isinstance(t, Tensor)), torch.device("cpu"))
+        head = _head(p.text if p else "", p.weight.shape[0] if p else 0, given.offset if given else 0, refusal)
+        heads = ranks.gather(torch.tensor(head, device=device)).tolist()
+        _check_heads(heads, ranks, p.text if p else "", refusal)
+        shard = _range_of(heads, ranks, vocab)
+        if given is not None:
+            _check_offsets(heads, ranks, given.vocab)
+    if p is None:
+        # Sizes were given, so the others wait for the one message there is; where nobody knows how long it is, for the timeout.
+        if isinstance(targets, Tensor) and isinstance(hidden, Tensor) and hidden.is_floating_point():
+            state = torch.zeros(_linear_shard.STATE_ARRAYS * targets.numel(), dtype=accumulator(hidden), device=hidden.device)
+            ranks.gather(torch.cat([state, state.new_tensor(_head("", 0, 0, refusal))]))
+        raise refusal or AssertionError
+    shard = given or shard
+    if p.hidden.is_cuda:
+        logprobs._validate(p.targets, temperature, shard.vocab, ignore_index)
+    run: Any = _VocabParallel.apply if p.trains else _forward
+    out = run(p.hidden, p.weight, p.targets, p.bias, p.row_temperature, *p.options, p.bits, p.chunk, shard, ranks, p.text)
+    return logprobs._result(out, p.bits & ~logprobs._SAVE_STATS, p.shape)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The checked arguments, flattened to rows."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    bias: Tensor | None
+    row_temperature: Tensor | None
+    options: tuple[float, float, float, int]
+    bits: int
+    chunk: int
+    shape: torch.Size
+    trains: bool
+    text: str  # what all ranks must agree on
+
+
+def _prepare(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab: int | None, bias: Tensor | None, temperature: float | Tensor,
+    softcap: float | None, logit_scale: float, ignore_index: int, outputs: Iterable[str], chunk_bytes: int | None,
+) -> _Call:  # fmt: skip
+    check_tensors(hidden=hidden, weight=weight, targets=targets)
+    if bias is not None:
+        check_tensors(bias=bias)
+    bits = logprobs._output_bits(outputs)
+    shape = targets.shape
+    if hidden.ndim == 0:
+        raise ValueError("hidden has shape []; [..., H] is expected")
+    if hidden.shape[:-1] != shape:
+        raise ValueError(
+            f"targets has shape {list(shape)}; hidden has shape {list(hidden.shape)}, so {list(hidden.shape[:-1])} is expected"
+        )
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"weight has shape {list(weight.shape)}; expected [V_r, {hidden.shape[-1]}], the H of hidden")
+    tau, row_temperature = logprobs._split_temperature(temperature, shape)
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden, weight = logprobs._autocast(hidden, weight)
+    if hidden.dtype != weight.dtype:
+        raise TypeError(f"hidden has dtype {hidden.dtype} and weight {weight.dtype}; they must be equal")
+    options = (
+        tau,
+        logprobs._softcap(softcap),
+        number("logit_scale", logit_scale),
+        integer("ignore_index", ignore_index),
+    )
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    # The gradient of hidden is reduced over the ranks: all must want it, or none. Those of weight and bias are each rank's own.
+    reduces = torch.is_grad_enabled() and hidden.requires_grad
+    text = (
+        f"targets {list(shape)}, hidden {hidden.dtype} {list(hidden.shape)} with{'' if reduces else 'out'} a gradient, "
+        f"outputs {bits:#b}, temperature, softcap, logit_scale and ignore_index {options}, vocab {vocab}"
+    )
+    if _looks(hidden):  # the rows are to be the same on all ranks: so are these sums, which wrap around
+        places = torch.arange(1, targets.numel() + 1, device=targets.device)
+        text += f", targets that sum to {int((targets.reshape(-1).long() * places).sum())}"
+        if row_temperature is not None:
+            text += f", temperatures that sum to {float(row_temperature.double().sum())}"
+    return _Call(
+        hidden.reshape(targets.numel(), hidden.shape[-1]),
+        weight,
+        targets.reshape(-1),
+        bias,
+        row_temperature,
+        options,
+        bits | logprobs._SAVE_STATS if trains else bits,
+        0 if chunk_bytes is None else positive_int("chunk_bytes", chunk_bytes),
+        shape,
+        trains,
+        text,
+    )
+
+
+def _forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, row_temperature: Tensor | None, tau: float,
+    softcap: float, logit_scale: float, ignore_index: int, bits: int, chunk: int, shard: VocabShard, ranks: _Ranks, text: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """logp, entropy, lse, sum_sq_probs, mean_logit, is_top1 and the statistics of the backward, equal on all ranks."""
+    options = (tau, softcap, logit_scale, ignore_index)
+    size = (_linear_shard.STATE_ARRAYS, targets.numel())
+    state, refusal = _attempt(
+        lambda: call(_shard, hidden, weight, targets, bias, row_temperature, *options, bits, chunk, *shard)
+    )
+    if state is None:
+        state = torch.zeros(size, dtype=accumulator(hidden), device=hidden.device)
+    head = torch.tensor(_head(text, weight.shape[0], shard.offset, refusal), dtype=state.dtype, device=state.device)
+    gathered = ranks.gather(torch.cat([state.view(-1), head]))
+    states, heads = gathered[:, : state.numel()].view(ranks.size, *size), gathered[:, state.numel() :]
+    if _looks(hidden):
+        listed = [[int(x) for x in row] for row in heads.tolist()]
+        _check_heads(listed, ranks, text, refusal)
+        _check_offsets(listed, ranks, shard.vocab)
+    elif refusal is not None:
+        raise refusal
+    else:  # without waiting for the device: the sums of every row turn NaN
+        well = (heads[:, 0] == 0).all() & (heads[:, 1:3] == heads[:1, 1:3]).all()
+        states[0, 1::3] += torch.where(well, 0.0, torch.nan).to(state.dtype)  # s and x
+    out: tuple[Tensor, ...] = call(_merge, states, targets, row_temperature, *options, bits, shard.vocab)
+    return out
+
+
+class _VocabParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        hidden, weight, targets, bias, row_temperature, *options, bits, chunk, shard, ranks, _ = inputs
+        output = _forward(*inputs)
+        ctx.save_for_backward(hidden, weight, targets, bias, row_temperature, output[1], output[6])
+        ctx.options, ctx.chunk, ctx.shard, ctx.ranks = options, chunk, shard, ranks
+        logprobs._mark_outputs(ctx, output, bits)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, g_logp: Any, g_entropy: Any, g_lse: Any, *_: Any) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, bias, row_temperature, entropy, stats = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        wanted = needs[0] * logprobs._GRAD_HIDDEN + needs[1] * logprobs._GRAD_WEIGHT + needs[3] * logprobs._GRAD_BIAS
+        d_hidden = d_weight = d_bias = None
+        if g_logp is not None or g_entropy is not None or g_lse is not None:
+            args = (g_logp, g_entropy, g_lse, hidden, weight, targets, bias, row_temperature, entropy, stats, *ctx.options)
+            d_hidden, d_weight, d_bias = call(_shard_backward, *args, wanted, ctx.chunk, *ctx.shard)
+        elif needs[0]:  # nothing comes to this rank, but the others reduce all the same
+            d_hidden = torch.zeros(hidden.shape, dtype=accumulator(hidden), device=hidden.device)
+        if needs[0] and d_hidden is not None:
+            with torch.no_grad():  # in place; a second derivative is refused by the op that made it
+                ctx.ranks.reduce(d_hidden)
+            d_hidden = d_hidden.to(hidden.dtype)
+        return (
+            d_hidden if needs[0] else None,
+            d_weight if needs[1] else None,
+            None,
+            d_bias if needs[3] else None,
+            *(None,) * 10,
+        )
+
+
+# ---- ranks, and what they say of themselves ---------------------------------------------------------------------------
+
+
+class _Ranks(NamedTuple):
+    """A group as one of its processes sees it."""
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+
+    def gather(self, message: Tensor) -> Tensor:
+        """The messages [n] of all ranks, [size, n]; of the same size and dtype on each."""
+        if self.size == 1:
+            return message[None]
+        out = message.new_empty(self.size * message.numel())
+        _all_gather(out, message, group=self.group)
+        return out.view(self.size, -1)
+
+    def reduce(self, message: Tensor) -> None:
+        """Summed in place over all ranks."""
+        if self.size > 1 and message.numel() > 0:
+            dist.all_reduce(message, group=self.group)
+
+
+def _ranks_of(group: Any) -> _Ranks:
+    if not dist.is_available():
+        raise ValueError("group is given, but this PyTorch has no torch.distributed")
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group is one that this process does not belong to; only its members may call")
+    if not isinstance(group, dist.ProcessGroup):
+        hint = "; of a DeviceMesh, pass mesh.get_group()" if type(group).__name__ == "DeviceMesh" else ""
+        raise TypeError(f"group is {group!r}; a process group of torch.distributed or None is expected{hint}")
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError("group is one that this process does not belong to; only its members may call")
+    return _Ranks(group, rank, dist.get_world_size(group))
+
+
+def _given(vocab_offset: Any, vocab: Any) -> VocabShard | None:
+    """The range, if the caller says it."""
+    if vocab is not None and integer("vocab", vocab) <= 0:
+        raise ValueError(f"vocab is {vocab}; it must be positive, or None")
+    if vocab_offset is None:
+        return None
+    if vocab is None:
+        raise ValueError(f"vocab_offset is {vocab_offset} but vocab is None; give both, or none to have them gathered")
+    if integer("vocab_offset", vocab_offset) < 0:
+        raise ValueError(f"vocab_offset is {vocab_offset}; it must not be negative")
+    return VocabShard(int(vocab_offset), int(vocab))
+
+
+def _looks(t: Tensor) -> bool:
+    """Whether what the others say of themselves is looked at: on CUDA that means to wait for the device."""
+    return t.device.type == "cpu" or validation()
+
+
+def _attempt(make: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
+    """What `make` returns, or what it raises: a rank that refuses still sends its message, for the others wait for it."""
+    try:
+        return make(), None
+    except Exception as error:  # raised again when the message is out
+        return None, error
+
+
+_HALF = 1 << 16
+
+
+def _head(text: str, columns: int, offset: int, refusal: Exception | None) -> list[int]:
+    """What a rank says of itself: whether it refuses its arguments, a checksum of what all must agree on, its range. In numbers
+    that a float32 holds."""
+    return [int(refusal is not None), *(x for n in (zlib.crc32(text.encode()), columns, offset) for x in divmod(n, _HALF))]
+
+
+def _check_heads(heads: list[list[int]], ranks: _Ranks, text: str, refusal: Exception | None) -> None:
+    """Raises on every rank if one refuses, or if they do not agree."""
+    if refusal is not None:
+        raise refusal
+    refused = [rank for rank, head in enumerate(heads) if head[0]]
+    if refused:
+        raise RuntimeError(f"rank {refused[0]} of group refuses its arguments; its own error says why")
+    other = [rank for rank, head in enumerate(heads) if head[1:3] != heads[ranks.rank][1:3]]
+    if other:
+        raise ValueError(f"the ranks of group disagree: rank {ranks.rank} has {text}; rank {other[0]} has something else")
+
+
+def _ranges(heads: list[list[int]]) -> tuple[list[int], list[int]]:
+    """Columns and offsets by rank."""
+    return [head[3] * _HALF + head[4] for head in heads], [head[5] * _HALF + head[6] for head in heads]
+
+
+def _range_of(heads: list[list[int]], ranks: _Ranks, vocab: int | None) -> VocabShard:
+    sizes, _ = _ranges(heads)
+    total = sum(sizes)
+    if vocab is not None and total != vocab:
+        raise ValueError(f"weight has {sizes} rows on the ranks of group, {total} in all; vocab is {vocab}")
+    if total == 0:
+        raise ValueError("weight has no rows on any rank of group; a vocabulary needs at least one token")
+    return VocabShard(sum(sizes[: ranks.rank]), total)
+
+
+def _check_offsets(heads: list[list[int]], ranks: _Ranks, vocab: int) -> None:
+    """Given ranges must lie one after the other and make up the vocabulary."""
+    sizes, offsets = _ranges(heads)
+    ends = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
+    if offsets != [0, *ends[:-1]] or ends[-1] != vocab:
+        ranges = ", ".join(f"[{a}, {b})" for a, b in zip(offsets, ends, strict=True))
+        raise ValueError(
+            f"vocab_offset and weight make the ranges {ranges} on the ranks of group; "
+            f"they must follow one another from 0 to vocab = {vocab}"
+        )
