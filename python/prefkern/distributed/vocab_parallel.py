@@ -18,16 +18,17 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..ops import _linear_shard, logprobs, validation
-from ..ops._arguments import accumulator, check_tensors, integer, number, positive_int
+from ..ops._arguments import accumulator, check_tensors, integer, is_dtensor, number, positive_int
 from ..ops._call import call
 from ..ops.types import LinearLogprobs
+from .gathered import Gradient, whole
 
 _OPS = torch.ops.prefkern
 _shard, _merge = _OPS.linear_shard.default, _OPS.merge_linear_shards.default
@@ -84,29 +85,47 @@ def linear_logprobs(
     weight: Tensor,
     targets: Tensor,
     *,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
     vocab_offset: int | None = None,
     vocab: int | None = None,
     bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ignore_index: int = -100,
-    outputs: Iterable[str] = (),
-    chunk_bytes: int | None = None,
+    **options: Any,
 ) -> LinearLogprobs:
-    """See :func:`prefkern.linear_logprobs`, which comes here for ``group=``."""
+    """See :func:`prefkern.linear_logprobs`, which comes here for ``group=`` and for DTensors."""
     if torch.compiler.is_compiling():
         raise RuntimeError("linear_logprobs with group= cannot be compiled: its messages are those of eager torch.distributed")
-    if group is None:
+    for name, t in (("hidden", hidden), ("targets", targets)):
+        if is_dtensor(t):
+            raise TypeError(f"{name} is a DTensor; pass the rows of this process, {name}.to_local()")
+    if group is None and (vocab_offset is not None or vocab is not None):
         raise ValueError(f"vocab_offset is {vocab_offset} and vocab is {vocab} but group is None; they say where a range lies")
-    ranks = _ranks_of(group)
+    ranks = None if group is None else _ranks_of(group)
     given = _given(vocab_offset, vocab)
-    p, refusal = _attempt(
-        lambda: _prepare(
-            hidden, weight, targets, vocab, bias, temperature, softcap, logit_scale, ignore_index, outputs, chunk_bytes
-        )
-    )
+    if is_dtensor(weight):
+        # Its layout is the same on all ranks, and so is what is wrong with it.
+        shard = None if ranks is None else _placed(weight, ranks)
+        if ranks is None or shard is None:
+            if given is not None:
+                raise ValueError("vocab_offset is given, but weight is a DTensor that is not placed as [Shard(0)], so no range")
+            gradient: Gradient = "mean" if ranks is None else "same"
+            bias = None if bias is None else whole(bias, gradient)
+            return logprobs.linear_logprobs(hidden, whole(weight, gradient), targets, bias=bias, **options)
+        if given not in (None, shard) or vocab not in (None, shard.vocab):
+            raise ValueError(f"vocab_offset is {vocab_offset} and vocab is {vocab}, but weight is a DTensor: {shard}")
+        given, weight = shard, cast(Any, weight).to_local()
+        if bias is not None and is_dtensor(bias):  # each rank has the gradient of its own range
+            bias = whole(bias, "sum").narrow(0, shard.offset, weight.shape[0])
+    elif ranks is None:
+        return logprobs.linear_logprobs(hidden, weight, targets, bias=bias, **options)
+    return _of_ranges(hidden, weight, targets, bias, ranks, given, vocab, options)
+
+
+def _of_ranges(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ranks: _Ranks, given: VocabShard | None,
+    vocab: int | None, options: dict[str, Any],
+) -> LinearLogprobs:  # fmt: skip
+    p, refusal = _attempt(lambda: _prepare(hidden, weight, targets, vocab, bias, **options))
+    shard = given
     if given is None or validation():
         device = next((t.device for t in (hidden, weight, targets) if isinstance(t, Tensor)), torch.device("cpu"))
         head = _head(p.text if p else "", p.weight.shape[0] if p else 0, given.offset if given else 0, refusal)
@@ -115,15 +134,14 @@ def linear_logprobs(
         shard = _range_of(heads, ranks, vocab)
         if given is not None:
             _check_offsets(heads, ranks, given.vocab)
-    if p is None:
-        # Sizes were given, so the others wait for the one message there is; where nobody knows how long it is, for the timeout.
+    if p is None or shard is None:
+        # Ranges are given, so the others wait for the one message there is; where nobody knows how long it is, for the timeout.
         if isinstance(targets, Tensor) and isinstance(hidden, Tensor) and hidden.is_floating_point():
             state = torch.zeros(_linear_shard.STATE_ARRAYS * targets.numel(), dtype=accumulator(hidden), device=hidden.device)
             ranks.gather(torch.cat([state, state.new_tensor(_head("", 0, 0, refusal))]))
         raise refusal or AssertionError
-    shard = given or shard
     if p.hidden.is_cuda:
-        logprobs._validate(p.targets, temperature, shard.vocab, ignore_index)
+        logprobs._validate(p.targets, options.get("temperature", 1.0), shard.vocab, p.options[-1])
     run: Any = _VocabParallel.apply if p.trains else _forward
     out = run(p.hidden, p.weight, p.targets, p.bias, p.row_temperature, *p.options, p.bits, p.chunk, shard, ranks, p.text)
     return logprobs._result(out, p.bits & ~logprobs._SAVE_STATS, p.shape)
@@ -147,9 +165,19 @@ class _Call:
 
 
 def _prepare(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab: int | None, bias: Tensor | None, temperature: float | Tensor,
-    softcap: float | None, logit_scale: float, ignore_index: int, outputs: Iterable[str], chunk_bytes: int | None,
-) -> _Call:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab: int | None,
+    bias: Tensor | None,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    outputs: Iterable[str] = (),
+    chunk_bytes: int | None = None,
+) -> _Call:
     check_tensors(hidden=hidden, weight=weight, targets=targets)
     if bias is not None:
         check_tensors(bias=bias)
@@ -299,6 +327,26 @@ def _ranks_of(group: Any) -> _Ranks:
     if rank < 0:
         raise ValueError("group is one that this process does not belong to; only its members may call")
     return _Ranks(group, rank, dist.get_world_size(group))
+
+
+def _placed(weight: Any, ranks: _Ranks) -> VocabShard | None:
+    """The range that this process has of a DTensor in Shard(0) over the ranks; None for other placements."""
+    from torch.distributed.tensor import Shard
+
+    mesh = weight.device_mesh
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"weight is a DTensor on a mesh of {mesh.ndim} dimensions; with group= one of 1 dimension is expected, "
+            "or a plain tensor: weight.to_local(), where that is this process's range"
+        )
+    members = dist.get_process_group_ranks(ranks.group)
+    if mesh.mesh.tolist() != members:
+        raise ValueError(f"weight is a DTensor on ranks {mesh.mesh.tolist()}, and group has {members}; they must be the same")
+    if weight.ndim != 2 or weight.placements != (Shard(0),):
+        return None
+    vocab = weight.shape[0]
+    step = -(-vocab // ranks.size)  # as torch.chunk cuts
+    return VocabShard(min(ranks.rank * step, vocab), vocab)
 
 
 def _given(vocab_offset: Any, vocab: Any) -> VocabShard | None:

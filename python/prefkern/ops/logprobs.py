@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ._arguments import accumulator, check_tensors, integer, number, positive_int, same_device
+from ._arguments import accumulator, check_tensors, integer, is_dtensor, number, positive_int, same_device
 from ._call import call, no_double_backward, validation
 from .types import LinearLogprobs
 
@@ -95,8 +95,14 @@ def linear_logprobs(
     the ranges given and without ``prefkern.set_validation(True)``, they get NaN instead. What cannot be told so, as messages
     of two lengths, ends with an error of the backend or the group's timeout. Such a call cannot be compiled: put it under
     ``torch.compiler.disable``.
+
+    A DTensor as weight means its whole, gathered by ``full_tensor()``: each process has rows of its own, as in FSDP2, and the
+    weight's gradient, a DTensor of the same placements, is the mean over the processes of its mesh
+    (``prefkern.distributed.gathered`` says how else). With ``group`` the processes have the same rows: a weight in ``Shard(0)``
+    on a mesh of those processes is used in place, each process its own part, whose place in the vocabulary is known; one in
+    other placements is gathered, and every process computes the whole head.
     """
-    if group is not None or vocab_offset is not None or vocab is not None:
+    if group is not None or vocab_offset is not None or vocab is not None or is_dtensor(weight):
         from ..distributed import vocab_parallel
 
         return vocab_parallel.linear_logprobs(
