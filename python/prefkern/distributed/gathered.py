@@ -54,8 +54,10 @@ def gathered(weight: Tensor, *, gradient: Gradient = "mean", gather: Gather | No
     else:
         again = _Again(weight, gather or _deepspeed)
         with again.gather(weight):
-            borrowed: Tensor = _Borrowed.apply(weight)
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: again if _same(t, borrowed) else t, _unpacked):
+            borrowed: Tensor = _Borrowed.apply(weight, again)
+            # By where it lies: a hook that held the tensor would keep it as long as the graph.
+            place = _place(borrowed)
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: again if _place(t) == place else t, _unpacked):
                 yield borrowed
 
 
@@ -100,18 +102,18 @@ class _Borrowed(torch.autograd.Function):
     """The parameter's present data, which outlives the partition; the gradient is the parameter's."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, again: _Again) -> Tensor:
+        ctx.again = again
         return weight.detach()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        ctx.again.open()  # for the accumulation, where the head has saved something else, as under autocast
+        return g, None
 
 
-def _same(t: Tensor, other: Tensor) -> bool:
-    return (
-        t.shape == other.shape and t.dtype == other.dtype and t.stride() == other.stride() and t.data_ptr() == other.data_ptr()
-    )
+def _place(t: Tensor) -> tuple[Any, ...]:
+    return t.data_ptr(), t.shape, t.stride(), t.dtype
 
 
 def _unpacked(saved: Any) -> Tensor:
