@@ -1,6 +1,7 @@
 """Weights that training keeps in parts: DTensors, in place and gathered, and ZeRO-3 parameters, gathered twice."""
 
 import contextlib
+import functools
 import gc
 import sys
 import types
@@ -46,6 +47,28 @@ def near(a, b):
     torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+PLACEMENTS, GRADIENTS = (Shard(0), Shard(1), Replicate()), (None, "mean", "sum", "same")
+IN_PLACE = [(2, 6, [3, 3]), (2, 7, [4, 3]), (4, 301, [76, 76, 76, 73]), (4, 5, [2, 2, 1, 0])]
+
+
+def all_on_rank(rank, size):
+    """Everything below that needs `size` processes: it takes them longer to load DTensors than to do it."""
+    calls = {("in place", vocab): (in_place_on_rank, size, vocab) for n, vocab, _ in IN_PLACE if n == size}
+    if size == 2:
+        calls |= {("other", placement): (other_placements_on_rank, placement) for placement in PLACEMENTS[1:]}
+        calls |= {("data parallel", p, g): (data_parallel_on_rank, p, g) for p in PLACEMENTS for g in GRADIENTS}
+        calls |= {("fsdp", autocast): (fsdp_on_rank, autocast) for autocast in (False, True)}
+    else:
+        calls["refusals",] = (refusals_on_rank,)
+    return {name: function(rank, *args) for name, (function, *args) in calls.items()}
+
+
+@functools.cache
+def outcomes(size):
+    by_rank = run_ranks(all_on_rank, size, size)
+    return {name: [found[name] for found in by_rank] for name in by_rank[0]}
+
+
 # ----------------------------------------------------------------------------------------------------- DTensors in place
 
 
@@ -69,15 +92,13 @@ def in_place_on_rank(rank, size, vocab):
     return found
 
 
-@pytest.mark.parametrize(
-    ("size", "vocab", "rows"), [(2, 6, [3, 3]), (2, 7, [4, 3]), (4, 301, [76, 76, 76, 73]), (4, 5, [2, 2, 1, 0])]
-)
+@pytest.mark.parametrize(("size", "vocab", "rows"), IN_PLACE)
 def test_a_weight_in_shard_0_is_used_in_place(size, vocab, rows):
     hidden, weight, bias, targets = make(vocab)
     h, w, b = leaf(hidden), leaf(weight), leaf(bias)
     expected = linear_logprobs(h, w, targets, bias=b, outputs=ALL)
     loss_of(expected).backward()
-    results = run_ranks(in_place_on_rank, size, size, vocab)
+    results = outcomes(size)["in place", vocab]
     assert [found["local"] for found in results] == rows
     for found in results:
         for a, e in zip(found["out"], expected, strict=True):
@@ -101,13 +122,13 @@ def other_placements_on_rank(rank, placement):
     return [t.detach() for t in out], (h.grad, w.grad.full_tensor(), b.grad.full_tensor())
 
 
-@pytest.mark.parametrize("placement", [Replicate(), Shard(1)])
+@pytest.mark.parametrize("placement", PLACEMENTS[1:])
 def test_other_placements_are_gathered(placement):
     hidden, weight, bias, targets = make(6)
     leaves = leaf(hidden), leaf(weight), leaf(bias)
     expected = linear_logprobs(leaves[0], leaves[1], targets, bias=leaves[2], outputs=ALL)
     loss_of(expected).backward()
-    for out, grads in run_ranks(other_placements_on_rank, 2, placement):
+    for out, grads in outcomes(2)["other", placement]:
         for a, e in zip(out, expected, strict=True):
             near(a, e.detach())
         for a, e in zip(grads, leaves, strict=True):
@@ -141,8 +162,8 @@ def data_parallel_on_rank(rank, placement, gradient):
     return h.grad, w.grad.to_local() if placement == Shard(0) else w.grad.full_tensor(), b.grad.to_local()
 
 
-@pytest.mark.parametrize("placement", [Shard(0), Shard(1), Replicate()])
-@pytest.mark.parametrize("gradient", [None, "mean", "sum", "same"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("gradient", GRADIENTS)
 def test_without_a_group_each_rank_has_rows_of_its_own(placement, gradient):
     """The gradient of the hidden states is the rank's own, that of the weight what `gradient` says; None: the mean."""
     hidden, weight, bias, targets = make(7)
@@ -154,7 +175,7 @@ def test_without_a_group_each_rank_has_rows_of_its_own(placement, gradient):
         each.append([x.grad for x in leaves])
     (_, w0, b0), (_, w1, b1) = each
     d_weight, d_bias = (w0 + w1, b0 + b1) if gradient == "sum" else ((w0 + w1) / 2, (b0 + b1) / 2)
-    results = run_ranks(data_parallel_on_rank, 2, placement, gradient)
+    results = outcomes(2)["data parallel", placement, gradient]
     for rank, (d_hidden, w, b) in enumerate(results):
         near(d_hidden, each[rank][0])
         mine = slice(0, 4) if rank == 0 else slice(4, None)
@@ -194,7 +215,7 @@ def fsdp_on_rank(rank, autocast):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_gradient_is_what_fsdp_makes_it(autocast):
-    for plain, ours in run_ranks(fsdp_on_rank, 2, autocast):
+    for plain, ours in outcomes(2)["fsdp", autocast]:
         for a, e in zip(ours, plain, strict=True):
             assert a.dtype == F32
             torch.testing.assert_close(a, e, rtol=0, atol=0.05 if autocast else 1e-6)
@@ -230,7 +251,7 @@ def refusals_on_rank(rank):
 def test_dtensors_that_cannot_be_used():
     hidden, weight, _, targets = make(8)
     expected = linear_logprobs(hidden, weight, targets).logp
-    for results in run_ranks(refusals_on_rank, 4):
+    for results in outcomes(4)["refusals",]:
         for logp in results:
             near(logp, expected)
 
