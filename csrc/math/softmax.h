@@ -77,15 +77,10 @@ template <class S> PK_HD SoftmaxRow<S> softmax_join(const SoftmaxRow<S>& a, cons
   SoftmaxSums<S> sums{a.s, a.u, a.q, a.x};
   S max = a.max;
   softmax_merge(max, sums, b.max, SoftmaxSums<S>{b.s, b.u, b.q, b.x}, base2_factor);
-  const bool in_a = a.target_pre == a.target_pre, in_b = b.target_pre == b.target_pre;
-  if (in_a && in_b) sums.s = S(__builtin_nanf(""));
-  return {max,
-          sums.s,
-          sums.u,
-          sums.q,
-          sums.x,
-          in_a ? a.target_pre : b.target_pre,
-          in_a ? a.best_before : vmax(b.best_before, a.max)};
+  const bool in_a = a.target_pre == a.target_pre, in_b = b.target_pre == b.target_pre, twice = in_a && in_b;
+  const S nan = S(__builtin_nanf("")), target_pre = in_a ? a.target_pre : b.target_pre;
+  if (twice) sums.s = nan;
+  return {max, sums.s, sums.u, sums.q, sums.x, twice ? nan : target_pre, in_a ? a.best_before : vmax(b.best_before, a.max)};
 }
 
 // log p_y = ln2 ((pre_y - max) f - log2 s);  H = ln2 (log2 s - u / s);  lse = max * factor + ln2 log2 s;

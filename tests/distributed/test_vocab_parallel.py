@@ -8,6 +8,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 
 import prefkern
 from prefkern import linear_logprobs, reference
@@ -333,6 +334,10 @@ def modes_on_rank(rank):
     logp = linear_logprobs(h, w, targets, group=group).logp
     again = [torch.autograd.grad(logp.sum(), h, retain_graph=True)[0] for _ in range(2)]
     found["repeated"] = torch.equal(*again)
+    checkpointed = torch.utils.checkpoint.checkpoint(
+        lambda h, w: linear_logprobs(h, w, targets, group=group).logp, h, w, use_reentrant=False
+    )
+    found["checkpointed"] = torch.equal(torch.autograd.grad(checkpointed.sum(), h)[0], again[0])
     alone = dist.new_group([0]), dist.new_group([1])
     found["alone"] = linear_logprobs(hidden, weight, targets, group=alone[rank], outputs=ALL)
     with pytest.raises(ValueError, match="does not belong to"):
@@ -353,6 +358,7 @@ def test_modes_of_torch():
         assert found["dtypes"] == [F32, F32]
         assert found["shape"]
         assert found["repeated"]
+        assert found["checkpointed"]
         for a, e in zip(found["alone"], expected, strict=True):
             torch.testing.assert_close(a, e, rtol=0, atol=1e-6)
 
@@ -440,6 +446,57 @@ def test_a_rank_that_raises_does_not_hang_the_others(function):
     assert not good0
     assert "Traceback" in first
     assert "no answer" not in first
+
+
+def without_looking_on_rank(rank):
+    """As on CUDA without validation: nobody reads what the others say of themselves."""
+    vocab_parallel._looks = lambda _: False
+    base = {"hidden": torch.ones(3, 4), "targets": T, "group": dist.group.WORLD, "outputs": ALL, **SHARE[rank], **GIVEN[rank]}
+    found = {"agreed": linear_logprobs(**base)}
+    for name in ("other outputs", "another temperature", "a refusal", "a bias of V"):
+        change = BAD[name][0] if rank == 1 else {}
+        try:
+            found[name] = linear_logprobs(**{**base, **change})
+        except (ValueError, TypeError) as error:
+            found[name] = str(error)
+    return found
+
+
+def test_where_nobody_looks_disagreement_is_nan():
+    good, bad = run_ranks(without_looking_on_rank, 2)
+    expected = linear_logprobs(torch.ones(3, 4), torch.zeros(7, 4), T, outputs=ALL)
+    for found in (good, bad):
+        for a, e in zip(found["agreed"], expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=0, atol=1e-6)
+    for name in ("other outputs", "another temperature"):
+        for found in (good, bad):
+            assert all(t.isnan().all() for t in found[name][:5] if t is not None), name
+            assert found[name].is_top1 is None or not found[name].is_top1.any()
+    for name, message in (("a refusal", "softcap is -1.0"), ("a bias of V", r"bias has shape [7]")):
+        assert all(t.isnan().all() for t in good[name][:5])
+        assert message in bad[name]
+
+
+def validated_on_rank(rank):
+    prefkern.set_validation(True)
+    base = {"hidden": H, "targets": T, "group": dist.group.WORLD, **SHARE[rank], **GIVEN[rank]}
+    with Messages() as sent:
+        linear_logprobs(**base)
+    raised = []
+    for name in ("another N", "another dtype", "no rows", "a gap"):  # all but the last have messages of two lengths
+        change, both, _, _ = BAD[name]
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            linear_logprobs(**{**base, **both, **(change if rank == 1 else {})})
+        raised.append(str(caught.value))
+    return sent, raised
+
+
+def test_validation_looks_before_the_state_is_sent():
+    for sent, raised in run_ranks(validated_on_rank, 2):
+        assert sent == [("gather", torch.int64, 7), ("gather", F32, 7 * 3 + 7)]
+        assert ["disagree" in message for message in raised] == [True, True, False, False]
+        assert "weight has [0, 0] rows on the ranks of group" in raised[2]
+        assert "they must follow one another" in raised[3]
 
 
 def one_stays_away(rank):

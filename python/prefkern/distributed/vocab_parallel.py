@@ -33,7 +33,9 @@ from .gathered import Gradient, whole
 _OPS = torch.ops.prefkern
 _shard, _merge = _OPS.linear_shard.default, _OPS.merge_linear_shards.default
 _shard_backward = _OPS.linear_shard_backward.default
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
+    dist, "all_gather_into_tensor", None
+)  # before torch 2.13
 
 _T = TypeVar("_T")
 
@@ -250,9 +252,9 @@ def _forward(
         _check_offsets(listed, ranks, shard.vocab)
     elif refusal is not None:
         raise refusal
-    else:  # without waiting for the device: the sums of every row turn NaN
+    else:  # without waiting for the device: every row turns NaN
         well = (heads[:, 0] == 0).all() & (heads[:, 1:3] == heads[:1, 1:3]).all()
-        states[0, 1::3] += torch.where(well, 0.0, torch.nan).to(state.dtype)  # s and x
+        states += torch.where(well, 0.0, torch.nan).to(state.dtype)
     out: tuple[Tensor, ...] = call(_merge, states, targets, row_temperature, *options, bits, shard.vocab)
     return out
 
