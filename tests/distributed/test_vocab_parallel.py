@@ -496,7 +496,7 @@ def test_validation_looks_before_the_state_is_sent():
         assert sent == [("gather", torch.int64, 7), ("gather", F32, 7 * 3 + 7)]
         assert ["disagree" in message for message in raised] == [True, True, False, False]
         assert "weight has [0, 0] rows on the ranks of group" in raised[2]
-        assert "they must follow one another" in raised[3]
+        assert "weight has [5, 1] rows on the ranks of group" in raised[3]
 
 
 def one_stays_away(rank):
