@@ -212,7 +212,7 @@ class Messages:
     """What a rank sends while inside: ("gather" or "reduce", dtype, elements)."""
 
     def __enter__(self):
-        self.sent, self.before = [], (vocab_parallel._all_gather, dist.all_reduce)
+        self.sent, self.before = [], (dist.all_gather, dist.all_reduce)
 
         def gather(out, message, **options):
             self.sent.append(("gather", message.dtype, message.numel()))
@@ -222,11 +222,11 @@ class Messages:
             self.sent.append(("reduce", message.dtype, message.numel()))
             return self.before[1](message, **options)
 
-        vocab_parallel._all_gather, dist.all_reduce = gather, reduce
+        dist.all_gather, dist.all_reduce = gather, reduce
         return self.sent
 
     def __exit__(self, *_):
-        vocab_parallel._all_gather, dist.all_reduce = self.before
+        dist.all_gather, dist.all_reduce = self.before
 
 
 def messages_on_rank(rank, dtype):
@@ -339,7 +339,12 @@ def modes_on_rank(rank):
     )
     found["checkpointed"] = torch.equal(torch.autograd.grad(checkpointed.sum(), h)[0], again[0])
     alone = dist.new_group([0]), dist.new_group([1])
-    found["alone"] = linear_logprobs(hidden, weight, targets, group=alone[rank], outputs=ALL)
+    found["alone"] = linear_logprobs(hidden, weight, targets, group=alone[rank], vocab_offset=0, vocab=VOCAB, outputs=ALL)
+    assert vocab_shard(weight, alone[rank]) == (0, VOCAB)
+    with pytest.raises(ValueError, match="vocab is 302; group has one process, whose weight has 301 rows"):
+        linear_logprobs(hidden, weight, targets, group=alone[rank], vocab=VOCAB + 1)
+    with pytest.raises(ValueError, match=r"\[301\] rows.*vocab is 302"):
+        vocab_shard(weight, alone[rank], vocab=VOCAB + 1)
     with pytest.raises(ValueError, match="does not belong to"):
         linear_logprobs(hidden, weight, targets, group=alone[1 - rank])
     return found
@@ -450,7 +455,7 @@ def test_a_rank_that_raises_does_not_hang_the_others(function):
 
 def without_looking_on_rank(rank):
     """As on CUDA without validation: nobody reads what the others say of themselves."""
-    vocab_parallel._looks = lambda _: False
+    vocab_parallel.looks = lambda _: False
     base = {"hidden": torch.ones(3, 4), "targets": T, "group": dist.group.WORLD, "outputs": ALL, **SHARE[rank], **GIVEN[rank]}
     found = {"agreed": linear_logprobs(**base)}
     for name in ("other outputs", "another temperature", "a refusal", "a bias of V"):
@@ -519,8 +524,10 @@ def test_what_is_wrong_without_a_group():
     """Told before anything is sent."""
     with pytest.raises(ValueError, match="vocab_offset is 0 and vocab is 5 but group is None"):
         linear_logprobs(H, W, T, vocab_offset=0, vocab=5)
-    with pytest.raises(TypeError, match="group is 'world'; a process group"):
+    with pytest.raises(ValueError, match="group is 'world' but torch.distributed is not initialised"):
         linear_logprobs(H, W, T, group="world")
+    with pytest.raises(TypeError, match="group is 3; 'world', a process group"):
+        linear_logprobs(H, W, T, group=3)
     with pytest.raises(ValueError, match="does not belong to"):
         linear_logprobs(H, W, T, group=dist.GroupMember.NON_GROUP_MEMBER)
 

@@ -15,10 +15,9 @@ for a message that another believes it can do without.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -28,16 +27,12 @@ from ..ops import _linear_shard, logprobs, validation
 from ..ops._arguments import accumulator, check_tensors, integer, is_dtensor, number, positive_int
 from ..ops._call import call
 from ..ops.types import LinearLogprobs
+from ._ranks import ProcessGroup, Ranks, attempt, checksum, device_for, looks, ranks_of
 from .gathered import Gradient, whole
 
 _OPS = torch.ops.prefkern
 _shard, _merge = _OPS.linear_shard.default, _OPS.merge_linear_shards.default
 _shard_backward = _OPS.linear_shard_backward.default
-_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
-    dist, "all_gather_into_tensor", None
-)  # before torch 2.13
-
-_T = TypeVar("_T")
 
 
 class VocabShard(NamedTuple):
@@ -47,7 +42,7 @@ class VocabShard(NamedTuple):
     vocab: int
 
 
-def vocab_shard(weight: Tensor, group: dist.ProcessGroup, *, vocab: int | None = None) -> VocabShard:
+def vocab_shard(weight: Tensor, group: ProcessGroup, *, vocab: int | None = None) -> VocabShard:
     """The range of the vocabulary that this process's ``weight`` ``[V_r, H]`` is, where the processes of ``group`` hold the
     ranges one after the other, in the order of their ranks.
 
@@ -55,28 +50,40 @@ def vocab_shard(weight: Tensor, group: dist.ProcessGroup, *, vocab: int | None =
     vocab=shard.vocab`` to :func:`prefkern.linear_logprobs`, which then sends one message in the forward.
 
     Args:
-        weight: ``[V_r, H]``, V_r may differ from process to process and be 0.
-        group: the process group.
+        weight: ``[V_r, H]``, V_r may differ from process to process and be 0. A DTensor in ``Shard(0)`` says itself where its
+            rows lie, and nothing is sent; :func:`prefkern.linear_logprobs` takes it as it is.
+        group: the process group, or ``"world"``.
         vocab: V, if it is known: ranges that do not sum to it are an error, on every process.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what is accepted.
         RuntimeError: on the others, where one process refuses its arguments.
     """
-    ranks = _ranks_of(group)
+    ranks = ranks_of(group, "group")
 
     def rows() -> int:
         check_tensors(weight=weight)
         if weight.ndim != 2:
             raise ValueError(f"weight has shape {list(weight.shape)}; expected [V_r, H]")
+        _given(None, vocab)
         return weight.shape[0]
 
-    columns, refusal = _attempt(rows)
-    text = f"vocab {None if vocab is None else integer('vocab', vocab)}"
-    device = weight.device if isinstance(weight, Tensor) else torch.device("cpu")
-    heads = ranks.gather(torch.tensor(_head(text, columns or 0, 0, refusal), device=device)).tolist()
-    _check_heads(heads, ranks, text, refusal)
-    return _range_of(heads, ranks, vocab)
+    columns, refusal = attempt(rows)
+    if ranks is not None and columns is not None and is_dtensor(weight):
+        shard = _placed(weight, ranks)
+        if shard is None or vocab not in (None, shard.vocab):
+            placed = cast(Any, weight).placements
+            raise ValueError(
+                f"weight is a DTensor of {columns} rows placed as {placed}; [Shard(0)] and vocab = {vocab} is expected"
+            )
+        return shard
+    text, said = f"vocab {vocab}", (columns or 0, 0, refusal)
+    heads = [_head(text, *said)]
+    if ranks is not None:
+        heads = ranks.gather(torch.tensor(heads[0], device=device_for(weight, ranks))).tolist()
+    rank = 0 if ranks is None else ranks.rank
+    _check_heads(heads, rank, text, refusal)
+    return _range_of(heads, rank, vocab)
 
 
 # ---- the call ---------------------------------------------------------------------------------------------------------
@@ -87,7 +94,7 @@ def linear_logprobs(
     weight: Tensor,
     targets: Tensor,
     *,
-    group: dist.ProcessGroup | None,
+    group: ProcessGroup,
     vocab_offset: int | None = None,
     vocab: int | None = None,
     bias: Tensor | None = None,
@@ -101,7 +108,7 @@ def linear_logprobs(
             raise TypeError(f"{name} is a DTensor; pass the rows of this process, {name}.to_local()")
     if group is None and (vocab_offset is not None or vocab is not None):
         raise ValueError(f"vocab_offset is {vocab_offset} and vocab is {vocab} but group is None; they say where a range lies")
-    ranks = None if group is None else _ranks_of(group)
+    ranks = ranks_of(group, "group")
     given = _given(vocab_offset, vocab)
     if is_dtensor(weight):
         # Its layout is the same on all ranks, and so is what is wrong with it.
@@ -109,7 +116,7 @@ def linear_logprobs(
         if ranks is None or shard is None:
             if given is not None:
                 raise ValueError("vocab_offset is given, but weight is a DTensor that is not placed as [Shard(0)], so no range")
-            gradient: Gradient = "mean" if ranks is None else "same"
+            gradient: Gradient = "mean" if group is None else "same"
             bias = None if bias is None else whole(bias, gradient)
             return logprobs.linear_logprobs(hidden, whole(weight, gradient), targets, bias=bias, **options)
         if given not in (None, shard) or vocab not in (None, shard.vocab):
@@ -117,25 +124,29 @@ def linear_logprobs(
         given, weight = shard, cast(Any, weight).to_local()
         if bias is not None and is_dtensor(bias):  # each rank has the gradient of its own range
             bias = whole(bias, "sum").narrow(0, shard.offset, weight.shape[0])
-    elif ranks is None:
+    elif ranks is None:  # a group of this process alone
+        if vocab is not None and isinstance(weight, Tensor) and (given or (0, vocab)) != (0, weight.shape[0]):
+            rows = weight.shape[0]
+            raise ValueError(
+                f"vocab_offset is {vocab_offset} and vocab is {vocab}; group has one process, whose weight has {rows} rows"
+            )
         return logprobs.linear_logprobs(hidden, weight, targets, bias=bias, **options)
     return _of_ranges(hidden, weight, targets, bias, ranks, given, vocab, options)
 
 
 def _of_ranges(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ranks: _Ranks, given: VocabShard | None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ranks: Ranks, given: VocabShard | None,
     vocab: int | None, options: dict[str, Any],
 ) -> LinearLogprobs:  # fmt: skip
-    p, refusal = _attempt(lambda: _prepare(hidden, weight, targets, vocab, bias, **options))
+    p, refusal = attempt(lambda: _prepare(hidden, weight, targets, vocab, bias, **options))
     shard = given
     if given is None or validation():
-        device = next((t.device for t in (hidden, weight, targets) if isinstance(t, Tensor)), torch.device("cpu"))
         head = _head(p.text if p else "", p.weight.shape[0] if p else 0, given.offset if given else 0, refusal)
-        heads = ranks.gather(torch.tensor(head, device=device)).tolist()
-        _check_heads(heads, ranks, p.text if p else "", refusal)
-        shard = _range_of(heads, ranks, vocab)
+        heads = ranks.gather(torch.tensor(head, device=device_for(hidden, ranks))).tolist()
+        _check_heads(heads, ranks.rank, p.text if p else "", refusal)
+        shard = _range_of(heads, ranks.rank, vocab)
         if given is not None:
-            _check_offsets(heads, ranks, given.vocab)
+            _check_offsets(heads, given.vocab)
     if p is None or shard is None:
         # Ranges are given, so the others wait for the one message there is; where nobody knows how long it is, for the timeout.
         if isinstance(targets, Tensor) and isinstance(hidden, Tensor) and hidden.is_floating_point():
@@ -211,7 +222,7 @@ def _prepare(
         f"targets {list(shape)}, hidden {hidden.dtype} {list(hidden.shape)} with{'' if reduces else 'out'} a gradient, "
         f"outputs {bits:#b}, temperature, softcap, logit_scale and ignore_index {options}, vocab {vocab}"
     )
-    if _looks(hidden):  # the rows are to be the same on all ranks: so are these sums, which wrap around
+    if looks(hidden):  # the rows are to be the same on all ranks: so are these sums, which wrap around
         places = torch.arange(1, targets.numel() + 1, device=targets.device)
         text += f", targets that sum to {int((targets.reshape(-1).long() * places).sum())}"
         if row_temperature is not None:
@@ -233,12 +244,12 @@ def _prepare(
 
 def _forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, row_temperature: Tensor | None, tau: float,
-    softcap: float, logit_scale: float, ignore_index: int, bits: int, chunk: int, shard: VocabShard, ranks: _Ranks, text: str,
+    softcap: float, logit_scale: float, ignore_index: int, bits: int, chunk: int, shard: VocabShard, ranks: Ranks, text: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """logp, entropy, lse, sum_sq_probs, mean_logit, is_top1 and the statistics of the backward, equal on all ranks."""
     options = (tau, softcap, logit_scale, ignore_index)
     size = (_linear_shard.STATE_ARRAYS, targets.numel())
-    state, refusal = _attempt(
+    state, refusal = attempt(
         lambda: call(_shard, hidden, weight, targets, bias, row_temperature, *options, bits, chunk, *shard)
     )
     if state is None:
@@ -246,10 +257,10 @@ def _forward(
     head = torch.tensor(_head(text, weight.shape[0], shard.offset, refusal), dtype=state.dtype, device=state.device)
     gathered = ranks.gather(torch.cat([state.view(-1), head]))
     states, heads = gathered[:, : state.numel()].view(ranks.size, *size), gathered[:, state.numel() :]
-    if _looks(hidden):
+    if looks(hidden):
         listed = [[int(x) for x in row] for row in heads.tolist()]
-        _check_heads(listed, ranks, text, refusal)
-        _check_offsets(listed, ranks, shard.vocab)
+        _check_heads(listed, ranks.rank, text, refusal)
+        _check_offsets(listed, shard.vocab)
     elif refusal is not None:
         raise refusal
     else:  # without waiting for the device: every row turns NaN
@@ -281,8 +292,9 @@ class _VocabParallel(torch.autograd.Function):
         elif needs[0]:  # nothing comes to this rank, but the others reduce all the same
             d_hidden = torch.zeros(hidden.shape, dtype=accumulator(hidden), device=hidden.device)
         if needs[0] and d_hidden is not None:
-            with torch.no_grad():  # in place; a second derivative is refused by the op that made it
-                ctx.ranks.reduce(d_hidden)
+            if d_hidden.numel() > 0:
+                with torch.no_grad():  # in place; a second derivative is refused by the op that made it
+                    ctx.ranks.reduce(d_hidden)
             d_hidden = d_hidden.to(hidden.dtype)
         return (
             d_hidden if needs[0] else None,
@@ -296,42 +308,7 @@ class _VocabParallel(torch.autograd.Function):
 # ---- ranks, and what they say of themselves ---------------------------------------------------------------------------
 
 
-class _Ranks(NamedTuple):
-    """A group as one of its processes sees it."""
-
-    group: dist.ProcessGroup
-    rank: int
-    size: int
-
-    def gather(self, message: Tensor) -> Tensor:
-        """The messages [n] of all ranks, [size, n]; of the same size and dtype on each."""
-        if self.size == 1:
-            return message[None]
-        out = message.new_empty(self.size * message.numel())
-        _all_gather(out, message, group=self.group)
-        return out.view(self.size, -1)
-
-    def reduce(self, message: Tensor) -> None:
-        """Summed in place over all ranks."""
-        if self.size > 1 and message.numel() > 0:
-            dist.all_reduce(message, group=self.group)
-
-
-def _ranks_of(group: Any) -> _Ranks:
-    if not dist.is_available():
-        raise ValueError("group is given, but this PyTorch has no torch.distributed")
-    if group == dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("group is one that this process does not belong to; only its members may call")
-    if not isinstance(group, dist.ProcessGroup):
-        hint = "; of a DeviceMesh, pass mesh.get_group()" if type(group).__name__ == "DeviceMesh" else ""
-        raise TypeError(f"group is {group!r}; a process group of torch.distributed or None is expected{hint}")
-    rank = dist.get_rank(group)
-    if rank < 0:
-        raise ValueError("group is one that this process does not belong to; only its members may call")
-    return _Ranks(group, rank, dist.get_world_size(group))
-
-
-def _placed(weight: Any, ranks: _Ranks) -> VocabShard | None:
+def _placed(weight: Any, ranks: Ranks) -> VocabShard | None:
     """The range that this process has of a DTensor in Shard(0) over the ranks; None for other placements."""
     from torch.distributed.tensor import Shard
 
@@ -364,38 +341,25 @@ def _given(vocab_offset: Any, vocab: Any) -> VocabShard | None:
     return VocabShard(int(vocab_offset), int(vocab))
 
 
-def _looks(t: Tensor) -> bool:
-    """Whether what the others say of themselves is looked at: on CUDA that means to wait for the device."""
-    return t.device.type == "cpu" or validation()
-
-
-def _attempt(make: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
-    """What `make` returns, or what it raises: a rank that refuses still sends its message, for the others wait for it."""
-    try:
-        return make(), None
-    except Exception as error:  # raised again when the message is out
-        return None, error
-
-
 _HALF = 1 << 16
 
 
 def _head(text: str, columns: int, offset: int, refusal: Exception | None) -> list[int]:
     """What a rank says of itself: whether it refuses its arguments, a checksum of what all must agree on, its range. In numbers
     that a float32 holds."""
-    return [int(refusal is not None), *(x for n in (zlib.crc32(text.encode()), columns, offset) for x in divmod(n, _HALF))]
+    return [int(refusal is not None), *(x for n in (checksum(text), columns, offset) for x in divmod(n, _HALF))]
 
 
-def _check_heads(heads: list[list[int]], ranks: _Ranks, text: str, refusal: Exception | None) -> None:
+def _check_heads(heads: list[list[int]], rank: int, text: str, refusal: Exception | None) -> None:
     """Raises on every rank if one refuses, or if they do not agree."""
     if refusal is not None:
         raise refusal
-    refused = [rank for rank, head in enumerate(heads) if head[0]]
+    refused = [other for other, head in enumerate(heads) if head[0]]
     if refused:
         raise RuntimeError(f"rank {refused[0]} of group refuses its arguments; its own error says why")
-    other = [rank for rank, head in enumerate(heads) if head[1:3] != heads[ranks.rank][1:3]]
-    if other:
-        raise ValueError(f"the ranks of group disagree: rank {ranks.rank} has {text}; rank {other[0]} has something else")
+    unlike = [other for other, head in enumerate(heads) if head[1:3] != heads[rank][1:3]]
+    if unlike:
+        raise ValueError(f"the ranks of group disagree: rank {rank} has {text}; rank {unlike[0]} has something else")
 
 
 def _ranges(heads: list[list[int]]) -> tuple[list[int], list[int]]:
@@ -403,17 +367,17 @@ def _ranges(heads: list[list[int]]) -> tuple[list[int], list[int]]:
     return [head[3] * _HALF + head[4] for head in heads], [head[5] * _HALF + head[6] for head in heads]
 
 
-def _range_of(heads: list[list[int]], ranks: _Ranks, vocab: int | None) -> VocabShard:
+def _range_of(heads: list[list[int]], rank: int, vocab: int | None) -> VocabShard:
     sizes, _ = _ranges(heads)
     total = sum(sizes)
     if vocab is not None and total != vocab:
         raise ValueError(f"weight has {sizes} rows on the ranks of group, {total} in all; vocab is {vocab}")
     if total == 0:
         raise ValueError("weight has no rows on any rank of group; a vocabulary needs at least one token")
-    return VocabShard(sum(sizes[: ranks.rank]), total)
+    return VocabShard(sum(sizes[:rank]), total)
 
 
-def _check_offsets(heads: list[list[int]], ranks: _Ranks, vocab: int) -> None:
+def _check_offsets(heads: list[list[int]], vocab: int) -> None:
     """Given ranges must lie one after the other and make up the vocabulary."""
     sizes, offsets = _ranges(heads)
     ends = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
