@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from prefkern import linear_logprobs
-from prefkern.distributed import gathered
+from prefkern.distributed import gathered, vocab_shard
 from ranks import run_ranks
 
 ALL = ("entropy", "lse", "sum_sq_probs", "mean_logit", "is_top1")
@@ -84,6 +84,9 @@ def in_place_on_rank(rank, size, vocab):
         assert grad.placements == (Shard(0),)
     found = {"out": [t.detach() for t in out], "grads": (h.grad, w.grad.full_tensor(), b.grad.full_tensor()), "sent": sent}
     found["local"] = w.to_local().shape[0]
+    with Messages() as sent:
+        found["shard"] = tuple(vocab_shard(w, mesh.get_group(), vocab=vocab))
+    assert sent == []
     everywhere = parameter(bias, mesh, Replicate())
     out = linear_logprobs(hidden, w.detach(), targets, bias=everywhere, group=mesh.get_group(), outputs=ALL)
     loss_of(out).backward()
@@ -100,6 +103,7 @@ def test_a_weight_in_shard_0_is_used_in_place(size, vocab, rows):
     loss_of(expected).backward()
     results = outcomes(size)["in place", vocab]
     assert [found["local"] for found in results] == rows
+    assert [found["shard"] for found in results] == [(sum(rows[:i]), vocab) for i in range(size)]
     for found in results:
         for a, e in zip(found["out"], expected, strict=True):
             near(a, e.detach())
@@ -242,6 +246,10 @@ def refusals_on_rank(rank):
     ):
         with pytest.raises(error, match=message):
             linear_logprobs(**{"hidden": hidden, "weight": w, "targets": targets, "group": flat, **changes})
+    with pytest.raises(ValueError, match=r"placed as \[Replicate\(\)\]; a range is one in"):
+        vocab_shard(spread, flat)
+    with pytest.raises(ValueError, match="DTensor of 8 rows; vocab is 9"):
+        vocab_shard(w, flat, vocab=9)
     local = both.to_local()  # what the first message says
     out = linear_logprobs(hidden, local, targets, group=square.get_group("tp"))
     given = linear_logprobs(hidden, w, targets, group=flat, vocab_offset=2 * rank, vocab=8)

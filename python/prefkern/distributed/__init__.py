@@ -8,8 +8,8 @@ the messages. Tensors lie on a device that the group's backend serves.
 A rank whose arguments are wrong does not leave the others waiting: its message says so, and all raise. What a rank raises
 elsewhere, before it calls, others notice when the timeout of the process group is over.
 
-A head whose vocabulary is cut over the processes of a group is :func:`prefkern.linear_logprobs` with ``group=``; `vocab_shard` and
-`gathered` are for its weight.
+A head whose vocabulary is cut over the processes of a group is :func:`prefkern.linear_logprobs` with ``group=``; `vocab_shard`
+and `gathered` are for its weight.
 """
 
 from .advantages import batch_moments, group_advantages, whiten

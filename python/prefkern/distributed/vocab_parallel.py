@@ -71,11 +71,12 @@ def vocab_shard(weight: Tensor, group: ProcessGroup, *, vocab: int | None = None
     columns, refusal = attempt(rows)
     if ranks is not None and columns is not None and is_dtensor(weight):
         shard = _placed(weight, ranks)
-        if shard is None or vocab not in (None, shard.vocab):
-            placed = cast(Any, weight).placements
+        if shard is None:
             raise ValueError(
-                f"weight is a DTensor of {columns} rows placed as {placed}; [Shard(0)] and vocab = {vocab} is expected"
+                f"weight is a DTensor placed as {list(cast(Any, weight).placements)}; a range is one in [Shard(0)]"
             )
+        if vocab not in (None, shard.vocab):
+            raise ValueError(f"weight is a DTensor of {shard.vocab} rows; vocab is {vocab}")
         return shard
     text, said = f"vocab {vocab}", (columns or 0, 0, refusal)
     heads = [_head(text, *said)]

@@ -79,8 +79,8 @@ def linear_logprobs(
 
     Memory: one block of logits plus converted operands, O(chunk_bytes), and O((N + V) H) for gradients.
 
-    A vocabulary over several processes: ``group`` is a process group of ``torch.distributed`` (gloo for tensors on the CPU,
-    NCCL on GPUs) whose processes hold the weight's rows, and the bias, in ranges ``[V_r, H]`` one after the other in the order
+    A vocabulary over several processes: ``group`` is a process group of ``torch.distributed``, or ``"world"`` (gloo for tensors
+    on the CPU, NCCL on GPUs), whose processes hold the weight's rows, and the bias, in ranges ``[V_r, H]`` one after the other in the order
     of their ranks; of any sizes, 0 too. All of them call with the same hidden, targets (ids in the whole vocabulary) and
     options, get the same bits, and compute the same loss from them. As with a column-parallel linear layer and a
     vocabulary-parallel cross entropy, each process's hidden gradient is then that of the whole head, summed over the ranges in
