@@ -80,13 +80,13 @@ def linear_logprobs(
     Memory: one block of logits plus converted operands, O(chunk_bytes), and O((N + V) H) for gradients.
 
     A vocabulary over several processes: ``group`` is a process group of ``torch.distributed``, or ``"world"`` (gloo for tensors
-    on the CPU, NCCL on GPUs), whose processes hold the weight's rows, and the bias, in ranges ``[V_r, H]`` one after the other in the order
-    of their ranks; of any sizes, 0 too. All of them call with the same hidden, targets (ids in the whole vocabulary) and
-    options, get the same bits, and compute the same loss from them. As with a column-parallel linear layer and a
-    vocabulary-parallel cross entropy, each process's hidden gradient is then that of the whole head, summed over the ranges in
-    float32 and equal on all; the gradients of weight and bias are those of its own range. Messages: one all-gather of 28 N + 28
-    bytes per process in the forward, one all-reduce of 4 N H bytes in the backward if hidden requires a gradient (float64:
-    twice that).
+    on the CPU, NCCL on GPUs), whose processes hold the weight's rows, and the bias, in ranges ``[V_r, H]`` one after the other
+    in the order of their ranks; of any sizes, 0 too. All of them call with the same hidden, targets (ids in the whole
+    vocabulary) and options, get the same bits, and compute the same loss from them. As with a column-parallel linear layer and
+    a vocabulary-parallel cross entropy, each process's hidden gradient is then that of the whole head, summed over the ranges
+    in float32 and equal on all; the gradients of weight and bias are those of its own range. Messages: one all-gather of
+    28 N + 28 bytes per process in the forward, one all-reduce of 4 N H bytes in the backward if hidden requires a gradient
+    (float64: twice that).
 
     ``vocab_offset``, the token of the range's first row, and ``vocab``, the V of all ranges, are gathered by a second message
     if they are not given, which the host waits for; ``prefkern.distributed.vocab_shard`` gives them once for many calls. Give
