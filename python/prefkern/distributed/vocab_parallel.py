@@ -255,8 +255,8 @@ def _forward(
     )
     if state is None:
         state = torch.zeros(size, dtype=accumulator(hidden), device=hidden.device)
-    head = torch.tensor(_head(text, weight.shape[0], shard.offset, refusal), dtype=state.dtype, device=state.device)
-    gathered = ranks.gather(torch.cat([state.view(-1), head]))
+    head = torch.tensor(_head(text, weight.shape[0], shard.offset, refusal), dtype=state.dtype)
+    gathered = ranks.gather(torch.cat([state.view(-1), head.to(state.device, non_blocking=True)]))
     states, heads = gathered[:, : state.numel()].view(ranks.size, *size), gathered[:, state.numel() :]
     if looks(hidden):
         listed = [[int(x) for x in row] for row in heads.tolist()]
