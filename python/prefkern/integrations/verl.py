@@ -14,7 +14,8 @@ aggregation is another warns once. Losses with one value per completion (gmpo, r
 whatever ``loss_agg_mode`` says.
 
 verl's policy loss receives neither groups nor entropies nor the reference. A recipe that needs them in its loss is refused
-when it is first called, with what to use instead; what does not depend on the policy is folded into the advantages.
+when verl validates its configuration (and if that is passed over, when it is first called), with what to use instead; what
+does not depend on the policy is folded into the advantages.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._names import nearest_hint
 from ..ops import discounted_returns, linear_logprobs, sequence_mean
 from ..ops.policy import Aggregation
-from ..papers import Recipe, Rollout, gtpo, load_recipe, ppo, recipes, reinforce_pp
+from ..papers import Recipe, Rollout, gtpo, load_recipe, ppo, reinforce_pp
+from ..papers import recipes as known_recipes
 from ._heads import linear_cross_entropy
 from ._hooks import TokenLoss, check_version, kl_in_loss, mean_log_ratio, token_loss, warn_once
 
@@ -44,6 +47,7 @@ SUPPORTED = ((0, 9, 1), (0, 10))
 PREFIX = "prefkern_"
 RECIPES_VARIABLE = "PREFKERN_VERL_RECIPES"
 BATCH_VARIABLE = "PREFKERN_VERL_PASS_BATCH"
+HEAD_VARIABLE = "PREFKERN_VERL_PATCH_HEAD"
 
 # verl's setting of the actor -> the option of policy_loss, and verl's default.
 _ACTOR_SETTINGS = {
@@ -58,21 +62,21 @@ _BATCH_NAMES = {
     "ref_logp": "ref_log_prob",
     "tokens": "responses",
     "values": "values",
-    "token_weight": "rollout_is_weights",
 }
 _SEVERAL_REWARDS = ("gdpo", "mo_grpo", "dgpo")
-_REWARDS_ARE_ADVANTAGES = ("copg", "disco", "trpa")
+_NOTHING = ("copg", "disco", "trpa", "tppo")
+"""Recipes that have neither advantages nor a loss here."""
 _originals: dict[str, Any] = {}
 """What of verl was replaced, by name."""
 _batch: contextvars.ContextVar[Any] = contextvars.ContextVar("prefkern_verl_batch", default=None)
 _warned: set[str] = set()
 
 
-def register(recipes_with_options: Iterable[str] | Mapping[str, str] = ()) -> tuple[str, ...]:
+def register(recipes: Iterable[str] | Mapping[str, str] = ()) -> tuple[str, ...]:
     """Register every recipe with verl, as an advantage estimator and as a policy loss, both named ``prefkern_<recipe>``.
 
     Args:
-        recipes_with_options: strings such as ``"ngrpo:r_max=2.0"`` replace what that recipe's name stands for; a mapping
+        recipes: strings such as ``"ngrpo:r_max=2.0"`` replace what that recipe's name stands for; a mapping
             such as ``{"strict": "grpo:eps_high=0.1"}`` adds names, here ``prefkern_strict``.
 
     Returns:
@@ -84,20 +88,71 @@ def register(recipes_with_options: Iterable[str] | Mapping[str, str] = ()) -> tu
     """
     check_version("verl", *SUPPORTED)
     algos = importlib.import_module("verl.trainer.ppo.core_algos")
-    specs = dict(recipes_with_options) if isinstance(recipes_with_options, Mapping) else {}
-    if not isinstance(recipes_with_options, Mapping):
-        if isinstance(recipes_with_options, str):
-            raise TypeError(
-                f"recipes_with_options is {recipes_with_options!r}; a list of such strings, or a mapping, is expected"
-            )
-        specs = {text.partition(":")[0]: text for text in recipes_with_options}
+    specs = dict(recipes) if isinstance(recipes, Mapping) else {}
+    if not isinstance(recipes, Mapping):
+        if isinstance(recipes, str):
+            raise TypeError(f"recipes is {recipes!r}; a list of such strings, or a mapping, is expected")
+        specs = {text.partition(":")[0]: text for text in recipes}
     chosen = {name: load_recipe(text) for name, text in specs.items()}
-    for name, recipe in recipes().items():
+    for recipe in chosen.values():
+        _check_recipe(recipe)
+    for name, recipe in known_recipes().items():
         if name not in chosen and not _is_ours(algos.ADV_ESTIMATOR_REGISTRY.get(PREFIX + name)):
             chosen[name] = recipe
     for name, recipe in chosen.items():
         _add(algos, PREFIX + name, recipe)
+    _validate_with_verl()
     return tuple(name for name in algos.ADV_ESTIMATOR_REGISTRY if name.startswith(PREFIX))
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    """ValueError for a recipe that has nothing for verl, or asks of it what verl itself adds."""
+    if recipe.name in _NOTHING:
+        token_loss(recipe, "verl")  # has none, and says so
+    if (beta := kl_in_loss(recipe)) != 0:
+        raise ValueError(
+            f"recipe {recipe.name!r} has beta {beta}; verl adds the KL: set algorithm.use_kl_in_reward and algorithm.kl_ctrl, "
+            "or actor.use_kl_loss and actor.kl_loss_coef, and leave beta at 0"
+        )
+
+
+def validate(config: Any) -> None:
+    """ValueError if verl's whole configuration selects a recipe where it cannot work, or contradicts it; verl's own
+    `validate_config` calls this, before anything starts.
+
+    Seen from here: losses that verl cannot compute, settings that say something else than the recipe, names that are not
+    registered, and what the new trainer (`trainer.use_v1`) does not keep for the computation of advantages.
+    """
+    algos = importlib.import_module("verl.trainer.ppo.core_algos")
+    actor = config.actor_rollout_ref.actor
+    estimator, mode = str(config.algorithm.adv_estimator), str(actor.policy_loss.loss_mode)
+    for setting, name, registry in (
+        ("algorithm.adv_estimator", estimator, algos.ADV_ESTIMATOR_REGISTRY),
+        ("actor.policy_loss.loss_mode", mode, algos.POLICY_LOSS_REGISTRY),
+    ):
+        if name.startswith(PREFIX) and name not in registry:
+            ours = [known for known in registry if known.startswith(PREFIX)]
+            raise ValueError(f"{setting} is {name!r}, which is not registered{nearest_hint(name, ours)}")
+    if estimator.startswith(PREFIX):
+        algos.ADV_ESTIMATOR_REGISTRY[estimator].check(config.algorithm, new_trainer=bool(config.trainer.use_v1))
+    if mode.startswith(PREFIX):
+        settings = dict(actor.items()) | {"global_batch_info": {"loss_scale_factor": actor.get("loss_scale_factor")}}
+        algos.POLICY_LOSS_REGISTRY[mode].check(settings, actor.loss_agg_mode)
+
+
+def _validate_with_verl() -> None:
+    original = importlib.import_module("verl.utils.config").validate_config
+    if hasattr(original, "prefkern"):
+        return
+
+    @wraps(original)
+    def validate_config(config: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(config, *args, **kwargs)
+        validate(config)
+        return result
+
+    validate_config.prefkern = True  # type: ignore[attr-defined]
+    _replace(original, validate_config, "validate_config")
 
 
 def _add(algos: Any, name: str, recipe: Recipe) -> None:
@@ -111,7 +166,7 @@ def _add(algos: Any, name: str, recipe: Recipe) -> None:
 
 
 def _is_ours(registered: Any) -> bool:
-    return isinstance(registered, Estimator)
+    return type(registered).__module__ == __name__  # not isinstance: the module may have been loaded anew
 
 
 @dataclass(frozen=True)
@@ -137,7 +192,7 @@ class Estimator:
         token_level_rewards, response_mask: [B, T]. config: verl's algorithm settings. index: [B], the prompts' uid.
         """
         recipe = self.recipe
-        self._check(config)
+        self.check(config)
         mask = response_mask.bool()
         if batch is None and (data := _batch.get()) is not None:
             batch, non_tensor_batch = data.batch, data.non_tensor_batch
@@ -184,18 +239,22 @@ class Estimator:
         result = result[:, None] if result.dim() == 1 else result
         return torch.where(prepared["mask"], result, 0.0)
 
-    def _check(self, config: Any) -> None:
-        """ValueError where the recipe has no advantages for verl, or verl's settings say something else."""
+    def check(self, config: Any, *, new_trainer: bool = False) -> None:
+        """ValueError where the recipe has no advantages for verl, or verl's algorithm settings say something else.
+
+        new_trainer: whether it is the one that keeps little for the computation of advantages.
+        """
         recipe = self.recipe
-        if recipe.name in _REWARDS_ARE_ADVANTAGES:
-            token_loss(recipe, "verl")  # has none, and says so
-        if recipe.name == "tppo":
-            token_loss(recipe, "verl")
-        if kl_in_loss(recipe) != 0:
-            raise ValueError(
-                f"recipe {recipe.name!r} has beta {kl_in_loss(recipe)}; verl adds the KL: set algorithm.use_kl_in_reward and "
-                "algorithm.kl_ctrl, or actor.use_kl_loss and actor.kl_loss_coef, and leave beta at 0"
-            )
+        if new_trainer:
+            needs = {"tokens"} & set(recipe.needs) | {key for key in recipe.needs if key not in _BATCH_NAMES}
+            if recipe.name in ("gdpo", "mo_grpo"):
+                needs.add("rewards by name")
+            if needs:
+                raise ValueError(
+                    f"recipe {recipe.name!r} needs {', '.join(sorted(needs))} for its advantages, which verl's new trainer "
+                    f"does not keep until then; set trainer.use_v1=False, and {BATCH_VARIABLE}=1"
+                )
+        _check_recipe(recipe)
         for key in ("gamma", "lam"):
             given, own = _get(config, key, 1.0), getattr(recipe, key, None)
             if own is not None and given not in (1.0, own):
@@ -232,10 +291,7 @@ class PolicyLoss:
         config: verl's ActorConfig; its `global_batch_info` says what the loss is divided by. Metrics have verl's names:
         actor/pg_clipfrac, actor/pg_clipfrac_lower, actor/ppo_kl.
         """
-        if self._loss is None:
-            self._loss = token_loss(self.recipe, "verl")
-        loss, mask = self._loss, response_mask.bool()
-        self._check(config, loss_agg_mode, loss)
+        loss, mask = self.check(config, loss_agg_mode), response_mask.bool()
         norm, scale = _denominators(loss_agg_mode, dict(_get(config, "global_batch_info") or {}), loss.average)
         value, metrics = loss(
             log_prob, old_log_prob, advantages, mask, agg=loss_agg_mode, norm=norm, scale=scale, token_weight=rollout_is_weights
@@ -249,8 +305,12 @@ class PolicyLoss:
         names = ("actor/pg_clipfrac", "actor/pg_clipfrac_lower", "actor/ppo_kl")
         return value, dict(zip(names, numbers, strict=True))
 
-    def _check(self, config: Any, agg: str, loss: TokenLoss) -> None:
-        """ValueError for settings of verl that the recipe contradicts; a warning for another aggregation."""
+    def check(self, config: Any, agg: str) -> TokenLoss:
+        """The loss. ValueError where there is none, or settings of verl's actor contradict it; a warning for another
+        aggregation."""
+        if self._loss is None:
+            self._loss = token_loss(self.recipe, "verl")
+        loss = self._loss
         for setting, (option, default) in _ACTOR_SETTINGS.items():
             given, used = _get(config, setting, default), loss.options.get(option)
             if given is not None and given not in (default, used):
@@ -259,7 +319,7 @@ class PolicyLoss:
                     f"default, {default}, and register the recipe with the option you want ({RECIPES_VARIABLE})"
                 )
         if loss.average == "rows":
-            return
+            return loss
         factor = (_get(config, "global_batch_info") or {}).get("loss_scale_factor")
         if agg == loss.agg and loss.scale is not None and loss.scale != factor:
             raise ValueError(
@@ -271,6 +331,7 @@ class PolicyLoss:
                 "which is what is done",
                 _warned,
             )
+        return loss
 
 
 def _denominators(agg: str, info: dict[str, Any], average: str) -> tuple[Any, float | None]:
@@ -411,7 +472,8 @@ def patch_head() -> None:
 
     Replaces both of ``use_fused_kernels=True``: `linear_cross_entropy` (backend triton, and Megatron's fused forward) and
     `FusedLinearForPPO` (torch, liger). Log-probs and entropies are float32. Call it in the workers, before or after the
-    model is built. With a process group the weight is this rank's shard of the vocabulary.
+    model is built, or set ``PREFKERN_VERL_PATCH_HEAD=1``. With a process group the weight is this rank's shard of the
+    vocabulary.
     """
     check_version("verl", *SUPPORTED)
     kernel = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
@@ -457,8 +519,9 @@ def _from_environment() -> None:
         names[name.strip() if named else part.partition(":")[0]] = text.strip() if named else part
     try:
         register(names)
-        if os.environ.get(BATCH_VARIABLE, "0") not in ("", "0"):
-            pass_batch()
+        for variable, function in ((BATCH_VARIABLE, pass_batch), (HEAD_VARIABLE, patch_head)):
+            if os.environ.get(variable, "0") not in ("", "0"):
+                function()
     except (ImportError, ValueError) as error:
         warnings.warn(f"prefkern is not registered with verl: {error}", stacklevel=2)
         raise
