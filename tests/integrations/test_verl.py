@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 import warnings
 
 import numpy as np
@@ -27,10 +28,11 @@ from ranks import run_ranks
 pytest.importorskip("verl", minversion="0.9.1")
 import verl
 from omegaconf import OmegaConf
-from tensordict import TensorDict
+from tensordict import NonTensorData, NonTensorStack, TensorDict
 from verl.protocol import DataProto
 from verl.trainer.config import AlgoConfig
 from verl.trainer.ppo import core_algos, ray_trainer
+from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1 import utils as v1_utils
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.utils.kernel import linear_cross_entropy as kernel
@@ -212,17 +214,26 @@ def test_verls_loader_of_plugins(as_a_plugin, imported_anew, monkeypatch):
 def test_verls_loader_of_plugins_in_a_new_process(as_a_plugin):
     """Where nobody imports prefkern but verl, in the middle of its own import."""
     code = (
+        "from integrations import serving\n"
         "from verl.trainer.ppo.core_algos import get_adv_estimator_fn as adv, get_policy_loss_fn as loss\n"
         "print(adv('prefkern_ngrpo').recipe.r_max, loss('prefkern_strict').recipe.eps_high, loss('prefkern_gpg').name)\n"
+        "from verl.trainer.ppo.v1 import trainer_base, utils\n"
+        "from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy as head\n"
+        "wrapped = (utils.compute_advantage, trainer_base.PPOTrainer._compute_advantage)\n"
+        "print(*(f.__wrapped__.__name__ for f in wrapped), head.__module__)\n"
     )
     environment = os.environ | {
-        "PYTHONPATH": f"{as_a_plugin}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "PYTHONPATH": os.pathsep.join([str(as_a_plugin), str(DOCS.parents[1] / "tests"), os.environ.get("PYTHONPATH", "")]),
         "PREFKERN_VERL_RECIPES": "ngrpo:r_max=3.0; strict=grpo:eps_high=0.1",
+        integration.BATCH_VARIABLE: "1",
+        integration.HEAD_VARIABLE: "1",
     }
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=180, check=False
     )
-    assert done.stdout.splitlines()[-1:] == ["3.0 0.1 prefkern_gpg"], done.stderr
+    first, second = done.stdout.splitlines()[-2:]
+    assert first == "3.0 0.1 prefkern_gpg", done.stderr
+    assert second == "compute_advantage _compute_advantage prefkern.integrations._heads", done.stderr
 
 
 def test_the_environment_switches_batch_and_head_on(monkeypatch):
@@ -368,6 +379,98 @@ def test_groups_that_dapo_drops_have_no_advantage():
     assert (advantages[:4] == 0).all()
     assert_close(advantages[5:, 0], torch.tensor([0, -1, 1], dtype=F64) * advantages[7, 0])
     assert advantages[7, 0] > 1
+
+
+class Queue:
+    """verl's queue of transfers between its processes: ragged rows of every field, by key."""
+
+    def __init__(self, rollout, entropy, columns):
+        lengths = rollout.mask.sum(1).tolist()
+        padded = {
+            "response_mask": rollout.mask.long(), "rm_scores": at_the_end(rollout.rewards, rollout.mask),
+            "rollout_log_probs": rollout.old_logp, "old_log_probs": rollout.old_logp, "ref_log_prob": rollout.ref_logp,
+            "values": rollout.extra["values"], "responses": rollout.tokens, "entropy": entropy,
+        }  # fmt: skip
+        self.fields = {
+            name: torch.nested.as_nested_tensor([row[:n] for row, n in zip(rows, lengths, strict=True)], layout=torch.jagged)
+            for name, rows in padded.items()
+        }
+        self.others = {
+            "uid": uids(rollout.group).tolist(),
+            "extra_fields": [{"reward_extra_info": {k: v[i].item() for k, v in columns.items()}} for i in range(len(lengths))],
+        }
+        self.asked = []
+
+    def kv_batch_get(self, *, keys, partition_id, select_fields):
+        self.asked.append(select_fields)
+        data = TensorDict({name: self.fields[name] for name in select_fields if name in self.fields}, batch_size=len(keys))
+        for name in set(select_fields) & set(self.others):
+            data[name] = NonTensorStack(*[NonTensorData(value) for value in self.others[name]])
+        return data
+
+    def kv_batch_put(self, *, keys, partition_id, fields):
+        self.fields |= dict(fields.items())
+        return keys
+
+
+class Keys(list):
+    """What the trainer holds of a batch."""
+
+    def __init__(self):
+        super().__init__(f"uid{i}_0_0" for i in range(8))
+        self.keys, self.partition_id = list(self), "train"
+
+
+def in_the_new_trainer(monkeypatch, recipe, entropy=None, columns=None, **algorithm):
+    """(advantages, fields asked for) of its method, on a queue that has what it keeps."""
+    rollout, _, high = make()
+    queue = Queue(rollout, high if entropy is None else entropy, columns or {})
+    monkeypatch.setattr(trainer_base, "tq", queue)
+    integration.register([recipe])
+    algorithm = {"adv_estimator": f"prefkern_{recipe.partition(':')[0]}", "gamma": 1.0, "lam": 1.0, "use_kl_in_reward": False,
+                 **algorithm}  # fmt: skip
+    config = OmegaConf.create({"algorithm": algorithm, "actor_rollout_ref": {"rollout": {"n": 4}}})
+    trainer_base.PPOTrainer._compute_advantage(types.SimpleNamespace(config=config), Keys(), {})
+    return queue.fields["advantages"].to_padded_tensor(0.0), queue.asked
+
+
+@pytest.mark.parametrize("name", ["grpo", "ngrpo", "opo", "reg_grpo", "reinforce_pp"])
+def test_the_new_trainer(name, monkeypatch):
+    advantages, asked = in_the_new_trainer(monkeypatch, name)
+    rollout, _, _ = make()
+    expected = recipes()[name].advantages(rollout)
+    assert_close(advantages, (expected if expected.dim() == 2 else expected[:, None]) * MASK)
+    assert len(asked) == 1
+
+
+def test_the_new_trainer_passes_what_it_keeps(monkeypatch, whole_batch):
+    """Token ids, entropies, rewards by name and columns that its own method does not ask for."""
+    rollout, logp, entropy = make()
+    columns = {"a": rollout.rewards, "b": rollout.rewards.flip(0)} | {
+        key: value for key, value in rollout.extra.items() if value.dim() == 1
+    }
+    for text, options, fields in (
+        ("gtpo", {}, ["responses", "entropy"]),
+        ("gtpo:gamma=0,threshold=1e9", {}, ["responses"]),
+        ("gdpo", {"gdpo_reward_keys": ["a", "b"]}, ["extra_fields"]),
+        ("otc:c=3.0", {}, ["extra_fields"]),
+        ("dagrpo", {}, ["extra_fields"]),
+        ("gigpo", {}, ["extra_fields"]),
+        ("cgpo:kl_max=5.0", {}, ["extra_fields"]),
+        ("ppo", {}, None),
+        ("grpo", {}, None),
+    ):
+        advantages, asked = in_the_new_trainer(monkeypatch, text, columns=columns, **options)
+        assert asked[:-1] == ([] if fields is None else [fields])
+        recipe, mine = load_recipe(text), rollout
+        if text == "gdpo":
+            mine = type(rollout)(**{**vars(rollout), "rewards": torch.stack([columns["a"], columns["b"]], 1)})
+        prepared = recipe.prepare(mine)
+        expected = value_and_gradient(lambda leaf, r=recipe, p=prepared: r.loss(leaf, p, entropy=entropy), logp)
+        own = token_loss(recipe, "verl")
+        actual = losses(f"prefkern_{recipe.name}", rollout, advantages, logp, agg=own.agg)
+        assert expected[1].abs().max() > 1e-4
+        assert_close(actual[1], expected[1], rtol=1e-6, atol=1e-8)
 
 
 # ------------------------------------------------------------------------------------------------- against verl's own
@@ -916,7 +1019,8 @@ def test_selections_are_refused_before_anything_starts():
     with pytest.raises(ValueError, match="recipe 'trpa' has no loss for verl"):
         start_verl("grpo", "trpa")
     start("ngrpo", "ngrpo")
-    start("ppo", "ppo")
+    start("reinforce_pp", "ppo")
+    start("dgpo", "dgpo")
     start("gtpo", "gtpo", loss_agg_mode="seq-mean-token-mean", use_v1="false")
     for arguments, settings, message in (
         (("grpo", "trpa"), {}, "recipe 'trpa' has no loss for verl: its loss compares the completions of a group"),
@@ -925,9 +1029,9 @@ def test_selections_are_refused_before_anything_starts():
         (("copg", "grpo"), {}, "recipe 'copg' has no loss for verl"),
         (("grpo", "ngrop"), {}, "loss_mode is 'prefkern_ngrop', which is not registered; did you mean 'prefkern_ngrpo'"),
         (("ngrop", "grpo"), {}, "adv_estimator is 'prefkern_ngrop', which is not registered; did you mean 'prefkern_ngrpo'"),
-        (("gtpo", "gtpo"), {}, "recipe 'gtpo' needs tokens for its advantages, which verl's new trainer does not keep"),
-        (("gdpo", "gdpo"), {}, "recipe 'gdpo' needs rewards by name for its advantages"),
-        (("otc", "otc"), {}, "recipe 'otc' needs correct, tool_calls for its advantages"),
+        (("gtpo", "gtpo"), {}, "recipe 'gtpo' needs responses, entropy of the batch for its advantages"),
+        (("otc", "otc"), {}, "recipe 'otc' needs extra_fields of the batch for its advantages"),
+        (("ppo", "ppo"), {}, "recipe 'ppo' needs values of the batch for its advantages"),
         (("grpo", "grpo"), {"clip_ratio_high": "0.28"}, "actor.clip_ratio_high is 0.28, but prefkern_grpo uses 0.2"),
         (("reinforce_pp", "grpo"), {"gamma": "0.9"}, "algorithm.gamma is 0.9, but prefkern_reinforce_pp has gamma 1.0"),
     ):

@@ -64,11 +64,14 @@ _BATCH_NAMES = {
     "values": "values",
 }
 _SEVERAL_REWARDS = ("gdpo", "mo_grpo", "dgpo")
+_GAE = "; or take algorithm.adv_estimator=gae, which is the same"
 _NOTHING = ("copg", "disco", "trpa", "tppo")
 """Recipes that have neither advantages nor a loss here."""
 _originals: dict[str, Any] = {}
 """What of verl was replaced, by name."""
 _batch: contextvars.ContextVar[Any] = contextvars.ContextVar("prefkern_verl_batch", default=None)
+_kept: contextvars.ContextVar[Any] = contextvars.ContextVar("prefkern_verl_kept", default=None)
+"""What the new trainer keeps of the batch elsewhere."""
 _warned: set[str] = set()
 
 
@@ -121,7 +124,7 @@ def validate(config: Any) -> None:
     `validate_config` calls this, before anything starts.
 
     Seen from here: losses that verl cannot compute, settings that say something else than the recipe, names that are not
-    registered, and what the new trainer (`trainer.use_v1`) does not keep for the computation of advantages.
+    registered, and what the new trainer (`trainer.use_v1`) does not hand to the computation of advantages.
     """
     algos = importlib.import_module("verl.trainer.ppo.core_algos")
     actor = config.actor_rollout_ref.actor
@@ -196,6 +199,8 @@ class Estimator:
         mask = response_mask.bool()
         if batch is None and (data := _batch.get()) is not None:
             batch, non_tensor_batch = data.batch, data.non_tensor_batch
+        if (kept := _kept.get()) is not None and batch is not None:
+            batch, non_tensor_batch = {**dict(batch.items()), **kept[0]}, {**(non_tensor_batch or {}), **kept[1]}
         seen = _Batch(recipe.name, batch, non_tensor_batch)
         with torch.no_grad():
             if isinstance(recipe, ppo.PPO):
@@ -239,21 +244,30 @@ class Estimator:
         result = result[:, None] if result.dim() == 1 else result
         return torch.where(prepared["mask"], result, 0.0)
 
+    def kept_fields(self, config: Any) -> list[str]:
+        """What the recipe needs that the new trainer keeps without handing it to the computation of advantages."""
+        recipe = self.recipe
+        fields = ["responses"] if "tokens" in recipe.needs else []
+        if isinstance(recipe, gtpo.GTPO) and _looks_at_entropy(recipe):
+            fields.append("entropy")
+        several = recipe.name in _SEVERAL_REWARDS and _get(config, "gdpo_reward_keys")
+        if several or set(recipe.needs) - set(_BATCH_NAMES):
+            fields.append("extra_fields")
+        return fields
+
     def check(self, config: Any, *, new_trainer: bool = False) -> None:
         """ValueError where the recipe has no advantages for verl, or verl's algorithm settings say something else.
 
-        new_trainer: whether it is the one that keeps little for the computation of advantages.
+        new_trainer: whether it is the one that hands little to the computation of advantages.
         """
         recipe = self.recipe
-        if new_trainer:
-            needs = {"tokens"} & set(recipe.needs) | {key for key in recipe.needs if key not in _BATCH_NAMES}
-            if recipe.name in ("gdpo", "mo_grpo"):
-                needs.add("rewards by name")
-            if needs:
-                raise ValueError(
-                    f"recipe {recipe.name!r} needs {', '.join(sorted(needs))} for its advantages, which verl's new trainer "
-                    f"does not keep until then; set trainer.use_v1=False, and {BATCH_VARIABLE}=1"
-                )
+        passes = _switched_on(BATCH_VARIABLE) or "compute_advantage" in _originals
+        fields = ["values"] if recipe.name == "ppo" else self.kept_fields(config)
+        if new_trainer and fields and not passes:
+            raise ValueError(
+                f"recipe {recipe.name!r} needs {', '.join(fields)} of the batch for its advantages, which verl does not hand "
+                f"out by itself; set {BATCH_VARIABLE}=1{_GAE if recipe.name == 'ppo' else ''}"
+            )
         _check_recipe(recipe)
         for key in ("gamma", "lam"):
             given, own = _get(config, key, 1.0), getattr(recipe, key, None)
@@ -353,21 +367,25 @@ def _fold_gtpo(recipe: gtpo.GTPO, prepared: dict[str, Tensor], seen: _Batch) -> 
     if recipe.variant == "code":
         raise ValueError("recipe 'gtpo' has variant 'code', which sums over completions; with verl use variant 'paper'")
     advantages, weights, mask = prepared["advantages"], prepared["weights"], prepared["mask"]
-    threshold = gtpo.THRESHOLDS[recipe.variant] if recipe.threshold is None else recipe.threshold
-    filters = recipe.h_init is None or recipe.h_init <= threshold
-    if recipe.gamma == 0 and (not filters or threshold >= 1e9):
+    if not _looks_at_entropy(recipe):
         return advantages[:, None] * weights
+    threshold = gtpo.THRESHOLDS[recipe.variant] if recipe.threshold is None else recipe.threshold
     entropy = seen.any_of("entropys", "entropy")
     if entropy is None:
         raise ValueError(
-            "recipe 'gtpo' needs token entropies of the policy, which verl drops before it computes advantages; without "
-            "entropy filter and pressure it needs none: gtpo:gamma=0,threshold=1e9"
+            "recipe 'gtpo' needs token entropies of the policy, which verl's legacy trainer drops before it computes "
+            "advantages; set trainer.use_v1=True, or do without entropy filter and pressure: gtpo:gamma=0,threshold=1e9"
         )
     h = sequence_mean(entropy, mask)
     shaped = advantages - recipe.gamma * h
-    if filters:
+    if recipe.h_init is None or recipe.h_init <= threshold:
         shaped = torch.where(h <= threshold, shaped, 0.0)  # false for NaN
     return shaped[:, None] * weights
+
+
+def _looks_at_entropy(recipe: gtpo.GTPO) -> bool:
+    threshold = gtpo.THRESHOLDS[recipe.variant] if recipe.threshold is None else recipe.threshold
+    return recipe.gamma != 0 or (threshold < 1e9 and (recipe.h_init is None or recipe.h_init <= threshold))
 
 
 @dataclass(frozen=True)
@@ -415,10 +433,9 @@ class _Batch:
             return (
                 f"recipe {self.recipe!r} needs {key!r} of the batch, which verl hands to its own gdpo only; call "
                 f"prefkern.integrations.verl.pass_batch() where advantages are computed, or set {BATCH_VARIABLE}=1"
-            ) + ("; or take algorithm.adv_estimator=gae, which is the same" if self.recipe == "ppo" else "")
+            ) + (_GAE if self.recipe == "ppo" else "")
         return (
-            f"recipe {self.recipe!r} needs {key!r}, which is not in verl's batch: return it from compute_score "
-            "(trainer.use_v1=True keeps no more than log-probs, values and rewards here; trainer.use_v1=False keeps all)"
+            f"recipe {self.recipe!r} needs {key!r}, which is not in verl's batch; return it from compute_score, with the score"
         )
 
 
@@ -437,11 +454,13 @@ def _get(config: Any, key: str, default: Any = None) -> Any:
 
 
 def pass_batch() -> None:
-    """Let prefkern's estimators see the whole batch: what token ids, critics, or further columns of rewards they need.
+    """Let prefkern's estimators see the whole batch: what token ids, entropies, critics, or further columns of rewards they
+    need.
 
-    verl hands these to its own gdpo only. This puts a wrapper around its `compute_advantage`, which is otherwise unchanged;
-    call it in the process that computes advantages. The legacy trainer (``trainer.use_v1=False``) then offers all columns;
-    the new one keeps rewards, log-probs and values at that point, not the token ids.
+    verl hands these to its own gdpo only. This puts a wrapper around its `compute_advantage`, which is otherwise unchanged,
+    and one around the method of the new trainer that calls it, to fetch what that one has put away (responses, entropy, and
+    of extra_fields what compute_score returned); call it in the process that computes advantages, or set
+    ``PREFKERN_VERL_PASS_BATCH=1``. The legacy trainer (``trainer.use_v1=False``) has all but the entropies in its batch.
     """
     check_version("verl", *SUPPORTED)
     home = importlib.import_module("verl.trainer.ppo.ray_trainer")
@@ -458,13 +477,49 @@ def pass_batch() -> None:
             _batch.reset(token)
 
     _replace(original, compute_advantage, "compute_advantage")
+    try:
+        trainer = importlib.import_module("verl.trainer.ppo.v1.trainer_base")
+    except ImportError:  # its queue is a package of its own, which the legacy trainer does without
+        return
+    method = _originals["_compute_advantage"] = trainer.PPOTrainer._compute_advantage
+
+    @wraps(method)
+    def _compute_advantage(self: Any, batch: Any, metrics: dict[str, Any]) -> Any:
+        algos = importlib.import_module("verl.trainer.ppo.core_algos")
+        estimator = algos.ADV_ESTIMATOR_REGISTRY.get(str(self.config.algorithm.adv_estimator))
+        fields = estimator.kept_fields(self.config.algorithm) if _is_ours(estimator) else []
+        kept = None
+        if fields:
+            data = trainer.tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+            kept = _unpacked(data, fields)
+        token = _kept.set(kept)
+        try:
+            return method(self, batch, metrics)
+        finally:
+            _kept.reset(token)
+
+    trainer.PPOTrainer._compute_advantage = _compute_advantage
+
+
+def _unpacked(data: Any, fields: list[str]) -> tuple[dict[str, Tensor], dict[str, list[Any]]]:
+    """Padded tensors, and the numbers that compute_score returned, by name."""
+    columns: dict[str, list[Any]] = {}
+    if "extra_fields" in fields:
+        rows = [row.get("reward_extra_info", {}) if isinstance(row, dict) else {} for row in data.pop("extra_fields").tolist()]
+        for key in set(rows[0]).intersection(*rows) if rows else ():
+            columns[key] = [row[key] for row in rows]
+    tensors = [name for name in fields if name != "extra_fields"]
+    return ({name: data.to_padded_tensor()[name] for name in tensors} if tensors else {}), columns
 
 
 def unpass_batch() -> None:
-    """Take the wrapper off again."""
+    """Take the wrappers off again."""
     if "compute_advantage" in _originals:
         home = importlib.import_module("verl.trainer.ppo.ray_trainer")
         _replace(home.compute_advantage, _originals.pop("compute_advantage"), "compute_advantage")
+    if "_compute_advantage" in _originals:
+        trainer = importlib.import_module("verl.trainer.ppo.v1.trainer_base")
+        trainer.PPOTrainer._compute_advantage = _originals.pop("_compute_advantage")
 
 
 def patch_head() -> None:
@@ -510,6 +565,10 @@ def _replace(old: Any, new: Callable[..., Any], name: str) -> None:
             setattr(module, name, new)
 
 
+def _switched_on(variable: str) -> bool:
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
 def _from_environment() -> None:
     """Register what the environment names. A plugin's exceptions go unseen in verl, so that they are warnings as well."""
     names: dict[str, str] = {}
@@ -520,7 +579,7 @@ def _from_environment() -> None:
     try:
         register(names)
         for variable, function in ((BATCH_VARIABLE, pass_batch), (HEAD_VARIABLE, patch_head)):
-            if os.environ.get(variable, "0") not in ("", "0"):
+            if _switched_on(variable):
                 function()
     except (ImportError, ValueError) as error:
         warnings.warn(f"prefkern is not registered with verl: {error}", stacklevel=2)
