@@ -155,6 +155,8 @@ def test_what_cannot_be_registered():
     for name in sorted(NO_ADVANTAGES):
         with pytest.raises(ValueError, match=f"recipe '{name}' has no loss for verl"):
             integration.register([name])
+    with pytest.raises(ValueError, match="recipe 'gtpo' has variant 'code'"):
+        integration.register(["gtpo:variant=code"])
     core_algos.ADV_ESTIMATOR_REGISTRY["prefkern_taken"] = print
     with pytest.raises(ValueError, match="prefkern_taken has already been registered"):
         integration.register({"taken": "grpo"})
@@ -332,6 +334,9 @@ def test_what_is_not_in_the_batch_is_said(whole_batch):
     for name, missing in (("gtpo", "token entropies"), ("gdpo", "algorithm.gdpo_reward_keys")):
         with pytest.raises(ValueError, match=missing):
             ray_trainer.compute_advantage(data, adv_estimator=f"prefkern_{name}", config=AlgoConfig())
+    data.non_tensor_batch["scores"] = np.array([0.5, None] * 4, dtype=object)
+    with pytest.raises(ValueError, match=r"scores of verl's batch is \[0\.5, None.*a number for every completion"):
+        ray_trainer.compute_advantage(data, adv_estimator="prefkern_dagrpo", config=AlgoConfig())
     del data.non_tensor_batch["scores"]
     with pytest.raises(ValueError, match="recipe 'dagrpo' needs 'scores', which is not in verl's batch"):
         ray_trainer.compute_advantage(data, adv_estimator="prefkern_dagrpo", config=AlgoConfig())
@@ -1030,6 +1035,7 @@ def test_selections_are_refused_before_anything_starts():
         (("grpo", "ngrop"), {}, "loss_mode is 'prefkern_ngrop', which is not registered; did you mean 'prefkern_ngrpo'"),
         (("ngrop", "grpo"), {}, "adv_estimator is 'prefkern_ngrop', which is not registered; did you mean 'prefkern_ngrpo'"),
         (("gtpo", "gtpo"), {}, "recipe 'gtpo' needs responses, entropy of the batch for its advantages"),
+        (("gdpo", "gdpo"), {}, "recipe 'gdpo' needs several rewards: name them in algorithm.gdpo_reward_keys"),
         (("otc", "otc"), {}, "recipe 'otc' needs extra_fields of the batch for its advantages"),
         (("ppo", "ppo"), {}, "recipe 'ppo' needs values of the batch for its advantages"),
         (("grpo", "grpo"), {"clip_ratio_high": "0.28"}, "actor.clip_ratio_high is 0.28, but prefkern_grpo uses 0.2"),

@@ -112,6 +112,8 @@ def _check_recipe(recipe: Recipe) -> None:
     """ValueError for a recipe that has nothing for verl, or asks of it what verl itself adds."""
     if recipe.name in _NOTHING:
         token_loss(recipe, "verl")  # has none, and says so
+    if isinstance(recipe, gtpo.GTPO) and recipe.variant == "code":
+        raise ValueError("recipe 'gtpo' has variant 'code', which sums over completions; with verl use variant 'paper'")
     if (beta := kl_in_loss(recipe)) != 0:
         raise ValueError(
             f"recipe {recipe.name!r} has beta {beta}; verl adds the KL: set algorithm.use_kl_in_reward and algorithm.kl_ctrl, "
@@ -224,11 +226,6 @@ class Estimator:
             weights = _get(config, "gdpo_reward_weights")
             if weights is not None and recipe.weights is None:  # type: ignore[attr-defined]
                 recipe = replace(recipe, weights=tuple(map(float, weights)))  # type: ignore[call-arg]
-        elif recipe.name in ("gdpo", "mo_grpo"):
-            raise ValueError(
-                f"recipe {recipe.name!r} needs several rewards: name them in algorithm.gdpo_reward_keys, as keys of what "
-                "compute_score returns"
-            )
         if isinstance(recipe, reinforce_pp.ReinforcePP):
             rows = reinforce_pp.baseline_advantages(scores, group, mask.sum(1), eps=recipe.eps)
             return rows[:, None] * mask
@@ -269,6 +266,11 @@ class Estimator:
                 f"out by itself; set {BATCH_VARIABLE}=1{_GAE if recipe.name == 'ppo' else ''}"
             )
         _check_recipe(recipe)
+        if recipe.name in ("gdpo", "mo_grpo") and not _get(config, "gdpo_reward_keys"):
+            raise ValueError(
+                f"recipe {recipe.name!r} needs several rewards: name them in algorithm.gdpo_reward_keys, as keys of what "
+                "compute_score returns"
+            )
         for key in ("gamma", "lam"):
             given, own = _get(config, key, 1.0), getattr(recipe, key, None)
             if own is not None and given not in (1.0, own):
@@ -364,8 +366,6 @@ def _denominators(agg: str, info: dict[str, Any], average: str) -> tuple[Any, fl
 def _fold_gtpo(recipe: gtpo.GTPO, prepared: dict[str, Tensor], seen: _Batch) -> Tensor:
     """The token advantages [B, T] with which the plain policy gradient is GTPO's: on-policy, as it is meant, the entropies of
     the policy that sampled are those of the current one."""
-    if recipe.variant == "code":
-        raise ValueError("recipe 'gtpo' has variant 'code', which sums over completions; with verl use variant 'paper'")
     advantages, weights, mask = prepared["advantages"], prepared["weights"], prepared["mask"]
     if not _looks_at_entropy(recipe):
         return advantages[:, None] * weights
@@ -413,7 +413,11 @@ class _Batch:
         """Numbers [B] of the rows by name, wherever they are."""
         found = self.any_of(key)
         if found is None and self.non_tensor is not None and key in self.non_tensor:
-            found = torch.as_tensor(np.asarray(self.non_tensor[key]).tolist())
+            values = np.asarray(self.non_tensor[key]).tolist()
+            try:
+                found = torch.as_tensor(values)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"{key} of verl's batch is {values!r}; a number for every completion is expected") from error
         if found is None:
             raise ValueError(self._missing(key))
         return found.to(device)
