@@ -20,8 +20,8 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """verl's function of that name: log-probs (not their negatives) and entropies, float32, flat [N].
 
-    hidden: [..., H], N rows. weight: [V, H], or with a group this rank's shard, of one size on all. labels: [...], N of them, ids of the whole
-    vocabulary. reduction: "none", or "sum" or "mean" of the log-probs, 0-d.
+    hidden: [..., H], N rows. weight: [V, H], or with a group this rank's shard, of one size on all. labels: [...], N of them,
+    ids of the whole vocabulary. reduction: "none", or "sum" or "mean" of the log-probs, 0-d.
     """
     if reduction.lower() not in ("none", "sum", "mean"):
         raise ValueError(f"reduction is {reduction!r}; accepted: 'none', 'sum', 'mean'")
