@@ -1,1 +1,1 @@
-"""prefkern inside other people's trainers. Each module imports its trainer, and only when it is itself imported."""
+"""prefkern inside other libraries: transformers, TRL, verl, slime and NeMo-RL, a module each. Importing this imports none."""
