@@ -28,6 +28,20 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "linear_logprobs_backward(Tensor? g_logp, Tensor? g_entropy, Tensor? g_lse, Tensor hidden, Tensor weight, Tensor targets, "
       "Tensor? bias, Tensor? row_temperature, Tensor entropy, Tensor stats, float temperature, float softcap, float logit_scale, "
       "int ignore_index, int needs, int chunk_bytes) -> (Tensor, Tensor, Tensor)");
+  // With inputs that few calls have: the plain op stays as quick to call as it is.
+  m.def(
+      "linear_logprobs_ext(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? row_temperature, Tensor? lora_a, "
+      "Tensor? lora_b, float temperature, float softcap, float logit_scale, int ignore_index, float lora_scale, int outputs, "
+      "int chunk_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_logprobs_ext_fwd(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? row_temperature, "
+      "Tensor? lora_a, Tensor? lora_b, float temperature, float softcap, float logit_scale, int ignore_index, float lora_scale, "
+      "int outputs, int chunk_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_logprobs_ext_backward(Tensor? g_logp, Tensor? g_entropy, Tensor? g_lse, Tensor hidden, Tensor weight, "
+      "Tensor targets, Tensor? bias, Tensor? row_temperature, Tensor? lora_a, Tensor? lora_b, Tensor entropy, Tensor stats, "
+      "float temperature, float softcap, float logit_scale, int ignore_index, float lora_scale, int needs, int chunk_bytes) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "linear_chunk_(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? row_temperature, Tensor(a!) workspace, "
       "float temperature, float softcap, float logit_scale, int ignore_index, int outputs) "
@@ -218,6 +232,9 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("linear_logprobs", PK_OP(linear_logprobs));                                \
     m.impl("linear_logprobs_fwd", PK_OP(linear_logprobs));                            \
     m.impl("linear_logprobs_backward", PK_OP(linear_logprobs_backward));              \
+    m.impl("linear_logprobs_ext", PK_OP(linear_logprobs_ext));                        \
+    m.impl("linear_logprobs_ext_fwd", PK_OP(linear_logprobs_ext));                    \
+    m.impl("linear_logprobs_ext_backward", PK_OP(linear_logprobs_ext_backward));      \
     m.impl("linear_chunk_", PK_OP(linear_chunk));                                     \
     m.impl("linear_chunk_backward_", PK_OP(linear_chunk_backward));                   \
     m.impl("logits_logprobs", PK_OP(logits_logprobs));                                \

@@ -18,12 +18,14 @@ Tensor view(const Matrix& x, int64_t rows, int64_t cols, ScalarType type) {
 }
 
 void cpu_gemm(DType type, int64_t m, int64_t n, int64_t k, const Matrix& a, const Matrix& b, void* c, DType c_type,
-              int64_t c_stride, bool accumulate) {
+              int64_t c_stride, bool accumulate, double alpha) {
   if (c_type != type) fail("RuntimeError", "the CPU multiplies into the type of the factors only");
   const ScalarType st = scalar_type(type);
   const Tensor ta = view(a, m, k, st), tb = view(b, k, n, st), tc = view(c, m, n, c_stride, 1, st);
-  TORCH_ERROR_CODE_CHECK(accumulate ? aoti_torch_cpu_addmm_out(tc.get(), tc.get(), ta.get(), tb.get(), 1.0, 1.0)
-                                    : aoti_torch_cpu_mm_out(tc.get(), ta.get(), tb.get()));
+  // With beta = 0 nothing of C is read.
+  TORCH_ERROR_CODE_CHECK(accumulate || alpha != 1.0
+                             ? aoti_torch_cpu_addmm_out(tc.get(), tc.get(), ta.get(), tb.get(), accumulate ? 1.0 : 0.0, alpha)
+                             : aoti_torch_cpu_mm_out(tc.get(), ta.get(), tb.get()));
 }
 
 // Values of cuBLAS' public enums; they are part of its ABI.
@@ -41,7 +43,7 @@ enum : int {
 int cuda_type(DType type) { return type == DType::bf16 ? kR16BF : type == DType::f16 ? kR16F : kR32F; }
 
 void cuda_gemm(DType type, int64_t m, int64_t n, int64_t k, const Matrix& a, const Matrix& b, void* c, DType c_type,
-               int64_t c_stride, bool accumulate) {
+               int64_t c_stride, bool accumulate, double scale) {
   using GetHandle = AOTITorchError (*)(void**);
   using GemmEx = int (*)(void*, int, int, int, int, int, const void*, const void*, int, int, const void*, int, int, const void*,
                          void*, int, int, int, int);
@@ -53,7 +55,7 @@ void cuda_gemm(DType type, int64_t m, int64_t n, int64_t k, const Matrix& a, con
   const int ab = cuda_type(type);
   // float32 inputs are multiplied in float32 even where the process allows TF32: log-probs promise 1e-4.
   const int compute = type == DType::f32 ? kCompute32FPedantic : kCompute32F;
-  const float alpha = 1.0f, beta = accumulate ? 1.0f : 0.0f;
+  const float alpha = static_cast<float>(scale), beta = accumulate ? 1.0f : 0.0f;
   // cuBLAS is column-major: C^T = op(B)^T op(A)^T.
   const int status =
       gemm_ex(handle, b.transposed ? kOpT : kOpN, a.transposed ? kOpT : kOpN, int(n), int(m), int(k), &alpha, b.data, ab,
@@ -64,9 +66,9 @@ void cuda_gemm(DType type, int64_t m, int64_t n, int64_t k, const Matrix& a, con
 }  // namespace
 
 void gemm(const Tensor& on_device_of, DType ab_type, int64_t m, int64_t n, int64_t k, const Matrix& a, const Matrix& b, void* c,
-          DType c_type, int64_t c_stride, bool accumulate) {
+          DType c_type, int64_t c_stride, bool accumulate, double alpha) {
   if (m == 0 || n == 0) return;
-  (on_device_of.is_cuda() ? cuda_gemm : cpu_gemm)(ab_type, m, n, k, a, b, c, c_type, c_stride, accumulate);
+  (on_device_of.is_cuda() ? cuda_gemm : cpu_gemm)(ab_type, m, n, k, a, b, c, c_type, c_stride, accumulate, alpha);
 }
 
 }  // namespace prefkern

@@ -1,4 +1,4 @@
-// C = op(A) op(B) (+ C), row-major, accumulated in float (double for double), by the vendor's library: the CPU library torch
+// C = alpha op(A) op(B) (+ C), row-major, accumulated in float (double for double), by the vendor's library: the CPU library torch
 // was built with, or cuBLAS through torch's own handle and workspace. On CUDA, A and B may be bfloat16 or float16 with C in
 // float32, which no public torch call offers together with accumulation into C; or C in their type, rounded once.
 #pragma once
@@ -8,12 +8,12 @@ namespace prefkern {
 
 struct Matrix {
   const void* data;
-  int64_t stride;      // elements from one row to the next
-  bool transposed;     // use it as its transpose
+  int64_t stride;  // elements from one row to the next
+  bool transposed;  // use it as its transpose
 };
 
 // A is [m, k] and B [k, n] after transposition; C is [m, n].
 void gemm(const Tensor& on_device_of, DType ab_type, int64_t m, int64_t n, int64_t k, const Matrix& a, const Matrix& b, void* c,
-          DType c_type, int64_t c_stride, bool accumulate);
+          DType c_type, int64_t c_stride, bool accumulate, double alpha = 1.0);
 
 }  // namespace prefkern

@@ -1,5 +1,7 @@
 #include "logprobs/linear_head.h"
 
+#include <cmath>
+
 namespace prefkern {
 
 void check_head(const Tensor& hidden, const Tensor& weight, const OptTensor& bias) {
@@ -22,6 +24,26 @@ void check_head(const Tensor& hidden, const Tensor& weight, const OptTensor& bia
   }
 }
 
+void check_extras(const Tensor& hidden, const Tensor& weight, const HeadExtras& extras) {
+  check_value(extras.lora_a.has_value() == extras.lora_b.has_value(), "lora needs both a and b");
+  if (!extras.lora_a) return;
+  const Tensor &a = *extras.lora_a, &b = *extras.lora_b;
+  const auto check = [&](const Tensor& t, const char* name) {
+    float_dtype(t, name);
+    check_same_device(t, name, hidden, "hidden");
+    check_type(t.scalar_type() == hidden.scalar_type(), name, " has dtype ", dtype_name(t.scalar_type()), " and hidden ",
+               dtype_name(hidden.scalar_type()), "; they must be equal");
+  };
+  check(a, "lora's a");
+  check(b, "lora's b");
+  check_value(a.dim() == 2 && a.size(1) == hidden.size(1), "lora's a has shape ", shape_text(a), "; expected [r, ",
+              hidden.size(1), "]");
+  check_value(a.size(0) > 0, "lora's a has r = 0; at least 1 is expected");
+  check_value(b.dim() == 2 && b.size(0) == weight.size(0) && b.size(1) == a.size(0), "lora's b has shape ", shape_text(b),
+              "; expected [", weight.size(0), ", ", a.size(0), "]");
+  check_value(std::isfinite(extras.lora_scale), "lora's scale is ", extras.lora_scale, "; it must be finite");
+}
+
 namespace {
 // As a GEMM takes it: adjacent columns, rows that do not overlap (expand() gives them a stride of 0).
 Tensor gemm_layout(const Tensor& t) {
@@ -31,7 +53,7 @@ Tensor gemm_layout(const Tensor& t) {
 }  // namespace
 
 Head make_head(const Tensor& hidden, const Tensor& weight, const Tensor& targets, const OptTensor& bias,
-               const OptTensor& row_temperature, const HeadOptions& options) {
+               const OptTensor& row_temperature, const HeadOptions& options, const HeadExtras& extras) {
   const DType dtype = float_dtype(hidden, "hidden"), acc = accumulator(dtype);
   Head h{gemm_layout(hidden),
          gemm_layout(weight),
@@ -47,6 +69,7 @@ Head make_head(const Tensor& hidden, const Tensor& weight, const Tensor& targets
          hidden.is_cuda(),
          current_stream(hidden),
          {}};
+  if (extras.lora_a) h.lora = Lora{gemm_layout(*extras.lora_a), gemm_layout(*extras.lora_b), extras.lora_scale};
   if (bias) h.bias = to_contiguous(cast(*bias, scalar_type(acc)));
   return h;
 }

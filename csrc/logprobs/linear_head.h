@@ -1,12 +1,26 @@
 // What the walks over a linear head share: its checked arguments and the operands of its GEMMs.
 #pragma once
 #include <algorithm>
+#include <optional>
 
 #include "core/gemm.h"
 #include "core/plan.h"
 #include "logprobs/head.h"
 
 namespace prefkern {
+
+// What linear_logprobs_ext takes beside the head.
+struct HeadExtras {
+  OptTensor lora_a, lora_b;  // both or neither
+  double lora_scale = 1;
+};
+
+// A low-rank update of the weight, W + scale b a, that is never formed: its part of the logits is scale (h a^T) b^T.
+struct Lora {
+  Tensor a, b;  // [rank, H], [V, rank]
+  double scale;
+  int64_t rank() const { return a.size(0); }
+};
 
 struct Head {
   Tensor hidden, weight, targets;
@@ -17,12 +31,14 @@ struct Head {
   bool cuda;
   void* stream;
   ChunkPlan plan;
+  std::optional<Lora> lora = std::nullopt;
 };
 
 void check_head(const Tensor& hidden, const Tensor& weight, const OptTensor& bias);
+void check_extras(const Tensor& hidden, const Tensor& weight, const HeadExtras& extras);  // after check_head
 // `plan` is left to the caller.
 Head make_head(const Tensor& hidden, const Tensor& weight, const Tensor& targets, const OptTensor& bias,
-               const OptTensor& row_temperature, const HeadOptions& options);
+               const OptTensor& row_temperature, const HeadOptions& options, const HeadExtras& extras = {});
 inline int64_t row_stride(const Tensor& t) { return std::max(t.stride(0), t.size(1)); }  // of a single row it may be anything
 
 // A block of rows of `source` as a matrix a GEMM takes: the tensor itself, or a float32 copy where the CPU must widen.
@@ -54,6 +70,46 @@ class Operand {
   OptTensor buffer_;
   DType type_;
   int64_t held_first_ = -1, held_count_ = -1;
+};
+
+// The factors of a head's products, and the logits they make, for a walk over blocks of the vocabulary (outer) and chunks of
+// rows (inner) as the plan cuts them.
+class HeadFactors {
+ public:
+  explicit HeadFactors(const Head& h)
+      : h_(h), hidden_(h.hidden, h, h.plan.row_chunk), weight_(h.weight, h, h.plan.vocab_block) {
+    if (!h.lora) return;
+    a_.emplace(h.lora->a, h, h.lora->rank());
+    b_.emplace(h.lora->b, h, h.plan.vocab_block);
+    t_ = empty({h.rows, h.lora->rank()}, scalar_type(type()), h.hidden);
+  }
+  DType type() const { return hidden_.type(); }  // of every factor: the inputs' on CUDA, the accumulators' on the CPU
+  Matrix hidden(int64_t r, int64_t rows) { return hidden_.rows(r, rows); }
+  Matrix weight(int64_t v, int64_t cols, bool transposed = false) { return weight_.rows(v, cols, transposed); }
+  Matrix lora_a(bool transposed = false) { return a_->rows(0, h_.lora->rank(), transposed); }
+  Matrix lora_b(int64_t v, int64_t cols, bool transposed = false) { return b_->rows(v, cols, transposed); }
+  // h a^T of these rows, which the first block of the vocabulary leaves for all others.
+  Matrix lora_t(int64_t r) const {
+    const int64_t rank = h_.lora->rank();
+    return {static_cast<const char*>(t_->const_data_ptr()) + r * rank * element_size(type()), rank, false};
+  }
+
+  // z [rows, cols], in the accumulator type: the products, without the bias, which is part of the block's transform.
+  void write_logits(int64_t v, int64_t cols, int64_t r, int64_t rows, void* z) {
+    const Matrix x = hidden(r, rows);
+    gemm(h_.hidden, type(), rows, cols, h_.width, x, weight(v, cols, true), z, h_.acc, cols, false);
+    if (!h_.lora) return;
+    const int64_t rank = h_.lora->rank();
+    const Matrix t = lora_t(r);
+    if (v == 0) gemm(h_.hidden, type(), rows, rank, h_.width, x, lora_a(true), const_cast<void*>(t.data), type(), rank, false);
+    gemm(h_.hidden, type(), rows, cols, rank, t, lora_b(v, cols, true), z, h_.acc, cols, true, h_.lora->scale);
+  }
+
+ private:
+  const Head& h_;
+  Operand hidden_, weight_;
+  std::optional<Operand> a_, b_;
+  OptTensor t_;
 };
 
 // Rows [r, r + rows) and columns [v, v + cols) of the logits.

@@ -13,7 +13,9 @@ namespace prefkern {
 namespace {
 
 Head planned(Head h, int64_t chunk_bytes, bool backward) {
-  h.plan = plan_chunks({h.rows, h.width, h.vocab, h.dtype, h.cuda, backward, chunk_bytes});
+  // The columns of a block of lora_b are converted and added up as those of the weight are.
+  const int64_t width = h.width + (h.lora ? h.lora->rank() : 0);
+  h.plan = plan_chunks({h.rows, width, h.vocab, h.dtype, h.cuda, backward, chunk_bytes});
   return h;
 }
 
@@ -34,11 +36,10 @@ template <class S> void forward_walk(const Head& h, int64_t outputs, const HeadO
   Tensor logits = empty({h.plan.row_chunk, cols}, scalar_type(h.acc), h.hidden);
   OptTensor state;
   if (cols < h.vocab) state = empty({kRowStateArrays, h.rows}, scalar_type(h.acc), h.hidden);
-  Operand hidden(h.hidden, h, h.plan.row_chunk), weight(h.weight, h, cols);
+  HeadFactors factors(h);
   S* z = mutable_data<S>(logits);
   for_blocks(h, [&](int64_t v, int64_t n_cols, int64_t r, int64_t n_rows) {
-    gemm(h.hidden, hidden.type(), n_rows, n_cols, h.width, hidden.rows(r, n_rows), weight.rows(v, n_cols, true), z, h.acc,
-         n_cols, false);
+    factors.write_logits(v, n_cols, r, n_rows, z);
     FoldArgs<S> a = f;
     a.block = block_of<S>(h, v, n_cols, r, n_rows);
     a.logits = z;
@@ -57,24 +58,54 @@ char* row_of(Tensor& matrix, int64_t row) {
   return static_cast<char*>(matrix.mutable_data_ptr()) + row * matrix.size(1) * element_size(float_dtype(matrix, "gradient"));
 }
 
+// The gradient of a matrix with a row per token of the vocabulary, block by block. GEMMs write it in place where one of them
+// makes a block of it, or where it has the accumulator type; else it is added up in the accumulator type first.
+class VocabGrad {
+ public:
+  VocabGrad(const Head& h, int64_t width, bool wanted)
+      : h_(h), wanted_(wanted), direct_(h.dtype == h.acc || (h.cuda && h.plan.row_chunk >= h.rows)) {
+    if (!wanted) return;
+    grad_ = empty({h.vocab, width}, scalar_type(h.dtype), h.hidden);
+    if (!direct_) block_ = empty({h.plan.vocab_block, width}, scalar_type(h.acc), h.hidden);
+  }
+  // scale dz_t x, with dz_t [cols, rows] and x [rows, width].
+  void add(DType type, int64_t v, int64_t cols, int64_t r, int64_t rows, const Matrix& dz_t, const Matrix& x,
+           double scale = 1) {
+    if (!wanted_) return;
+    const int64_t width = grad_->size(1);
+    gemm(h_.hidden, type, cols, width, rows, dz_t, x, direct_ ? row_of(*grad_, v) : row_of(*block_, 0),
+         direct_ ? h_.dtype : h_.acc, width, r > 0, scale);
+    if (direct_ || r + rows < h_.rows) return;
+    Tensor done = torch::stable::narrow(*grad_, 0, v, cols);
+    torch::stable::copy_(done, torch::stable::narrow(*block_, 0, 0, cols));
+  }
+  const OptTensor& grad() const { return grad_; }
+
+ private:
+  const Head& h_;
+  bool wanted_, direct_;
+  OptTensor grad_, block_;
+};
+
+// Without elements where not asked for.
 struct HeadGrads {
-  Tensor hidden, weight, bias;
+  Tensor hidden, weight, bias, lora_a, lora_b;
 };
 
 template <class S> HeadGrads backward_walk(const Head& h, const GradArgs<S>& upstream, int64_t needs) {
   const ScalarType acc = scalar_type(h.acc);
-  const int64_t cols = h.plan.vocab_block;
-  // Gradients that are one GEMM, block by block, or that have the accumulator type: GEMMs write them in place. The others are
-  // added up in the accumulator type first.
-  const bool weight_direct = h.dtype == h.acc || (h.cuda && h.plan.row_chunk >= h.rows);
-  const DType hidden_type = h.cuda && cols >= h.vocab ? h.dtype : h.acc;
-  const DType weight_type = weight_direct ? h.dtype : h.acc;
+  const int64_t cols = h.plan.vocab_block, rank = h.lora ? h.lora->rank() : 0;
+  const double lora_scale = h.lora ? h.lora->scale : 0;
+  // The gradient of hidden, too, is one GEMM if the vocabulary is one block, and nothing comes from a low-rank update.
+  const DType hidden_type = h.cuda && cols >= h.vocab && !h.lora ? h.dtype : h.acc;
   const auto none = [&] { return empty({0}, acc, h.hidden); };  // one each: results may not share memory
   Tensor logits = empty({h.plan.row_chunk, cols}, acc, h.hidden);
   Tensor d_hidden = needs & kGradHidden ? empty({h.rows, h.width}, scalar_type(hidden_type), h.hidden) : none();
-  Tensor d_weight = needs & kGradWeight ? empty({h.vocab, h.width}, scalar_type(h.dtype), h.hidden) : none();
-  Tensor d_weight_block = needs & kGradWeight && !weight_direct ? empty({cols, h.width}, acc, h.hidden) : none();
+  VocabGrad d_weight(h, h.width, needs & kGradWeight), d_lora_b(h, rank, needs & kGradLoraB);
   Tensor d_bias = needs & kGradBias ? empty({h.vocab}, acc, h.hidden) : none();
+  // Of t = h a^T, through which hidden and lora_a get their part at the end.
+  const bool needs_t = h.lora && needs & (kGradHidden | kGradLoraA);
+  Tensor d_t = needs_t ? empty({h.rows, rank}, acc, h.hidden) : none();
   // On CUDA the logits' gradient is narrowed in place to the inputs' type, so that tensor cores take it.
   const DType grad_type = h.cuda ? h.dtype : h.acc;
   Tensor ones = none();
@@ -82,11 +113,10 @@ template <class S> HeadGrads backward_walk(const Head& h, const GradArgs<S>& ups
     ones = empty({h.plan.row_chunk}, scalar_type(grad_type), h.hidden);
     ones = torch::stable::fill_(ones, 1.0);
   }
-  Operand hidden(h.hidden, h, h.plan.row_chunk), weight(h.weight, h, cols);
+  HeadFactors factors(h);
   S* z = mutable_data<S>(logits);
   for_blocks(h, [&](int64_t v, int64_t n_cols, int64_t r, int64_t n_rows) {
-    const Matrix w = weight.rows(v, n_cols), x = hidden.rows(r, n_rows);
-    gemm(h.hidden, hidden.type(), n_rows, n_cols, h.width, x, {w.data, w.stride, true}, z, h.acc, n_cols, false);
+    factors.write_logits(v, n_cols, r, n_rows, z);
     GradArgs<S> g = upstream;
     g.block = block_of<S>(h, v, n_cols, r, n_rows);
     g.logits = g.grad = z;
@@ -99,20 +129,36 @@ template <class S> HeadGrads backward_walk(const Head& h, const GradArgs<S>& ups
     run_grad(g, h.stream, h.cuda);
     const Matrix dz{z, grad_stride, false}, dz_t{z, grad_stride, true};
     if (needs & kGradHidden)
-      gemm(h.hidden, grad_type, n_rows, h.width, n_cols, dz, w, row_of(d_hidden, r), hidden_type, h.width, v > 0);
-    if (needs & kGradWeight) {
-      void* into = weight_direct ? row_of(d_weight, v) : row_of(d_weight_block, 0);
-      gemm(h.hidden, grad_type, n_cols, h.width, n_rows, dz_t, x, into, weight_type, h.width, r > 0);
-      if (!weight_direct && r + n_rows == h.rows) {
-        Tensor rows = torch::stable::narrow(d_weight, 0, v, n_cols);
-        torch::stable::copy_(rows, torch::stable::narrow(d_weight_block, 0, 0, n_cols));
-      }
-    }
+      gemm(h.hidden, grad_type, n_rows, h.width, n_cols, dz, factors.weight(v, n_cols), row_of(d_hidden, r), hidden_type,
+           h.width, v > 0);
+    d_weight.add(grad_type, v, n_cols, r, n_rows, dz_t, factors.hidden(r, n_rows));
+    if (needs_t)
+      gemm(h.hidden, grad_type, n_rows, rank, n_cols, dz, factors.lora_b(v, n_cols), row_of(d_t, r), h.acc, rank, v > 0,
+           lora_scale);
+    if (needs & kGradLoraB) d_lora_b.add(grad_type, v, n_cols, r, n_rows, dz_t, factors.lora_t(r), lora_scale);
     if (needs & kGradBias && !h.cuda)
       gemm(h.hidden, grad_type, 1, n_cols, n_rows, {ones.const_data_ptr(), n_rows, false}, dz, mutable_data<S>(d_bias) + v,
            h.acc, n_cols, r > 0);
   });
-  return {needs & kGradHidden ? cast(d_hidden, scalar_type(h.dtype)) : d_hidden, d_weight, d_bias};
+
+  Tensor d_lora_a = none();
+  if (needs_t) {
+    d_t = cast(d_t, scalar_type(grad_type));
+    if (needs & kGradHidden)
+      gemm(h.hidden, grad_type, h.rows, h.width, rank, {d_t.const_data_ptr(), rank, false}, factors.lora_a(),
+           row_of(d_hidden, 0), hidden_type, h.width, true);
+    if (needs & kGradLoraA) {
+      d_lora_a = empty({rank, h.width}, acc, h.hidden);
+      for (int64_t r = 0; r < h.rows; r += h.plan.row_chunk) {
+        const int64_t n_rows = std::min(h.plan.row_chunk, h.rows - r);
+        gemm(h.hidden, grad_type, rank, h.width, n_rows, {row_of(d_t, r), rank, true}, factors.hidden(r, n_rows),
+             row_of(d_lora_a, 0), h.acc, h.width, r > 0);
+      }
+      d_lora_a = cast(d_lora_a, scalar_type(h.dtype));
+    }
+  }
+  return {needs & kGradHidden ? cast(d_hidden, scalar_type(h.dtype)) : d_hidden, d_weight.grad() ? *d_weight.grad() : none(),
+          d_bias, d_lora_a, d_lora_b.grad() ? *d_lora_b.grad() : none()};
 }
 
 // Rows that count, as indices: on the CPU ignored rows leave before the GEMM.
@@ -128,71 +174,75 @@ Tensor active_rows(const Tensor& targets, int64_t ignored, int64_t ignore_index)
 
 OptTensor index_optional(const OptTensor& t, const Tensor& rows) { return t ? OptTensor(index_rows(*t, rows)) : t; }
 
-}  // namespace
-
-HeadOutputs linear_logprobs(const Tensor& hidden, const Tensor& weight, const Tensor& targets, OptTensor bias,
-                            OptTensor row_temperature, double temperature, double softcap, double logit_scale,
-                            int64_t ignore_index, int64_t outputs, int64_t chunk_bytes) {
-  const HeadOptions options{temperature, softcap, logit_scale, ignore_index};
+HeadOutputs forward(const Tensor& hidden, const Tensor& weight, const Tensor& targets, const OptTensor& bias,
+                    const OptTensor& row_temperature, const HeadOptions& options, const HeadExtras& extras, int64_t outputs,
+                    int64_t chunk_bytes) {
   check_head(hidden, weight, bias);
+  check_extras(hidden, weight, extras);
   check_chunk_bytes(chunk_bytes);
   check_head_options(options);
   const OnDevice guard(hidden);
   const int64_t rows = hidden.size(0);
   const DType acc = accumulator(float_dtype(hidden, "hidden"));
-  auto [t, ignored] = checked_targets(targets, hidden, "hidden", rows, weight.size(0), ignore_index);
+  auto [t, ignored] = checked_targets(targets, hidden, "hidden", rows, weight.size(0), options.ignore_index);
   const OptTensor tau = checked_row_temperature(row_temperature, hidden, "hidden", rows, acc);
   if (ignored == rows) return make_outputs(outputs, rows, acc, hidden, true);  // also N = 0
 
   const bool compact = ignored > 0;
-  const Tensor active = compact ? active_rows(t, ignored, ignore_index) : t;
-  const Head h = planned(
-      compact ? make_head(index_rows(hidden, active), weight, index_rows(t, active), bias, index_optional(tau, active), options)
-              : make_head(hidden, weight, t, bias, tau, options),
-      chunk_bytes, false);
+  const Tensor active = compact ? active_rows(t, ignored, options.ignore_index) : t;
+  const Head h = planned(compact ? make_head(index_rows(hidden, active), weight, index_rows(t, active), bias,
+                                             index_optional(tau, active), options, extras)
+                                 : make_head(hidden, weight, t, bias, tau, options, extras),
+                         chunk_bytes, false);
   const HeadOutputs out = make_outputs(outputs, h.rows, acc, hidden, false);
   acc == DType::f64 ? forward_walk<double>(h, outputs, out) : forward_walk<float>(h, outputs, out);
   return compact ? scatter_outputs(out, outputs, rows, active, acc) : out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward(OptTensor g_logp, OptTensor g_entropy, OptTensor g_lse,
-                                                            const Tensor& hidden, const Tensor& weight, const Tensor& targets,
-                                                            OptTensor bias, OptTensor row_temperature, const Tensor& entropy,
-                                                            const Tensor& stats, double temperature, double softcap,
-                                                            double logit_scale, int64_t ignore_index, int64_t needs,
-                                                            int64_t chunk_bytes) {
-  const HeadOptions options{temperature, softcap, logit_scale, ignore_index};
+struct UpstreamInputs {
+  const OptTensor &logp, &entropy, &lse;
+};
+
+HeadGrads backward(const UpstreamInputs& g, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+                   const OptTensor& bias, const OptTensor& row_temperature, const Tensor& entropy, const Tensor& stats,
+                   const HeadOptions& options, const HeadExtras& extras, int64_t needs, int64_t chunk_bytes) {
   check_head(hidden, weight, bias);
+  check_extras(hidden, weight, extras);
   check_chunk_bytes(chunk_bytes);
   check_head_options(options);
   const OnDevice guard(hidden);
-  const int64_t rows = hidden.size(0), vocab = weight.size(0), width = hidden.size(1);
+  const int64_t rows = hidden.size(0), width = hidden.size(1);
   const DType acc = accumulator(float_dtype(hidden, "hidden"));
-  auto [t, ignored] = checked_targets(targets, hidden, "hidden", rows, vocab, ignore_index);
-  OptTensor tau = checked_row_temperature(row_temperature, hidden, "hidden", rows, acc);
-  Upstream up = checked_upstream(g_logp, g_entropy, g_lse, rows, acc, entropy, stats);
+  auto [t, ignored] = checked_targets(targets, hidden, "hidden", rows, weight.size(0), options.ignore_index);
+  const OptTensor tau = checked_row_temperature(row_temperature, hidden, "hidden", rows, acc);
+  const Upstream up = checked_upstream(g.logp, g.entropy, g.lse, rows, acc, entropy, stats);
   if (ignored == rows) {
-    const auto none = [&] { return empty({0}, scalar_type(acc), hidden); };
-    return {needs & kGradHidden ? zeros({rows, width}, hidden.scalar_type(), hidden) : none(),
-            needs & kGradWeight ? zeros({vocab, width}, hidden.scalar_type(), hidden) : none(),
-            needs & kGradBias ? zeros({vocab}, bias->scalar_type(), hidden) : none()};
+    const auto zero = [&](int64_t bit, const OptTensor& like, ScalarType type) {
+      if (!(needs & bit) || !like) return empty({0}, scalar_type(acc), hidden);
+      return like->dim() == 1 ? zeros({like->size(0)}, type, hidden) : zeros({like->size(0), like->size(1)}, type, hidden);
+    };
+    const ScalarType own = hidden.scalar_type();
+    return {zero(kGradHidden, hidden, own), zero(kGradWeight, weight, own),
+            zero(kGradBias, bias, bias ? bias->scalar_type() : own), zero(kGradLoraA, extras.lora_a, own),
+            zero(kGradLoraB, extras.lora_b, own)};
   }
 
   const auto run = [&](const Head& h, const Upstream& u, const Tensor& ent, const Tensor& st) {
     const auto walk = [&](auto zero) {
-      GradArgs<decltype(zero)> g;
-      set_upstream(g, u, ent, st, h.rows);
-      return backward_walk<decltype(zero)>(h, g, needs);
+      GradArgs<decltype(zero)> args;
+      set_upstream(args, u, ent, st, h.rows);
+      return backward_walk<decltype(zero)>(h, args, needs);
     };
     return acc == DType::f64 ? walk(0.0) : walk(0.0f);
   };
   HeadGrads grads;
   if (ignored == 0) {
     // CUDA keeps ignored rows in place. The bias's gradient does not read hidden.
-    const Tensor x = hidden.is_cuda() && needs & kGradWeight ? without_ignored_rows(hidden, t, ignore_index) : hidden;
-    grads = run(planned(make_head(x, weight, t, bias, tau, options), chunk_bytes, true), up, entropy, stats);
+    const bool reads_hidden = needs & (kGradWeight | kGradLoraA | kGradLoraB);
+    const Tensor x = hidden.is_cuda() && reads_hidden ? without_ignored_rows(hidden, t, options.ignore_index) : hidden;
+    grads = run(planned(make_head(x, weight, t, bias, tau, options, extras), chunk_bytes, true), up, entropy, stats);
   } else {
-    const Tensor active = active_rows(t, ignored, ignore_index);
+    const Tensor active = active_rows(t, ignored, options.ignore_index);
     const Upstream u{index_optional(up.logp, active), index_optional(up.entropy, active), index_optional(up.lse, active)};
     Tensor st = empty({2, rows - ignored}, scalar_type(acc), hidden);
     for (int64_t k = 0; k < 2; k++) {
@@ -200,7 +250,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward(OptTensor g_logp, Op
       torch::stable::copy_(into, index_rows(torch::stable::select(stats, 0, k), active));
     }
     grads = run(planned(make_head(index_rows(hidden, active), weight, index_rows(t, active), bias, index_optional(tau, active),
-                                  options),
+                                  options, extras),
                         chunk_bytes, true),
                 u, up.entropy ? index_rows(entropy, active) : entropy, st);
     if (needs & kGradHidden) {
@@ -210,7 +260,47 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward(OptTensor g_logp, Op
     }
   }
   if (needs & kGradBias) grads.bias = cast(grads.bias, bias->scalar_type());
-  return {grads.hidden, grads.weight, grads.bias};
+  return grads;
+}
+
+}  // namespace
+
+HeadOutputs linear_logprobs(const Tensor& hidden, const Tensor& weight, const Tensor& targets, OptTensor bias,
+                            OptTensor row_temperature, double temperature, double softcap, double logit_scale,
+                            int64_t ignore_index, int64_t outputs, int64_t chunk_bytes) {
+  return forward(hidden, weight, targets, bias, row_temperature, {temperature, softcap, logit_scale, ignore_index}, {}, outputs,
+                 chunk_bytes);
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward(OptTensor g_logp, OptTensor g_entropy, OptTensor g_lse,
+                                                            const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+                                                            OptTensor bias, OptTensor row_temperature, const Tensor& entropy,
+                                                            const Tensor& stats, double temperature, double softcap,
+                                                            double logit_scale, int64_t ignore_index, int64_t needs,
+                                                            int64_t chunk_bytes) {
+  const HeadGrads g = backward({g_logp, g_entropy, g_lse}, hidden, weight, targets, bias, row_temperature, entropy, stats,
+                               {temperature, softcap, logit_scale, ignore_index}, {}, needs, chunk_bytes);
+  return {g.hidden, g.weight, g.bias};
+}
+
+HeadOutputs linear_logprobs_ext(const Tensor& hidden, const Tensor& weight, const Tensor& targets, OptTensor bias,
+                                OptTensor row_temperature, OptTensor lora_a, OptTensor lora_b, double temperature,
+                                double softcap, double logit_scale, int64_t ignore_index, double lora_scale, int64_t outputs,
+                                int64_t chunk_bytes) {
+  return forward(hidden, weight, targets, bias, row_temperature, {temperature, softcap, logit_scale, ignore_index},
+                 {lora_a, lora_b, lora_scale}, outputs, chunk_bytes);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logprobs_ext_backward(
+    OptTensor g_logp, OptTensor g_entropy, OptTensor g_lse, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+    OptTensor bias, OptTensor row_temperature, OptTensor lora_a, OptTensor lora_b, const Tensor& entropy, const Tensor& stats,
+    double temperature, double softcap, double logit_scale, int64_t ignore_index, double lora_scale, int64_t needs,
+    int64_t chunk_bytes) {
+  if (!lora_a) needs &= ~int64_t(kGradLoraA | kGradLoraB);
+  const HeadGrads g =
+      backward({g_logp, g_entropy, g_lse}, hidden, weight, targets, bias, row_temperature, entropy, stats,
+               {temperature, softcap, logit_scale, ignore_index}, {lora_a, lora_b, lora_scale}, needs, chunk_bytes);
+  return {g.hidden, g.weight, g.bias, g.lora_a, g.lora_b};
 }
 
 }  // namespace prefkern

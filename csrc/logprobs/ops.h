@@ -13,8 +13,8 @@ enum HeadOutput : int64_t {
   kIsTop1 = 16,
   kSaveStats = 32,  // row maximum and log2 of the sum, for the backward
 };
-// Bits of `needs` in linear_logprobs_backward.
-enum HeadGrad : int64_t { kGradHidden = 1, kGradWeight = 2, kGradBias = 4 };
+// Bits of `needs` in linear_logprobs_backward; the last two in linear_logprobs_ext_backward only.
+enum HeadGrad : int64_t { kGradHidden = 1, kGradWeight = 2, kGradBias = 4, kGradLoraA = 8, kGradLoraB = 16 };
 
 // logp, entropy, lse, sum_sq_probs, mean_logit, is_top1, stats [2, N]; what is not asked for has no elements.
 using HeadOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -29,6 +29,19 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward(OptTensor g_logp, Op
                                                             const Tensor& stats, double temperature, double softcap,
                                                             double logit_scale, int64_t ignore_index, int64_t needs,
                                                             int64_t chunk_bytes);
+
+// The same with inputs that few calls have. lora_a [r, H] and lora_b [V, r]: a low-rank update of the weight.
+HeadOutputs linear_logprobs_ext(const Tensor& hidden, const Tensor& weight, const Tensor& targets, OptTensor bias,
+                                OptTensor row_temperature, OptTensor lora_a, OptTensor lora_b, double temperature,
+                                double softcap, double logit_scale, int64_t ignore_index, double lora_scale, int64_t outputs,
+                                int64_t chunk_bytes);
+
+// Gradients of hidden, weight, bias, lora_a and lora_b.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logprobs_ext_backward(
+    OptTensor g_logp, OptTensor g_entropy, OptTensor g_lse, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+    OptTensor bias, OptTensor row_temperature, OptTensor lora_a, OptTensor lora_b, const Tensor& entropy, const Tensor& stats,
+    double temperature, double softcap, double logit_scale, int64_t ignore_index, double lora_scale, int64_t needs,
+    int64_t chunk_bytes);
 
 // A chunk of rows whose logits are kept until the loss says what their gradient is, so that they are computed once. All of
 // the vocabulary, block after block, goes to `workspace`, which holds at least N * V elements of the accumulator type;

@@ -17,12 +17,13 @@ from .types import LinearLogprobs
 
 _OPS = torch.ops.prefkern
 _linear, _linear_fwd = _OPS.linear_logprobs.default, _OPS.linear_logprobs_fwd.default
+_ext, _ext_fwd = _OPS.linear_logprobs_ext.default, _OPS.linear_logprobs_ext_fwd.default
 _logits, _logits_fwd = _OPS.logits_logprobs.default, _OPS.logits_logprobs_fwd.default
 
 OUTPUTS = ("entropy", "lse", "sum_sq_probs", "mean_logit", "is_top1")
 _BITS = {name: 1 << i for i, name in enumerate(OUTPUTS)}
 _SAVE_STATS = 32
-_GRAD_HIDDEN, _GRAD_WEIGHT, _GRAD_BIAS = 1, 2, 4
+_GRAD_HIDDEN, _GRAD_WEIGHT, _GRAD_BIAS, _GRAD_LORA_A, _GRAD_LORA_B = 1, 2, 4, 8, 16
 _ENTROPY, _LSE = _BITS["entropy"], _BITS["lse"]
 _DTYPES = {
     torch.float32: _C.DType.float32,
@@ -43,6 +44,7 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     outputs: Iterable[str] = (),
+    lora: tuple[Tensor, Tensor, float] | None = None,
     chunk_bytes: int | None = None,
 ) -> LinearLogprobs:
     r"""Log-probability of each target under the softmax of a linear head, without the logits.
@@ -61,23 +63,31 @@ def linear_logprobs(
         ignore_index: rows with this target give 0 in every output and no gradient; on the CPU they cost nothing.
         outputs: any of ``"entropy"`` (nats), ``"lse"`` (log-sum-exp of z), ``"sum_sq_probs"``, ``"mean_logit"`` (mean of z
             over V), ``"is_top1"`` (z_y is the first maximum). Only what is asked for is computed.
+        lora: ``(a, b, s)``: a low-rank update of the head, as if the weight were :math:`W + s\,b\,a`, with a ``[r, H]`` and b
+            ``[V, r]`` of the same dtype and device as ``hidden`` (cast under autocast as the weight is) and a number s. Neither
+            that sum nor :math:`b\,a` is formed: :math:`h W^\top + s\,(h a^\top) b^\top` takes :math:`h a^\top` (``[N, r]``) and
+            a second product onto each block of logits. On the CPU :math:`h a^\top` is held in the accumulators' type; on CUDA
+            it is rounded once to the inputs' dtype, which the second product takes, and so is its gradient.
         chunk_bytes: workspace budget in bytes; None for the default (see ``prefkern.plan_chunks``). Results do not depend
             on it beyond rounding; equal calls give equal bits.
 
     Returns:
         LinearLogprobs with fields shaped like ``targets``, float32 (float64 for float64 input, is_top1 bool), None where
-        not asked for. Gradients flow from logp, entropy and lse to hidden, weight and bias.
+        not asked for. Gradients flow from logp, entropy and lse to hidden, weight and bias, and to a and b of ``lora``; none is
+        computed that nobody needs, so a frozen weight costs no gradient.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what is accepted. Targets out of range and temperatures
             that are not positive are always found on the CPU; on CUDA such rows come out NaN, or raise under
             ``prefkern.set_validation(True)``.
 
-    Memory: one block of logits plus converted operands, O(chunk_bytes), and O((N + V) H) for gradients.
+    Memory: one block of logits plus converted operands, O(chunk_bytes), and O((N + V) H) for gradients; with ``lora``
+        also ``[N, r]``, twice in the backward.
     """
     check_tensors(hidden=hidden, weight=weight, targets=targets)
     if bias is not None:
         check_tensors(bias=bias)
+    lora_a, lora_b, lora_scale = (None, None, 1.0) if lora is None else _lora(lora)
     bits = _output_bits(outputs)
     shape = targets.shape
     if hidden.ndim == 0:
@@ -90,11 +100,19 @@ def linear_logprobs(
         _validate(targets, temperature, weight.shape[0], ignore_index)
     tau, row_temperature = _split_temperature(temperature, shape)
     if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
-        hidden, weight = _autocast(hidden, weight)
+        hidden, weight, lora_a, lora_b = _autocast(hidden, weight, lora_a, lora_b)
     if targets.ndim != 1:
         hidden, targets = hidden.reshape(targets.numel(), hidden.shape[-1]), targets.reshape(-1)
     args = (tau, _softcap(softcap), number("logit_scale", logit_scale), integer("ignore_index", ignore_index))
     chunk = 0 if chunk_bytes is None else positive_int("chunk_bytes", chunk_bytes)
+    if lora_a is not None:
+        tensors = (hidden, weight, targets, bias, row_temperature, lora_a, lora_b)
+        numbers = (*args, lora_scale)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            out = call(_differentiable(_ext, _LinearLogprobsExt), *tensors, *numbers, bits | _SAVE_STATS, chunk)
+        else:
+            out = call(_ext_fwd, *tensors, *numbers, bits, chunk)
+        return _result(out, bits, shape)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         out = call(
             _differentiable(_linear, _LinearLogprobs),
@@ -239,11 +257,25 @@ def _softcap(softcap: float | None) -> float:
     return value
 
 
-def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _lora(lora: Any) -> tuple[Tensor, Tensor, float]:
+    if not isinstance(lora, tuple | list) or len(lora) != 3:
+        raise TypeError(f"lora is {_brief(lora)}; a tuple (a, b, scale) or None is expected")
+    a, b, scale = lora
+    for name, t in (("a", a), ("b", b)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"lora's {name} is a {type(t).__name__}; a torch.Tensor is expected")
+    return a, b, number("lora's scale", scale)
+
+
+def _brief(value: Any) -> str:
+    return f"a {type(value).__name__} of {len(value)}" if isinstance(value, tuple | list) else f"a {type(value).__name__}"
+
+
+def _autocast(hidden: Tensor, *others: Any) -> Any:
     if hidden.dtype == torch.float64:
-        return hidden, weight
+        return (hidden, *others)
     dtype = torch.get_autocast_dtype(hidden.device.type)
-    return hidden.to(dtype), weight.to(dtype)
+    return (hidden.to(dtype), *(t if t is None else t.to(dtype) for t in others))
 
 
 def _validate(targets: Tensor, temperature: float | Tensor, vocab: int, ignore_index: int) -> None:
@@ -302,6 +334,17 @@ def _fake_linear(
     return _fake_outputs(hidden, hidden.shape[0], outputs)
 
 
+def _fake_ext(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, row_temperature: Tensor | None, lora_a: Tensor | None,
+    lora_b: Tensor | None, temperature: float, softcap: float, logit_scale: float, ignore_index: int, lora_scale: float,
+    outputs: int, chunk_bytes: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    same_device("hidden", hidden, **{"lora's a": lora_a, "lora's b": lora_b})
+    return _fake_linear(
+        hidden, weight, targets, bias, row_temperature, temperature, softcap, logit_scale, ignore_index, outputs, chunk_bytes
+    )
+
+
 def _fake_logits(
     logits: Tensor,
     targets: Tensor,
@@ -320,6 +363,8 @@ def _fake_logits(
 
 for _name in ("linear_logprobs", "linear_logprobs_fwd"):
     torch.library.register_fake(f"prefkern::{_name}", _fake_linear)
+for _name in ("linear_logprobs_ext", "linear_logprobs_ext_fwd"):
+    torch.library.register_fake(f"prefkern::{_name}", _fake_ext)
 for _name in ("logits_logprobs", "logits_logprobs_fwd"):
     torch.library.register_fake(f"prefkern::{_name}", _fake_logits)
 
@@ -335,6 +380,19 @@ def _fake_linear_backward(
         hidden.new_empty(hidden.shape) if needs & _GRAD_HIDDEN else none,
         weight.new_empty(weight.shape) if needs & _GRAD_WEIGHT else none.clone(),
         bias.new_empty(bias.shape) if needs & _GRAD_BIAS and bias is not None else none.clone(),
+    )
+
+
+@torch.library.register_fake("prefkern::linear_logprobs_ext_backward")
+def _fake_ext_backward(
+    g_logp: Tensor | None, g_entropy: Tensor | None, g_lse: Tensor | None, hidden: Tensor, weight: Tensor, targets: Tensor,
+    bias: Tensor | None, row_temperature: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, entropy: Tensor,
+    stats: Tensor, temperature: float, softcap: float, logit_scale: float, ignore_index: int, lora_scale: float, needs: int,
+    chunk_bytes: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return tuple(
+        hidden.new_empty(0, dtype=accumulator(hidden)) if t is None or not needs & bit else t.new_empty(t.shape)
+        for t, bit in zip((hidden, weight, bias, lora_a, lora_b), _EXT_GRADS.values(), strict=True)
     )
 
 
@@ -398,6 +456,30 @@ def _backward_linear(ctx: Any, g_logp: Any, g_entropy: Any, g_lse: Any, *_: Any)
     )
 
 
+_EXT_GRADS = {0: _GRAD_HIDDEN, 1: _GRAD_WEIGHT, 3: _GRAD_BIAS, 5: _GRAD_LORA_A, 6: _GRAD_LORA_B}  # by place among the inputs
+_EXT_TENSORS = 7
+
+
+def _setup_ext(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *options, outputs, chunk_bytes = inputs[_EXT_TENSORS:]
+    ctx.save_for_backward(*inputs[:_EXT_TENSORS], output[1], output[6])
+    ctx.options, ctx.chunk_bytes, ctx.inputs = options, chunk_bytes, len(inputs)
+    _mark_outputs(ctx, output, outputs)
+
+
+def _backward_ext(ctx: Any, g_logp: Any, g_entropy: Any, g_lse: Any, *_: Any) -> tuple[Tensor | None, ...]:
+    wanted = sum(bit for place, bit in _EXT_GRADS.items() if ctx.needs_input_grad[place])
+    result: list[Tensor | None] = [None] * ctx.inputs
+    if (g_logp is not None or g_entropy is not None or g_lse is not None) and wanted:
+        found = _OPS.linear_logprobs_ext_backward(
+            g_logp, g_entropy, g_lse, *ctx.saved_tensors, *ctx.options, wanted, ctx.chunk_bytes
+        )
+        for (place, bit), gradient in zip(_EXT_GRADS.items(), found, strict=True):
+            if wanted & bit:
+                result[place] = gradient
+    return tuple(result)
+
+
 def _setup_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, targets, row_temperature, *options, outputs, inplace = inputs
     ctx.save_for_backward(logits, targets, row_temperature, output[1], output[6])
@@ -430,6 +512,16 @@ class _LinearLogprobs(torch.autograd.Function):
     backward = staticmethod(_backward_linear)
 
 
+class _LinearLogprobsExt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _ext_fwd(*inputs)
+        _setup_ext(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward_ext)
+
+
 class _LogitsLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
@@ -441,6 +533,8 @@ class _LogitsLogprobs(torch.autograd.Function):
 
 
 torch.library.register_autograd("prefkern::linear_logprobs", _backward_linear, setup_context=_setup_linear)
+torch.library.register_autograd("prefkern::linear_logprobs_ext", _backward_ext, setup_context=_setup_ext)
 torch.library.register_autograd("prefkern::logits_logprobs", _backward_logits, setup_context=_setup_logits)
 no_double_backward("linear_logprobs_backward")
+no_double_backward("linear_logprobs_ext_backward")
 no_double_backward("logits_logprobs_backward")

@@ -23,11 +23,13 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     outputs: Iterable[str] = (),
+    lora: tuple[Tensor, Tensor, float] | None = None,
     chunk_bytes: int | None = None,
 ) -> LinearLogprobs:
     """Statistics of softmax(z), with
 
-        y = hidden weight^T + bias,   x = logit_scale * y,   z = softcap tanh(x / softcap) / temperature
+        y = hidden weight^T + s (hidden a^T) b^T + bias
+        x = logit_scale * y,   z = softcap tanh(x / softcap) / temperature
         logp = z[target] - lse(z),    entropy = -sum_v p_v log p_v
 
     Args:
@@ -38,13 +40,18 @@ def linear_logprobs(
         temperature: positive; a number, or one per token (broadcast to `targets`). No gradient.
         softcap: positive; None leaves x as it is.
         outputs: which of "entropy", "lse", "sum_sq_probs", "mean_logit", "is_top1" to return beside logp.
+        lora: (a [r, H], b [V, r], s), a low-rank update of the weight; None is the weight as it is.
         chunk_bytes: without meaning here.
 
     Ignored rows give 0 (False), and neither their hidden states nor their gradients are looked at.
-    Gradients flow from logp, entropy and lse to hidden, weight and bias.
+    Gradients flow from logp, entropy and lse to hidden, weight, bias, a and b.
     """
     counts = targets != ignore_index
-    y = _widen(hidden)[counts] @ _widen(weight).mT
+    h = _widen(hidden)[counts]
+    y = h @ _widen(weight).mT
+    if lora is not None:
+        a, b, s = lora
+        y = y + s * (h @ _widen(a).mT) @ _widen(b).mT
     if bias is not None:
         y = y + bias.to(y.dtype)
     return _statistics(y, targets, counts, temperature, softcap, logit_scale, outputs)

@@ -1,0 +1,459 @@
+"""What linear_logprobs takes beside a head: a low-rank update of it."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.library import opcheck
+from torch.testing import assert_close
+
+import prefkern
+from prefkern import linear_logprobs, reference
+
+ALL = ("entropy", "lse", "sum_sq_probs", "mean_logit", "is_top1")
+SOURCES = ("logp", "entropy", "lse")  # outputs that gradients flow from
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+DTYPES = [F64, F32, BF16, F16]
+NAN, INF = math.nan, math.inf
+OPS = torch.ops.prefkern
+ROWS, VOCAB, WIDTH, RANK = 13, 301, 32, 4
+
+
+def names(dtype):
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else None
+
+
+def make(device="cpu", dtype=F32, shape=(ROWS,), vocab=VOCAB, width=WIDTH):
+    """hidden, weight, targets; logits of standard deviation 3. Every third row is ignored, every second target best."""
+    if device == "cuda" and dtype == F64:
+        pytest.skip("float64 is a CPU type")
+    hidden = torch.randn(*shape, width).to(dtype)
+    weight = (torch.randn(vocab, width) * 3 / width**0.5).to(dtype)
+    targets = torch.randint(0, vocab, shape)
+    targets.view(-1)[::2] = (hidden.double() @ weight.double().mT).argmax(-1).view(-1)[::2]
+    targets.view(-1)[1::3] = -100
+    return hidden.to(device), weight.to(device), targets.to(device)
+
+
+def factors(device="cpu", dtype=F32, vocab=VOCAB, width=WIDTH, rank=RANK):
+    """a and b of a low-rank update that moves logits by about as much as they are."""
+    a, b = torch.randn(rank, width) / width**0.5, torch.randn(vocab, rank) * 2 / rank**0.5
+    return a.to(device, dtype), b.to(device, dtype)
+
+
+OPTIONS = {
+    "plain": lambda n, v: {},
+    "bias": lambda n, v: {"bias": torch.randn(v)},
+    "everything": lambda n, v: {
+        "bias": torch.randn(v),
+        "temperature": torch.rand(n) + 0.5,
+        "softcap": 4.0,
+        "logit_scale": 1.7,
+    },
+}
+
+
+def options_of(name, device, rows=ROWS, vocab=VOCAB):
+    made = OPTIONS[name](rows, vocab)
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in made.items()}
+
+
+def wide(value):
+    """In float64 on the CPU, as gradients may be taken of it."""
+    if isinstance(value, tuple):
+        return tuple(wide(v) for v in value)
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().double() if value.is_floating_point() else value.cpu()
+    return value
+
+
+def exactly(hidden, weight, targets, **options):
+    """The definition, on the same numbers, in float64 on the CPU."""
+    return reference.linear_logprobs(wide(hidden), wide(weight), targets.cpu(), **{k: wide(v) for k, v in options.items()})
+
+
+def assert_fields(actual, expected, tolerance, rtol=0.0):
+    for name, a, e in zip(actual._fields, actual, expected, strict=True):
+        assert (a is None) == (e is None), name
+        if a is not None:
+            assert a.shape == e.shape
+            near = {"rtol": rtol, "atol": tolerance, "equal_nan": True}
+            assert_close(a.detach().cpu().to(e.dtype), e.detach().cpu(), **near, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def leaf(t):
+    return t.detach().clone().requires_grad_()
+
+
+def gradients(function, tensors, upstream, **options):
+    """d (sum over `upstream` of g . output) / d tensors, by name; `lora` is (a, b, scale) of tensors["a"], tensors["b"]."""
+    leaves = {name: leaf(t) for name, t in tensors.items()}
+    arguments = {name: t for name, t in leaves.items() if name not in ("a", "b")}
+    if "a" in leaves:
+        arguments["lora"] = (leaves["a"], leaves["b"], options.pop("scale"))
+    out = function(**arguments, outputs=ALL, **options)
+    fields = [getattr(out, name) for name in upstream]
+    grads = [g.to(field.device, field.dtype) for g, field in zip(upstream.values(), fields, strict=True)]
+    return dict(zip(leaves, torch.autograd.grad(fields, leaves.values(), grads), strict=True))
+
+
+def exact_gradients(tensors, upstream, **options):
+    options = {k: wide(v) for k, v in options.items()}
+    return gradients(reference.linear_logprobs, {k: wide(t) for k, t in tensors.items()}, upstream, **options)
+
+
+def upstream_of(shape=(ROWS,), sources=SOURCES):
+    return {name: torch.randn(shape, dtype=F64) for name in sources}
+
+
+def distance(actual, expected):
+    """Relative error in norm."""
+    actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+VALUE_TOLERANCE = {F64: 1e-11, F32: 1e-5, BF16: 1e-5, F16: 1e-5}
+GRAD_TOLERANCE = {F64: 1e-12, F32: 2e-6, BF16: 4e-3, F16: 6e-4}  # in half precision two roundings at the worst
+
+
+def loosened(tolerance, dtype, device):
+    """On CUDA h a^T is rounded to the inputs' dtype, and so is its gradient."""
+    return tolerance if device == "cpu" or dtype == F32 else max(tolerance, {BF16: 3e-2, F16: 4e-3}[dtype])
+
+
+# ------------------------------------------------------------------------------------------------------- low-rank update
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("chunk_bytes", [None, 3000])
+def test_lora_values(device, dtype, options, chunk_bytes):
+    hidden, weight, targets = make(device, dtype)
+    options = {**options_of(options, device), "lora": (*factors(device, dtype), 1.5), "outputs": ALL}
+    out = linear_logprobs(hidden, weight, targets, **options, chunk_bytes=chunk_bytes)
+    assert_fields(out, exactly(hidden, weight, targets, **options), loosened(VALUE_TOLERANCE[dtype], dtype, device))
+    without = linear_logprobs(hidden, weight, targets, **{**options, "lora": None})
+    assert (out.logp - without.logp).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("scale", [2.0, -0.5, 0.0])
+def test_lora_is_the_head_of_the_updated_weight(device, scale):
+    hidden, weight, targets = make(device)
+    a, b = factors(device)
+    out = linear_logprobs(hidden, weight, targets, lora=(a, b, scale), outputs=ALL)
+    assert_fields(out, linear_logprobs(hidden, weight + scale * b @ a, targets, outputs=ALL), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("chunk_bytes", [None, 3000])
+def test_lora_gradients(device, dtype, options, chunk_bytes):
+    hidden, weight, targets = make(device, dtype)
+    a, b = factors(device, dtype)
+    options = {**options_of(options, device), "targets": targets, "scale": 1.5}
+    tensors = {"hidden": hidden, "weight": weight, "a": a, "b": b}
+    if "bias" in options:
+        tensors["bias"] = options.pop("bias").to(dtype)
+    upstream = upstream_of()
+    ours = gradients(linear_logprobs, tensors, upstream, **options, chunk_bytes=chunk_bytes)
+    expected = exact_gradients(tensors, upstream, **options)
+    for name, g in ours.items():
+        assert g.dtype == dtype
+        assert g.shape == tensors[name].shape
+        assert distance(g, expected[name]) < loosened(GRAD_TOLERANCE[dtype], dtype, device), name
+
+
+BITS = {"hidden": 1, "weight": 2, "bias": 4, "a": 8, "b": 16}
+
+
+@pytest.mark.parametrize("trained", [c for n in (1, 2, 5) for c in itertools.combinations(BITS, n)], ids="+".join)
+def test_only_needed_gradients_are_computed(device, op_log, trained):
+    """With a frozen weight the backward op is not asked for its gradient."""
+    hidden, weight, targets = make(device)
+    a, b = factors(device)
+    tensors = {"hidden": hidden, "weight": weight, "bias": torch.randn(VOCAB, device=device), "a": a, "b": b}
+
+    def run(trained):
+        leaves = {name: leaf(t) if name in trained else t for name, t in tensors.items()}
+        head = {name: leaves[name] for name in ("hidden", "weight", "bias")}
+        linear_logprobs(**head, targets=targets, lora=(leaves["a"], leaves["b"], 0.5)).logp.sum().backward()
+        return {name: t.grad for name, t in leaves.items()}
+
+    ours = run(trained)
+    assert op_log.args("linear_logprobs_ext_backward")[-2] == sum(BITS[name] for name in trained)
+    full = run(BITS)
+    for name, g in ours.items():
+        if name in trained:
+            assert_close(g, full[name], rtol=1e-6, atol=1e-7)
+            assert g.norm() > 0
+        else:
+            assert g is None
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("chunk_bytes", [None, 200])
+def test_lora_gradcheck(options, chunk_bytes):
+    hidden, weight, targets = make("cpu", F64, (5,), 6, 3)
+    a, b = factors("cpu", F64, 6, 3, 2)
+    options = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in OPTIONS[options](5, 6).items()}
+    leaves = [leaf(t) for t in (hidden, weight, a, b)] + ([leaf(options.pop("bias"))] if "bias" in options else [])
+
+    def function(hidden, weight, a, b, bias=None):
+        out = linear_logprobs(
+            hidden, weight, targets, bias=bias, lora=(a, b, 0.7), outputs=ALL, chunk_bytes=chunk_bytes, **options
+        )
+        return out.logp, out.entropy, out.lse
+
+    assert torch.autograd.gradcheck(function, leaves, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("chunk_bytes", [1, 500, 5000, 50_000, 1 << 40])
+def test_lora_does_not_depend_on_the_chunk(device, dtype, chunk_bytes):
+    hidden, weight, targets = make(device, dtype, vocab=130, width=8)
+    a, b = factors(device, dtype, 130, 8)
+    tensors = {"hidden": hidden, "weight": weight, "a": a, "b": b}
+    upstream = upstream_of()
+    base, out = (
+        linear_logprobs(hidden, weight, targets, lora=(a, b, 1.5), outputs=ALL, chunk_bytes=n) for n in (None, chunk_bytes)
+    )
+    assert_fields(out, base, loosened(1e-12 if dtype == F64 else 3e-6, dtype, device))
+    x, y = (
+        gradients(linear_logprobs, tensors, upstream, targets=targets, scale=1.5, chunk_bytes=n) for n in (None, chunk_bytes)
+    )
+    for name in tensors:
+        assert distance(x[name], y[name]) < loosened(GRAD_TOLERANCE[dtype], dtype, device), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("chunk_bytes", [None, 5000])
+def test_lora_equal_calls_give_equal_bits(device, dtype, chunk_bytes):
+    hidden, weight, targets = make(device, dtype, (67,))
+    a, b = factors(device, dtype)
+    tensors, upstream = {"hidden": hidden, "weight": weight, "a": a, "b": b}, upstream_of((67,))
+    runs = []
+    for _ in range(3):
+        out = linear_logprobs(hidden, weight, targets, lora=(a, b, 1.5), outputs=ALL, chunk_bytes=chunk_bytes)
+        grads = gradients(linear_logprobs, tensors, upstream, targets=targets, scale=1.5, chunk_bytes=chunk_bytes)
+        runs.append((*out, *grads.values()))
+    for again in runs[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(runs[0], again, strict=True))
+
+
+@pytest.mark.parametrize("rank", [1, 3, 300])
+def test_lora_of_any_rank_and_strides(device, rank):
+    hidden, weight, targets = make(device, shape=(2, 5))
+    a, b = factors(device, rank=rank)
+    upstream = upstream_of((2, 5))
+    tensors = {"hidden": hidden, "weight": weight, "a": a, "b": b}
+    expected = exact_gradients(tensors, upstream, targets=targets, scale=0.5)
+    strided = {**tensors, "a": a.mT.contiguous().mT, "b": b.mT.contiguous().mT}
+    for given in (tensors, strided):
+        out = linear_logprobs(hidden, weight, targets, lora=(given["a"], given["b"], 0.5), outputs=ALL)
+        assert_fields(out, exactly(hidden, weight, targets, lora=(a, b, 0.5), outputs=ALL), 1e-5)
+        ours = gradients(linear_logprobs, given, upstream, targets=targets, scale=0.5)
+        for name, g in ours.items():
+            assert distance(g, expected[name]) < 3e-6, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("garbage", [NAN, INF])
+def test_ignored_rows_are_never_looked_at(device, dtype, garbage):
+    hidden, weight, targets = make(device, dtype)
+    a, b = factors(device, dtype)
+    spoiled, upstream = hidden.clone(), upstream_of()
+    spoiled[targets == -100] = garbage
+    ours, clean = (
+        gradients(linear_logprobs, {"hidden": h, "weight": weight, "a": a, "b": b}, upstream, targets=targets, scale=1.5)
+        for h in (spoiled, hidden)
+    )
+    for name, g in ours.items():
+        assert torch.equal(g, clean[name]), name
+    assert ours["hidden"][targets == -100].eq(0).all()
+    targets = torch.full_like(targets, -100)
+    tensors = {"hidden": spoiled, "weight": weight, "a": a, "b": b}
+    for name, g in gradients(linear_logprobs, tensors, upstream, targets=targets, scale=1.5).items():
+        assert g.shape == tensors[name].shape
+        assert g.eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=names)
+@pytest.mark.parametrize("backward", [False, True])
+def test_lora_workspace(device, allocations, dtype, backward):
+    """Beside results: what the planner announces for a head whose width has the rank in it, and a few numbers per row."""
+    rows, vocab, width, rank, budget = 256, 10_000, 16, 8, 1 << 18
+    hidden, weight, targets = make(device, dtype, (rows,), vocab, width)
+    targets.clamp_(min=0)
+    a, b = factors(device, dtype, vocab, width, rank)
+    trained = (hidden, a, b)
+    for t in trained:
+        t.requires_grad_(backward)
+
+    def call():
+        out = linear_logprobs(hidden, weight, targets, lora=(a, b, 0.5), outputs=ALL, chunk_bytes=budget)
+        return torch.autograd.grad(out.logp.sum() + out.entropy.sum(), trained) if backward else out
+
+    call()  # what the GEMM library keeps for itself
+    used = allocations(call)
+    plan = prefkern.plan_chunks(rows, width + rank, vocab, dtype=dtype, device=device, backward=backward, chunk_bytes=budget)
+    results = (rows * width + (vocab + width) * rank) * hidden.element_size() + rows * width * 4 if backward else 0
+    per_row = 128 + 4 * rank * (3 if backward else 1)
+    assert used.peak <= plan.workspace_bytes + results + per_row * rows + 8 * rank * width + 8192
+    if device == "cpu":
+        assert used.largest < rows * vocab * hidden.element_size() / 4
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=names)
+def test_lora_under_autocast(device, dtype):
+    hidden, weight, targets = make(device)
+    a, b = factors(device)
+    narrow = linear_logprobs(hidden.to(dtype), weight.to(dtype), targets, lora=(a.to(dtype), b.to(dtype), 0.5), outputs=ALL)
+    tensors, upstream = {"hidden": hidden, "weight": weight, "a": a, "b": b}, upstream_of()
+    with torch.autocast(device, dtype):
+        out = linear_logprobs(hidden, weight, targets, lora=(a, b, 0.5), outputs=ALL)
+        grads = gradients(linear_logprobs, tensors, upstream, targets=targets, scale=0.5)
+    assert all(torch.equal(x, y) for x, y in zip(out, narrow, strict=True))
+    expected = exact_gradients(tensors, upstream, targets=targets, scale=0.5)
+    for name, g in grads.items():
+        assert g.dtype == F32
+        assert distance(g, expected[name]) < 4e-2, name
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_saved_without_gradients(device, op_log, mode):
+    hidden, weight, targets = make(device)
+    a, b = (leaf(t) for t in factors(device))
+    saved = []
+    with mode(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = linear_logprobs(hidden, weight, targets, lora=(a, b, 0.5), outputs=ALL)
+    assert saved == []
+    assert all(field.grad_fn is None for field in out)
+    assert op_log.names() == ["linear_logprobs_ext_fwd"]
+    assert op_log.args("linear_logprobs_ext_fwd")[-2] == 31
+
+
+def test_a_call_without_these_inputs_is_the_plain_op(device, op_log):
+    linear_logprobs(*make(device), lora=None)
+    assert op_log.names() == ["linear_logprobs_fwd"]
+
+
+def test_differentiating_twice_is_an_error(device):
+    hidden, weight, targets = make(device)
+    a, b = (leaf(t) for t in factors(device))
+    loss = linear_logprobs(hidden, weight, targets, lora=(a, b, 0.5)).logp.sum() + a.pow(3).sum()
+    (gradient,) = torch.autograd.grad(loss, a, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        gradient.sum().backward()
+
+
+def op_arguments(dtype, options, grad, device):
+    hidden, weight, targets = make(device, dtype, (6,), 9, 4)
+    a, b = factors(device, dtype, 9, 4, 2)
+    options = options_of(options, device, 6, 9)
+    hidden, weight, bias, a, b = (
+        None if t is None else leaf(t) if grad else t for t in (hidden, weight, options.get("bias"), a, b)
+    )
+    numbers = (1.0, options.get("softcap", 0.0), options.get("logit_scale", 1.0), -100, 0.5)
+    return (hidden, weight, targets, bias, options.get("temperature"), a, b), numbers
+
+
+@pytest.mark.parametrize(("dtype", "options"), [(F32, "plain"), (BF16, "everything")], ids=str)
+@pytest.mark.parametrize("outputs", [0, 31])
+def test_opcheck_forward(device, dtype, options, outputs):
+    tensors, numbers = op_arguments(dtype, options, False, device)
+    opcheck(OPS.linear_logprobs_ext_fwd.default, (*tensors, *numbers, outputs, 0))
+    tensors, numbers = op_arguments(dtype, options, True, device)
+    opcheck(OPS.linear_logprobs_ext.default, (*tensors, *numbers, outputs | 32, 0))
+
+
+@pytest.mark.parametrize("rows", ["some", "none"])
+@pytest.mark.parametrize("needs", [1, 8, 16, 24, 25, 31])
+def test_opcheck_backward(device, needs, rows):
+    tensors, numbers = op_arguments(BF16, "everything", False, device)
+    if rows == "none":
+        tensors[2].fill_(-100)
+    out = OPS.linear_logprobs_ext_fwd(*tensors, *numbers, 63, 0)
+    upstream = (torch.randn(6, device=device), None, torch.randn(6, device=device))
+    opcheck(OPS.linear_logprobs_ext_backward.default, (*upstream, *tensors, out[1], out[6], *numbers, needs, 0))
+
+
+def test_one_graph_for_any_number_of_tokens(device):
+    """fullgraph, forward and backward, four sizes, at most two compilations (the second has a symbolic N)."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def loss(hidden, weight, targets, a, b):
+        out = linear_logprobs(hidden * 2, weight, targets, lora=(a, b, 0.5), outputs=ALL)
+        return out.logp.sum() + 0.5 * out.entropy.sum() + 0.25 * out.lse.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for rows in (5, 8, 13, 21):
+        hidden, weight, targets = make(device, F32, (rows,), 40, 8)
+        tensors = (hidden, weight, *factors(device, F32, 40, 8))
+        x, y = ([leaf(t) for t in tensors] for _ in range(2))
+        eager = loss(*x[:2], targets, *x[2:])
+        total = compiled(*y[:2], targets, *y[2:])
+        eager.backward()
+        total.backward()
+        assert_close(total, eager, rtol=1e-6, atol=1e-5)
+        for s, t in zip(x, y, strict=True):
+            assert_close(t.grad, s.grad, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count <= 2
+
+
+def test_meta_tensors_give_shapes():
+    def empty(*shape, dtype=F32):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    lora = (empty(2, 4), empty(5, 2), 1.0)
+    out = linear_logprobs(empty(2, 3, 4), empty(5, 4), empty(2, 3, dtype=torch.int64), lora=lora, outputs=ALL)
+    assert all(field.shape == (2, 3) and field.device.type == "meta" for field in out)
+
+
+# ------------------------------------------------------------------------------------------------------------- bad input
+
+H, W, T, A, B = torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 1, 2]), torch.zeros(2, 4), torch.zeros(5, 2)
+
+BAD = {
+    # name: (arguments, error, what its message says)
+    "lora: a tensor": ({"lora": A}, TypeError, r"lora is a Tensor.*\(a, b, scale\)"),
+    "lora: no scale": ({"lora": (A, B)}, TypeError, r"lora is a tuple of 2.*\(a, b, scale\)"),
+    "lora: a is None": ({"lora": (None, B, 1.0)}, TypeError, "lora's a is a NoneType"),
+    "lora: b is a list": ({"lora": (A, [0.0], 1.0)}, TypeError, "lora's b is a list"),
+    "lora: scale is a tensor": ({"lora": (A, B, torch.tensor(1.0))}, TypeError, "lora's scale is tensor.*number"),
+    "lora: scale is a word": ({"lora": (A, B, "1")}, TypeError, "lora's scale is '1'.*number"),
+    "lora: scale is NaN": ({"lora": (A, B, NAN)}, ValueError, "lora's scale is nan.*finite"),
+    "lora: scale is infinite": ({"lora": (A, B, INF)}, ValueError, "lora's scale is inf.*finite"),
+    "lora: a of another width": ({"lora": (torch.zeros(2, 3), B, 1.0)}, ValueError, r"lora's a.*\[2, 3\].*\[r, 4\]"),
+    "lora: a is a vector": ({"lora": (torch.zeros(4), B, 1.0)}, ValueError, r"lora's a.*\[4\].*\[r, 4\]"),
+    "lora: rank 0": ({"lora": (torch.zeros(0, 4), torch.zeros(5, 0), 1.0)}, ValueError, "lora's a has r = 0"),
+    "lora: b of another rank": ({"lora": (A, torch.zeros(5, 3), 1.0)}, ValueError, r"lora's b.*\[5, 3\].*\[5, 2\]"),
+    "lora: b of another vocabulary": ({"lora": (A, torch.zeros(6, 2), 1.0)}, ValueError, r"lora's b.*\[6, 2\].*\[5, 2\]"),
+    "lora: b transposed": ({"lora": (A, torch.zeros(2, 5), 1.0)}, ValueError, r"lora's b.*\[2, 5\].*\[5, 2\]"),
+    "lora: a of another dtype": ({"lora": (A.bfloat16(), B, 1.0)}, TypeError, "lora's a.*BFloat16.*hidden.*Float.*equal"),
+    "lora: b of another dtype": ({"lora": (A, B.half(), 1.0)}, TypeError, "lora's b.*Half.*hidden.*Float.*equal"),
+    "lora: integers": ({"lora": (A.long(), B, 1.0)}, TypeError, "lora's a.*Long.*float32"),
+    "lora: a on meta": ({"lora": (A.to("meta"), B, 1.0)}, ValueError, "lora's a is on meta.*same device"),
+    "lora: b on meta": ({"lora": (A, B.to("meta"), 1.0)}, ValueError, "lora's b is on meta.*same device"),
+}
+
+
+def moved(value, device):
+    if isinstance(value, tuple):
+        return tuple(moved(v, device) for v in value)
+    return value.to(device) if isinstance(value, torch.Tensor) and value.device.type != "meta" else value
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("grad", [False, True])
+def test_bad_input_is_named(device, validation, name, grad):
+    """The CPU always looks at values; a GPU does under validation."""
+    validation(True)
+    changes, error, message = BAD[name]
+    arguments = {key: moved(value, device) for key, value in {"hidden": H, "weight": W, "targets": T, **changes}.items()}
+    arguments["hidden"] = arguments["hidden"].requires_grad_(grad)
+    with pytest.raises(error, match=message) as caught:
+        linear_logprobs(**arguments)
+    assert caught.type is error
