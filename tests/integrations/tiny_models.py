@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import transformers
 
+transformers.utils.logging.set_verbosity_error()  # of what is unusual about configs this small
+
 VOCAB, HIDDEN, LAYERS = 97, 32, 2
 _ROPE = {
     "vocab_size": VOCAB,

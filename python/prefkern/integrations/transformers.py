@@ -496,19 +496,22 @@ class _WithoutLogits(_Call):
     def logprobs(self, source: Tensor, logits: Tensor, vocab: int | None, options: dict[str, Any]) -> LinearLogprobs:
         scale, softcap = _scale_and_softcap(logits)
         options.update(logit_scale=scale, softcap=softcap, chunk_bytes=self.options.chunk_bytes)
-        module, lora = self.product
-        if lora is not None:
-            options["lora"] = lora()
-        with _InsteadOfProduct(vocab, lambda x, w, b: ops.linear_logprobs(x, w, self.targets, bias=b, **options)) as instead:
+        product = self.product
+
+        def head(x: Tensor, weight: Tensor, bias: Tensor | None) -> LinearLogprobs:
+            lora = product.factors(x.dtype)
+            return ops.linear_logprobs(x, weight, self.targets, bias=product.bias(bias), lora=lora, **options)
+
+        with _InsteadOfProduct(vocab, head) as instead:
             try:
-                out = module(source)
+                out = product.module(source)
             except Exception as error:
                 if instead.result is None or isinstance(error, _Unfit):
                     raise
                 raise _Unfit(f"its output head, {_called(self.head)}, works on after its product ({error})") from error
         if instead.result is None:
             raise _Unfit(f"its output head, {_called(self.head)}, does not make them by nn.functional.linear with [V, H]")
-        return instead.handed_over(out, module, self.head)
+        return instead.handed_over(out, product.module, self.head)
 
 
 class _WithLogits(_Call):
@@ -609,11 +612,33 @@ def _scale_and_softcap(answer: Tensor) -> tuple[float, float | None]:
     return (1.0 if abs(scale - 1) < 1e-6 else scale), softcap
 
 
+class _Adapter(NamedTuple):
+    """One LoRA adapter of a head: W + scale B A, with the bias that B may have."""
+
+    a: Any  # linear modules without their forward
+    b: Any
+    scale: float
+
+
 class _Product(NamedTuple):
-    """What to call so that a head's product happens."""
+    """What to call so that a head's product happens, and what is to be added to its weight."""
 
     module: nn.Module
-    lora: Callable[[], tuple[Tensor, Tensor, float]] | None = None
+    adapters: tuple[_Adapter, ...] = ()
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float] | None:
+        """All adapters as one: their ranks add up."""
+        pairs = [(adapter.a.weight.to(dtype), adapter.b.weight.to(dtype), adapter.scale) for adapter in self.adapters]
+        if len(pairs) < 2:
+            return pairs[0] if pairs else None
+        return torch.cat([a for a, _, _ in pairs]), torch.cat([b * scale for _, b, scale in pairs], 1), 1.0
+
+    def bias(self, bias: Tensor | None) -> Tensor | None:
+        for adapter in self.adapters:
+            if adapter.b.bias is not None:
+                further = adapter.b.bias * adapter.scale
+                bias = further if bias is None else bias + further
+        return bias
 
 
 class _InsteadOfProduct(TorchFunctionMode):
@@ -672,10 +697,24 @@ def _product_of(head: nn.Module) -> _Product:
     lora: Any = importlib.import_module("peft.tuners.lora")
     if not isinstance(head, lora.LoraLayer) or head.disable_adapters or head.merged:
         return _Product(head)
-    adapters = [name for name in head.active_adapters if name in head.lora_A]
-    if not adapters:
+    names = [name for name in head.active_adapters if name in head.lora_A]
+    if not names:
         return _Product(head)
-    raise _Unfit("LoRA is active on its output head")
+    if type(head) is not lora.Linear or head.fan_in_fan_out:
+        raise _Unfit(f"its output head is a LoRA layer of {_called(head.get_base_layer())}")
+    if _hooked(head):  # a batch that mixes adapters, for one
+        raise _Unfit("its output head is a LoRA layer with hooks")
+    for name in names:
+        variant, dropout = head.lora_variant.get(name), head.lora_dropout[name]
+        if variant is not None:
+            raise _Unfit(f"the LoRA adapter {name!r} of its output head is a {_called(variant)}")
+        if dropout.training and getattr(dropout, "p", 0.0) > 0:
+            raise _Unfit(f"the LoRA adapter {name!r} of its output head has a dropout of {dropout.p}")
+        for part in (head.lora_A[name], head.lora_B[name]):
+            if type(part.weight) is not nn.Parameter or not part.weight.numel():
+                raise _Unfit(f"the LoRA adapter {name!r} of its output head is not in one piece")
+    adapters = (_Adapter(head.lora_A[name], head.lora_B[name], head.scaling[name]) for name in names)
+    return _Product(head.base_layer, tuple(adapters))
 
 
 # ---- arguments
