@@ -1,4 +1,4 @@
-"""What linear_logprobs takes beside a head: a low-rank update of it."""
+"""What linear_logprobs takes beside a head: a low-rank update of it; a type that logits are rounded to."""
 
 import itertools
 import math
@@ -348,6 +348,170 @@ def test_differentiating_twice_is_an_error(device):
         gradient.sum().backward()
 
 
+# --------------------------------------------------------------------------------------------------------- rounded logits
+
+NARROW = {"bfloat16": BF16, "float16": F16}
+
+
+def exact_inputs(device, dtype=F32, shape=(ROWS,), vocab=VOCAB, width=WIDTH):
+    """hidden, weight, targets, bias, a, b whose products and sums are multiples of 2^-11 that float32 holds without rounding,
+    in whatever order they are added, and that bfloat16 and float16 do not hold."""
+    if device == "cuda" and dtype == F64:
+        pytest.skip("float64 is a CPU type")
+
+    def grid(*size, most, step):
+        return (torch.randint(-most, most + 1, size) * step).to(device, dtype)
+
+    hidden, weight = grid(*shape, width, most=64, step=2**-6), grid(vocab, width, most=64, step=2**-5)
+    targets = torch.randint(0, vocab, shape, device=device)
+    targets.view(-1)[1::3] = -100
+    a, b = grid(RANK, width, most=3, step=2**-2), grid(vocab, RANK, most=3, step=2**-2)
+    return hidden, weight, targets, torch.randint(-4096, 4097, (vocab,), device=device) * 2.0**-11, a, b
+
+
+ROUNDED_OPTIONS = {
+    "plain": lambda bias, a, b: {},
+    "bias": lambda bias, a, b: {"bias": bias},
+    "lora": lambda bias, a, b: {"lora": (a, b, 0.5)},
+    "everything": lambda bias, a, b: {
+        "bias": bias, "lora": (a, b, 0.5), "temperature": torch.rand(ROWS, device=bias.device) + 0.5, "softcap": 20.0,
+        "logit_scale": 0.5,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=names)
+@pytest.mark.parametrize("options", ROUNDED_OPTIONS)
+@pytest.mark.parametrize("logits_dtype", NARROW)
+@pytest.mark.parametrize("chunk_bytes", [None, 3000])
+def test_rounded_values(device, dtype, options, logits_dtype, chunk_bytes):
+    if device == "cuda" and dtype != F32 and options in ("lora", "everything"):
+        pytest.skip("there h a^T is rounded, too")
+    hidden, weight, targets, bias, a, b = exact_inputs(device, dtype)
+    options = {**ROUNDED_OPTIONS[options](bias, a, b), "outputs": ALL}
+    rounded = {**options, "logits_dtype": logits_dtype}
+    out = linear_logprobs(hidden, weight, targets, **rounded, chunk_bytes=chunk_bytes)
+    assert_fields(out, exactly(hidden, weight, targets, **rounded), 1e-5)
+    without = linear_logprobs(hidden, weight, targets, **options)
+    assert (out.logp - without.logp).abs().max() > {"bfloat16": 2e-3, "float16": 2e-4}[logits_dtype]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=names)
+@pytest.mark.parametrize("options", ROUNDED_OPTIONS)
+@pytest.mark.parametrize("logits_dtype", NARROW)
+@pytest.mark.parametrize("chunk_bytes", [None, 3000])
+def test_rounded_gradients(device, dtype, options, logits_dtype, chunk_bytes):
+    if device == "cuda" and dtype != F32 and options in ("lora", "everything"):
+        pytest.skip("there h a^T is rounded, too")
+    hidden, weight, targets, bias, a, b = exact_inputs(device, dtype)
+    made = ROUNDED_OPTIONS[options](bias, a, b)
+    tensors = {"hidden": hidden, "weight": weight}
+    if "bias" in made:
+        tensors["bias"] = made.pop("bias")
+    if "lora" in made:
+        tensors["a"], tensors["b"], made["scale"] = made.pop("lora")
+    upstream = upstream_of()
+    made |= {"targets": targets, "logits_dtype": logits_dtype}
+    ours = gradients(linear_logprobs, tensors, upstream, **made, chunk_bytes=chunk_bytes)
+    expected = exact_gradients(tensors, upstream, **made)
+    for name, g in ours.items():
+        # On CUDA the gradient of the logits is narrowed to the inputs' dtype.
+        assert distance(g, expected[name]) < (GRAD_TOLERANCE[dtype] if g.dtype == dtype else 3e-6), name
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=names)
+@pytest.mark.parametrize("biased", [False, True])
+def test_rounded_logits_are_those_of_a_narrow_head(device, dtype, biased):
+    """F.linear in that dtype, then logits_logprobs: the same bits on the CPU, the same but for the kernel's order on CUDA."""
+    hidden, weight, targets, bias, *_ = exact_inputs(device, dtype)
+    bias = bias.to(dtype) if biased else None
+    logits = torch.nn.functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float()).to(dtype)
+    out = linear_logprobs(hidden, weight, targets, bias=bias, logits_dtype=names(dtype), outputs=ALL)
+    assert_fields(out, prefkern.logits_logprobs(logits, targets, outputs=ALL), 1e-6)
+    if device == "cuda":
+        assert torch.equal(torch.nn.functional.linear(hidden, weight, bias), logits)
+
+
+@pytest.mark.parametrize("logits_dtype", NARROW)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=names)
+@pytest.mark.parametrize("chunk_bytes", [None, 40_000])
+def test_the_backward_takes_the_logits_of_the_forward(device, logits_dtype, dtype, chunk_bytes):
+    """The gradient of lse in the bias is p. Were a large logit rounded the other way the second time, p would miss 1."""
+    hidden, weight, _ = make(device, dtype, (512,), 2000, 64)
+    targets = torch.randint(0, 2000, (512,), device=device)
+    bias = torch.zeros(2000, device=device, requires_grad=True)
+    lse = linear_logprobs(
+        hidden * 8, weight, targets, bias=bias, logits_dtype=logits_dtype, outputs=["lse"], chunk_bytes=chunk_bytes
+    ).lse
+    for row in (0, 100, 511):
+        (p,) = torch.autograd.grad(lse[row], bias, retain_graph=True)
+        assert_close(p.sum(), torch.tensor(1.0, device=device), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("logits_dtype", NARROW)
+def test_a_forward_alone_rounds_as_one_with_a_backward(device, logits_dtype):
+    """log-probs of before and after, whose ratio a loss takes."""
+    hidden, weight, targets = make(device, BF16, (300,), 3000, 64)
+    trained = linear_logprobs(leaf(hidden), leaf(weight), targets, logits_dtype=logits_dtype)
+    assert torch.equal(trained.logp, linear_logprobs(hidden, weight, targets, logits_dtype=logits_dtype).logp)
+
+
+def test_float32_is_no_rounding(device, op_log):
+    hidden, weight, targets = make(device)
+    out = linear_logprobs(hidden, weight, targets, logits_dtype="float32")
+    assert torch.equal(out.logp, linear_logprobs(hidden, weight, targets).logp)
+    assert op_log.names() == ["linear_logprobs_fwd"] * 2
+    wide = [t.double() if t.is_floating_point() else t for t in (hidden.cpu(), weight.cpu(), targets.cpu())]
+    assert torch.equal(linear_logprobs(*wide, logits_dtype="float32").logp, linear_logprobs(*wide).logp)
+
+
+def test_logits_beyond_float16_are_infinite(device):
+    logits = torch.tensor([[70000.0, 1.0, -70000.0]], device=device)
+    target = torch.tensor([1], device=device)
+    out = linear_logprobs(logits, torch.eye(3, device=device), target, logits_dtype="float16")
+    assert out.logp.isnan().all()  # as of an infinite logit
+    out = linear_logprobs(-logits.abs(), torch.eye(3, device=device), target, logits_dtype="float16", outputs=["entropy"])
+    assert (out.logp.item(), out.entropy.item()) == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=names)
+@pytest.mark.parametrize("chunk_bytes", [1, 500, 5000, 50_000, 1 << 40])
+def test_rounding_does_not_depend_on_the_chunk(device, dtype, chunk_bytes):
+    hidden, weight, targets, bias, *_ = exact_inputs(device, dtype, vocab=130)
+    tensors, upstream = {"hidden": hidden, "weight": weight, "bias": bias}, upstream_of()
+    chunks = (None, chunk_bytes)
+    x, y = (linear_logprobs(**tensors, targets=targets, logits_dtype="bfloat16", outputs=ALL, chunk_bytes=n) for n in chunks)
+    assert_fields(x, y, 3e-6)
+    x, y = (
+        gradients(linear_logprobs, tensors, upstream, targets=targets, logits_dtype="bfloat16", chunk_bytes=n) for n in chunks
+    )
+    for name in tensors:
+        assert distance(x[name], y[name]) < GRAD_TOLERANCE[tensors[name].dtype] + 1e-6, name
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=names)
+def test_rounding_equal_calls_give_equal_bits(device, dtype):
+    hidden, weight, targets = make(device, dtype, (67,))
+    tensors, upstream = {"hidden": hidden, "weight": weight}, upstream_of((67,))
+    runs = []
+    for _ in range(3):
+        out = linear_logprobs(hidden, weight, targets, logits_dtype="bfloat16", outputs=ALL, chunk_bytes=5000)
+        grads = gradients(linear_logprobs, tensors, upstream, targets=targets, logits_dtype="bfloat16", chunk_bytes=5000)
+        runs.append((*out, *grads.values()))
+    for again in runs[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(runs[0], again, strict=True))
+
+
+def test_rounding_under_autocast(device):
+    hidden, weight, targets = make(device)
+    narrow = linear_logprobs(hidden.bfloat16(), weight.bfloat16(), targets, logits_dtype="bfloat16")
+    with torch.autocast(device, BF16):
+        assert torch.equal(linear_logprobs(hidden, weight, targets, logits_dtype="bfloat16").logp, narrow.logp)
+
+
+# --------------------------------------------------------------------------------------------------- a citizen of PyTorch
+
+
 def op_arguments(dtype, options, grad, device):
     hidden, weight, targets = make(device, dtype, (6,), 9, 4)
     a, b = factors(device, dtype, 9, 4, 2)
@@ -355,7 +519,7 @@ def op_arguments(dtype, options, grad, device):
     hidden, weight, bias, a, b = (
         None if t is None else leaf(t) if grad else t for t in (hidden, weight, options.get("bias"), a, b)
     )
-    numbers = (1.0, options.get("softcap", 0.0), options.get("logit_scale", 1.0), -100, 0.5)
+    numbers = (1.0, options.get("softcap", 0.0), options.get("logit_scale", 1.0), -100, 0.5, 0 if dtype == F32 else 1)
     return (hidden, weight, targets, bias, options.get("temperature"), a, b), numbers
 
 
@@ -385,7 +549,7 @@ def test_one_graph_for_any_number_of_tokens(device):
     counter = CompileCounterWithBackend("aot_eager")
 
     def loss(hidden, weight, targets, a, b):
-        out = linear_logprobs(hidden * 2, weight, targets, lora=(a, b, 0.5), outputs=ALL)
+        out = linear_logprobs(hidden * 2, weight, targets, lora=(a, b, 0.5), logits_dtype="float16", outputs=ALL)
         return out.logp.sum() + 0.5 * out.entropy.sum() + 0.25 * out.lse.sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend=counter)
@@ -435,6 +599,9 @@ BAD = {
     "lora: a of another dtype": ({"lora": (A.bfloat16(), B, 1.0)}, TypeError, "lora's a.*BFloat16.*hidden.*Float.*equal"),
     "lora: b of another dtype": ({"lora": (A, B.half(), 1.0)}, TypeError, "lora's b.*Half.*hidden.*Float.*equal"),
     "lora: integers": ({"lora": (A.long(), B, 1.0)}, TypeError, "lora's a.*Long.*float32"),
+    "logits_dtype: unknown": ({"logits_dtype": "bfloat"}, ValueError, "logits_dtype is 'bfloat'.*'float32'.*mean 'bfloat16'"),
+    "logits_dtype: float64": ({"logits_dtype": "float64"}, ValueError, "logits_dtype is 'float64'.*accepted"),
+    "logits_dtype: a dtype": ({"logits_dtype": BF16}, TypeError, "logits_dtype is torch.bfloat16.*'bfloat16'"),
     "lora: a on meta": ({"lora": (A.to("meta"), B, 1.0)}, ValueError, "lora's a is on meta.*same device"),
     "lora: b on meta": ({"lora": (A, B.to("meta"), 1.0)}, ValueError, "lora's b is on meta.*same device"),
 }
@@ -457,3 +624,8 @@ def test_bad_input_is_named(device, validation, name, grad):
     with pytest.raises(error, match=message) as caught:
         linear_logprobs(**arguments)
     assert caught.type is error
+
+
+def test_float64_is_not_rounded():
+    with pytest.raises(TypeError, match=r"logits_dtype is bfloat16; with float64 hidden"):
+        linear_logprobs(H.double(), W.double(), T, logits_dtype="bfloat16")

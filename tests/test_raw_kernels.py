@@ -266,6 +266,21 @@ def test_another_ignore_index():
     assert torch.equal(logp, fold("float32", logits, targets)["logp"])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("cols", [1, 15, 16, 1003])
+def test_rounding_of_raw_pointers(dtype, biased, cols):
+    logits = torch.randn(ROWS, cols) * torch.logspace(-12, 6, ROWS).unsqueeze(1)
+    logits[0, 0], logits[1, 0], logits[2, 0] = float("nan"), float("inf"), -float("inf")
+    bias = torch.randn(cols) if biased else None
+    expected = (logits if bias is None else logits + bias).to(dtype).float()
+    a = _C.RoundArgs()
+    a.logits, a.rows, a.cols, a.bias = address(logits), ROWS, cols, 0 if bias is None else address(bias)
+    a.to = TYPES[str(dtype).removeprefix("torch.")][0]
+    _C.cpu_round_logits(a)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_structs_start_empty():
     a, g = _C.FoldArgs(), _C.GradArgs()
     assert (a.logits, a.state, a.logp, g.grad, g.g_logp, a.block.targets) == (0,) * 6

@@ -533,3 +533,33 @@ def test_what_the_launchers_refuse(simt):
 def test_no_rows_launch_nothing(simt):
     simt.cuda_fold_logits(simt.FoldArgs())
     simt.cuda_grad_logits(simt.GradArgs())
+
+
+# --------------------------------------------------------------------------------------------------------- round_logits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("columns", [1, 7, 8, 1003, 4096])
+@pytest.mark.parametrize("biased", [False, True])
+def test_rounding(simt, dtype, columns, biased):
+    """As PyTorch rounds the sum of both, wherever the block lies in memory."""
+    values, _ = sample(5, columns)
+    values[0, 0], values[1, 0], values[2, 0], values[3, 0] = NAN, INF, -INF, 1e5
+    bias = torch.randn(columns) if biased else None
+    expected = (values if bias is None else values + bias).to(dtype).float()
+
+    def rounded(block):
+        args = simt.RoundArgs()
+        args.logits, args.rows, args.cols = pointer(block), 5, columns
+        args.bias, args.to = 0 if bias is None else pointer(bias), getattr(simt.DType, str(dtype).removeprefix("torch."))
+        simt.cuda_round_logits(args)
+        return block
+
+    for block in (values.clone(), misaligned(values.view(1, -1), torch.float32).view(5, columns)):
+        torch.testing.assert_close(rounded(block), expected, rtol=0, atol=0, equal_nan=True)
+    unknown = simt.RoundArgs()
+    unknown.rows = unknown.cols = 1
+    unknown.to = simt.DType.float32
+    with pytest.raises(RuntimeError, match="invalid argument"):
+        simt.cuda_round_logits(unknown)
+    simt.cuda_round_logits(simt.RoundArgs())  # no rows launch nothing

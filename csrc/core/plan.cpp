@@ -29,12 +29,13 @@ int64_t whole_columns(int64_t cols, int64_t vocab) {
 // gradient of the weight once, in its own type; of several, each reads and writes it in float32, and if it is narrow, it is
 // narrowed at last. The fewest bytes win among chunks that leave a GEMM enough columns.
 ChunkPlan cuda_backward(const PlanRequest& r, int64_t budget) {
-  const int64_t own = r.dtype == DType::f32 ? 4 : 2;
+  const int64_t own = r.dtype == DType::f32 ? 4 : 2, logit = r.logit_bytes > 0 ? r.logit_bytes : 4;
   ChunkPlan best;
   double fewest = 0;
   for (int64_t rows = r.rows;; rows = ceil_div(rows, 2)) {
     const int64_t chunks = ceil_div(r.rows, rows), per_column = chunks > 1 && own < 4 ? 4 * r.hidden : 0;
-    const int64_t cols = whole_columns(budget / (4 * rows + per_column), r.vocab), bytes = cols * (4 * rows + per_column);
+    const int64_t cols = whole_columns(budget / (logit * rows + per_column), r.vocab),
+                  bytes = cols * (logit * rows + per_column);
     const bool fits = bytes <= budget && cols >= std::min(r.vocab, rows > 1 ? kCudaMinColumns : 1);
     const double weight_bytes = chunks == 1 ? own : 4.0 * double(2 * chunks - 1) + (own < 4 ? 4 + own : 0);
     const double moved = 8.0 * double(r.rows) * double(ceil_div(r.vocab, cols)) + weight_bytes * double(r.vocab);
@@ -54,6 +55,7 @@ int64_t default_chunk_bytes(bool cuda) { return cuda ? kCudaBudget : kCpuBudget;
 ChunkPlan plan_chunks(const PlanRequest& r) {
   if (r.rows <= 0 || r.vocab <= 0) return {};
   const int64_t acc = r.dtype == DType::f64 ? 8 : 4;
+  const int64_t logit = r.logit_bytes > 0 ? r.logit_bytes : acc;
   const bool narrow = r.dtype == DType::bf16 || r.dtype == DType::f16;
   const bool widen = narrow && !r.cuda;  // the CPU multiplies in float32: blocks of hidden and weight are widened
   // Bytes beside the logits: per row, the widened hidden row; per column, the widened weight row and, where the weight's
@@ -64,12 +66,12 @@ ChunkPlan plan_chunks(const PlanRequest& r) {
   if (r.cuda && r.backward && acc == 4) return cuda_backward(r, budget);
 
   int64_t rows = std::min(r.rows, r.cuda ? kCudaRows : kCpuRows);
-  const auto columns_for = [&](int64_t n) { return (budget - n * per_row) / (n * acc + per_column); };
+  const auto columns_for = [&](int64_t n) { return (budget - n * per_row) / (n * logit + per_column); };
   while (rows > 1 && columns_for(rows) < std::min(r.vocab, kMinColumns)) rows = (rows + 1) / 2;
   int64_t cols = std::clamp<int64_t>(columns_for(rows), 1, r.vocab);
-  if (r.budget_bytes <= 0 && !r.cuda) cols = std::min(cols, std::max(kCpuMinColumns, kCpuLogits / (rows * acc)));
+  if (r.budget_bytes <= 0 && !r.cuda) cols = std::min(cols, std::max(kCpuMinColumns, kCpuLogits / (rows * logit)));
   cols = whole_columns(cols, r.vocab);
-  return {rows, cols, rows * cols * acc + rows * per_row + cols * per_column};
+  return {rows, cols, rows * cols * logit + rows * per_row + cols * per_column};
 }
 
 int64_t kept_block(int64_t rows, int64_t vocab, DType dtype, bool cuda) {

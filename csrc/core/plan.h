@@ -15,6 +15,7 @@ struct PlanRequest {
   DType dtype = DType::f32;
   bool cuda = false, backward = false;
   int64_t budget_bytes = 0;  // 0: the default of the device kind
+  int64_t logit_bytes = 0;   // of one logit of a block; 0: those of the accumulator
 };
 
 PK_API ChunkPlan plan_chunks(const PlanRequest& request);

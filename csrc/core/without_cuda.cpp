@@ -10,6 +10,7 @@
 #include "filters/select.h"
 #include "groups/group_folds.h"
 #include "groups/pair_walk.h"
+#include "logprobs/logits_edit.h"
 #include "logprobs/logits_fold.h"
 #include "policy/importance.h"
 #include "policy/token_loss.h"
@@ -32,6 +33,7 @@ const char* cuda_error_string(int) {
 int cuda_fold_logits(const FoldArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_grad_logits(const GradArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_grad_bias(const GradArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_round_logits(const RoundArgs&, void*) { return kBuiltWithoutCuda; }
 int cuda_group_advantages(const GroupArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_conflict_runs(const ConflictArgs<int32_t>&, void*) { return kBuiltWithoutCuda; }
 int cuda_conflict_runs(const ConflictArgs<int64_t>&, void*) { return kBuiltWithoutCuda; }

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "core/bindings.h"
+#include "logprobs/logits_edit.h"
 #include "logprobs/logits_fold.h"
 
 namespace prefkern {
@@ -66,6 +67,11 @@ template <class S> void bind_logit_structs(py::module_& m, const std::string& su
 inline void bind_logprobs(py::module_& m) {
   bind_logit_structs<float>(m, "");
   bind_logit_structs<double>(m, "64");
+
+  Struct<RoundArgs> r(m, "RoundArgs");
+  r.member("rows", &RoundArgs::rows).member("cols", &RoundArgs::cols).member("to", &RoundArgs::to);
+  r.member("logits", &RoundArgs::logits);
+  r.member("bias", &RoundArgs::bias);
 }
 
 inline void bind_logprobs_cpu(py::module_& m) {
@@ -73,12 +79,14 @@ inline void bind_logprobs_cpu(py::module_& m) {
   bind_cpu<void, FoldArgs<double>>(m, "cpu_fold_logits64", &cpu_fold_logits);
   bind_cpu<void, GradArgs<float>>(m, "cpu_grad_logits", &cpu_grad_logits);
   bind_cpu<void, GradArgs<double>>(m, "cpu_grad_logits64", &cpu_grad_logits);
+  bind_cpu<void, RoundArgs>(m, "cpu_round_logits", &cpu_round_logits);
 }
 
 inline void bind_logprobs_cuda(py::module_& m) {
   bind_cuda(m, "cuda_fold_logits", &cuda_fold_logits);
   bind_cuda(m, "cuda_grad_logits", &cuda_grad_logits);
   bind_cuda(m, "cuda_grad_bias", &cuda_grad_bias);
+  bind_cuda(m, "cuda_round_logits", &cuda_round_logits);
 }
 
 }  // namespace prefkern

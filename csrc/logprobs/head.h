@@ -2,6 +2,7 @@
 #pragma once
 #include "core/cuda_runtime.h"
 #include "core/tensor.h"
+#include "logprobs/logits_edit.h"
 #include "logprobs/logits_fold.h"
 #include "logprobs/ops.h"
 
@@ -91,6 +92,9 @@ inline void run_grad(const GradArgs<float>& g, void* stream, bool cuda) {
   cuda ? check_cuda(cuda_grad_logits(g, stream)) : cpu_grad_logits(g);
 }
 inline void run_grad(const GradArgs<double>& g, void*, bool) { cpu_grad_logits(g); }
+inline void run_round(const RoundArgs& r, void* stream, bool cuda) {
+  cuda ? check_cuda(cuda_round_logits(r, stream)) : cpu_round_logits(r);
+}
 // The gradient of the bias from float32 logits that run_grad has not overwritten yet.
 inline void bias_on_cuda(GradArgs<float> g, float* d_bias, bool add, void* stream) {
   g.d_bias = d_bias;

@@ -25,6 +25,10 @@ void check_head(const Tensor& hidden, const Tensor& weight, const OptTensor& bia
 }
 
 void check_extras(const Tensor& hidden, const Tensor& weight, const HeadExtras& extras) {
+  const int64_t to = extras.logits_dtype;
+  check_value(to >= 0 && to <= 2, "logits_dtype is ", to, "; accepted: 0 (float32), 1 (bfloat16), 2 (float16)");
+  check_type(to == 0 || hidden.scalar_type() != ScalarType::Double, "logits_dtype is ", to == 1 ? "bfloat16" : "float16",
+             "; with float64 hidden, None and float32 are accepted");
   check_value(extras.lora_a.has_value() == extras.lora_b.has_value(), "lora needs both a and b");
   if (!extras.lora_a) return;
   const Tensor &a = *extras.lora_a, &b = *extras.lora_b;
@@ -69,6 +73,12 @@ Head make_head(const Tensor& hidden, const Tensor& weight, const Tensor& targets
          hidden.is_cuda(),
          current_stream(hidden),
          {}};
+  h.logits = acc;
+  if (extras.logits_dtype != 0) {
+    h.rounded = DType(extras.logits_dtype);
+    // One GEMM makes the logits, and cuBLAS can round what it writes to the type of its factors.
+    if (h.cuda && *h.rounded == dtype && !bias && !extras.lora_a) h.logits = dtype;
+  }
   if (extras.lora_a) h.lora = Lora{gemm_layout(*extras.lora_a), gemm_layout(*extras.lora_b), extras.lora_scale};
   if (bias) h.bias = to_contiguous(cast(*bias, scalar_type(acc)));
   return h;

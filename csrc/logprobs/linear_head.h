@@ -13,6 +13,7 @@ namespace prefkern {
 struct HeadExtras {
   OptTensor lora_a, lora_b;  // both or neither
   double lora_scale = 1;
+  int64_t logits_dtype = 0;  // a DType: f32 for logits as they are accumulated, or what they are rounded to
 };
 
 // A low-rank update of the weight, W + scale b a, that is never formed: its part of the logits is scale (h a^T) b^T.
@@ -32,6 +33,10 @@ struct Head {
   void* stream;
   ChunkPlan plan;
   std::optional<Lora> lora = std::nullopt;
+  // What raw logits are rounded to, with the bias and the update in them, and the type of a block of them: that of the
+  // accumulators, or what they are rounded to where the GEMM can write it.
+  std::optional<DType> rounded = std::nullopt;
+  DType logits = DType::f32;
 };
 
 void check_head(const Tensor& hidden, const Tensor& weight, const OptTensor& bias);
@@ -94,18 +99,25 @@ class HeadFactors {
     return {static_cast<const char*>(t_->const_data_ptr()) + r * rank * element_size(type()), rank, false};
   }
 
-  // z [rows, cols], in the accumulator type: the products, without the bias, which is part of the block's transform.
+  // z [rows, cols], in the type of the blocks: the products, without the bias, which is part of the block's transform; or,
+  // rounded, with it.
   void write_logits(int64_t v, int64_t cols, int64_t r, int64_t rows, void* z) {
     const Matrix x = hidden(r, rows);
-    gemm(h_.hidden, type(), rows, cols, h_.width, x, weight(v, cols, true), z, h_.acc, cols, false);
-    if (!h_.lora) return;
+    gemm(h_.hidden, type(), rows, cols, h_.width, x, weight(v, cols, true), z, h_.logits, cols, false);
+    if (h_.lora) add_lora(v, cols, r, rows, x, z);
+    if (h_.rounded && h_.logits == h_.acc)
+      run_round({static_cast<float*>(z), rows, cols, h_.bias ? data<float>(*h_.bias) + v : nullptr, *h_.rounded}, h_.stream,
+                h_.cuda);
+  }
+
+ private:
+  void add_lora(int64_t v, int64_t cols, int64_t r, int64_t rows, const Matrix& x, void* z) {
     const int64_t rank = h_.lora->rank();
     const Matrix t = lora_t(r);
     if (v == 0) gemm(h_.hidden, type(), rows, rank, h_.width, x, lora_a(true), const_cast<void*>(t.data), type(), rank, false);
     gemm(h_.hidden, type(), rows, cols, rank, t, lora_b(v, cols, true), z, h_.acc, cols, true, h_.lora->scale);
   }
 
- private:
   const Head& h_;
   Operand hidden_, weight_;
   std::optional<Operand> a_, b_;
@@ -114,9 +126,9 @@ class HeadFactors {
 
 // Rows [r, r + rows) and columns [v, v + cols) of the logits.
 template <class S> LogitBlock<S> block_of(const Head& h, int64_t v, int64_t cols, int64_t r, int64_t rows) {
-  LogitBlock<S> b = logit_block<S>(h.acc, rows, cols, h.vocab, h.targets, h.options, h.row_temperature);
+  LogitBlock<S> b = logit_block<S>(h.logits, rows, cols, h.vocab, h.targets, h.options, h.row_temperature);
   b.first_col = v;
-  if (h.bias) b.transform.bias = data<S>(*h.bias) + v;
+  if (h.bias && !h.rounded) b.transform.bias = data<S>(*h.bias) + v;
   advance_rows(b, r);
   return b;
 }

@@ -15,7 +15,9 @@ namespace {
 Head planned(Head h, int64_t chunk_bytes, bool backward) {
   // The columns of a block of lora_b are converted and added up as those of the weight are.
   const int64_t width = h.width + (h.lora ? h.lora->rank() : 0);
-  h.plan = plan_chunks({h.rows, width, h.vocab, h.dtype, h.cuda, backward, chunk_bytes});
+  // A forward that rounds takes the blocks of its backward. In others a GEMM may add up a logit in another order, and where that
+  // crosses a rounding, the logits would differ by an ulp of the narrow type.
+  h.plan = plan_chunks({h.rows, width, h.vocab, h.dtype, h.cuda, backward || h.rounded, chunk_bytes, element_size(h.logits)});
   return h;
 }
 
@@ -33,11 +35,11 @@ template <class S> void forward_walk(const Head& h, int64_t outputs, const HeadO
   FoldArgs<S> f;
   set_outputs(f, out, outputs, h.rows);
   const int64_t cols = h.plan.vocab_block;
-  Tensor logits = empty({h.plan.row_chunk, cols}, scalar_type(h.acc), h.hidden);
+  Tensor logits = empty({h.plan.row_chunk, cols}, scalar_type(h.logits), h.hidden);
   OptTensor state;
   if (cols < h.vocab) state = empty({kRowStateArrays, h.rows}, scalar_type(h.acc), h.hidden);
   HeadFactors factors(h);
-  S* z = mutable_data<S>(logits);
+  void* z = logits.mutable_data_ptr();
   for_blocks(h, [&](int64_t v, int64_t n_cols, int64_t r, int64_t n_rows) {
     factors.write_logits(v, n_cols, r, n_rows, z);
     FoldArgs<S> a = f;
@@ -99,7 +101,7 @@ template <class S> HeadGrads backward_walk(const Head& h, const GradArgs<S>& ups
   // The gradient of hidden, too, is one GEMM if the vocabulary is one block, and nothing comes from a low-rank update.
   const DType hidden_type = h.cuda && cols >= h.vocab && !h.lora ? h.dtype : h.acc;
   const auto none = [&] { return empty({0}, acc, h.hidden); };  // one each: results may not share memory
-  Tensor logits = empty({h.plan.row_chunk, cols}, acc, h.hidden);
+  Tensor logits = empty({h.plan.row_chunk, cols}, scalar_type(h.logits), h.hidden);
   Tensor d_hidden = needs & kGradHidden ? empty({h.rows, h.width}, scalar_type(hidden_type), h.hidden) : none();
   VocabGrad d_weight(h, h.width, needs & kGradWeight), d_lora_b(h, rank, needs & kGradLoraB);
   Tensor d_bias = needs & kGradBias ? empty({h.vocab}, acc, h.hidden) : none();
@@ -114,14 +116,14 @@ template <class S> HeadGrads backward_walk(const Head& h, const GradArgs<S>& ups
     ones = torch::stable::fill_(ones, 1.0);
   }
   HeadFactors factors(h);
-  S* z = mutable_data<S>(logits);
+  void* z = logits.mutable_data_ptr();
   for_blocks(h, [&](int64_t v, int64_t n_cols, int64_t r, int64_t n_rows) {
     factors.write_logits(v, n_cols, r, n_rows, z);
     GradArgs<S> g = upstream;
     g.block = block_of<S>(h, v, n_cols, r, n_rows);
     g.logits = g.grad = z;
     g.logits_map = {1, n_cols, 0};
-    const int64_t grad_stride = n_cols * int64_t(sizeof(S)) / element_size(grad_type);
+    const int64_t grad_stride = n_cols * element_size(h.logits) / element_size(grad_type);
     g.grad_dtype = grad_type;
     g.grad_map = {1, grad_stride, 0};
     for (const S** p : {&g.row_max, &g.row_log2_sum, &g.entropy, &g.g_logp, &g.g_entropy, &g.g_lse}) advance(*p, r);
@@ -285,21 +287,21 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward(OptTensor g_logp, Op
 
 HeadOutputs linear_logprobs_ext(const Tensor& hidden, const Tensor& weight, const Tensor& targets, OptTensor bias,
                                 OptTensor row_temperature, OptTensor lora_a, OptTensor lora_b, double temperature,
-                                double softcap, double logit_scale, int64_t ignore_index, double lora_scale, int64_t outputs,
-                                int64_t chunk_bytes) {
+                                double softcap, double logit_scale, int64_t ignore_index, double lora_scale,
+                                int64_t logits_dtype, int64_t outputs, int64_t chunk_bytes) {
   return forward(hidden, weight, targets, bias, row_temperature, {temperature, softcap, logit_scale, ignore_index},
-                 {lora_a, lora_b, lora_scale}, outputs, chunk_bytes);
+                 {lora_a, lora_b, lora_scale, logits_dtype}, outputs, chunk_bytes);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logprobs_ext_backward(
     OptTensor g_logp, OptTensor g_entropy, OptTensor g_lse, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
     OptTensor bias, OptTensor row_temperature, OptTensor lora_a, OptTensor lora_b, const Tensor& entropy, const Tensor& stats,
-    double temperature, double softcap, double logit_scale, int64_t ignore_index, double lora_scale, int64_t needs,
-    int64_t chunk_bytes) {
+    double temperature, double softcap, double logit_scale, int64_t ignore_index, double lora_scale, int64_t logits_dtype,
+    int64_t needs, int64_t chunk_bytes) {
   if (!lora_a) needs &= ~int64_t(kGradLoraA | kGradLoraB);
-  const HeadGrads g =
-      backward({g_logp, g_entropy, g_lse}, hidden, weight, targets, bias, row_temperature, entropy, stats,
-               {temperature, softcap, logit_scale, ignore_index}, {lora_a, lora_b, lora_scale}, needs, chunk_bytes);
+  const HeadGrads g = backward({g_logp, g_entropy, g_lse}, hidden, weight, targets, bias, row_temperature, entropy, stats,
+                               {temperature, softcap, logit_scale, ignore_index}, {lora_a, lora_b, lora_scale, logits_dtype},
+                               needs, chunk_bytes);
   return {g.hidden, g.weight, g.bias, g.lora_a, g.lora_b};
 }
 

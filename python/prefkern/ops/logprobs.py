@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .._names import nearest_hint
 from ._arguments import accumulator, check_tensors, integer, number, positive_int, same_device
 from ._call import call, no_double_backward, validation
 from .types import LinearLogprobs
@@ -32,6 +33,8 @@ _DTYPES = {
     torch.float64: _C.DType.float64,
 }
 
+_LOGITS_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+
 
 def linear_logprobs(
     hidden: Tensor,
@@ -45,6 +48,7 @@ def linear_logprobs(
     ignore_index: int = -100,
     outputs: Iterable[str] = (),
     lora: tuple[Tensor, Tensor, float] | None = None,
+    logits_dtype: str | None = None,
     chunk_bytes: int | None = None,
 ) -> LinearLogprobs:
     r"""Log-probability of each target under the softmax of a linear head, without the logits.
@@ -68,6 +72,11 @@ def linear_logprobs(
             that sum nor :math:`b\,a` is formed: :math:`h W^\top + s\,(h a^\top) b^\top` takes :math:`h a^\top` (``[N, r]``) and
             a second product onto each block of logits. On the CPU :math:`h a^\top` is held in the accumulators' type; on CUDA
             it is rounded once to the inputs' dtype, which the second product takes, and so is its gradient.
+        logits_dtype: ``"bfloat16"`` or ``"float16"``: the raw logits :math:`h W^\top + b`, ``lora`` in them, are rounded to
+            this type, once and after everything has been added (as ``F.linear`` in that type does), and all that follows is
+            computed from the rounded ones in float32: what a sampler sees whose head writes that type. The backward takes
+            exactly the logits of the forward, and gradients pass straight through the rounding. None or ``"float32"``: logits
+            stay as they are accumulated. Rounding is for float32, bfloat16 and float16 inputs.
         chunk_bytes: workspace budget in bytes; None for the default (see ``prefkern.plan_chunks``). Results do not depend
             on it beyond rounding; equal calls give equal bits.
 
@@ -105,9 +114,10 @@ def linear_logprobs(
         hidden, targets = hidden.reshape(targets.numel(), hidden.shape[-1]), targets.reshape(-1)
     args = (tau, _softcap(softcap), number("logit_scale", logit_scale), integer("ignore_index", ignore_index))
     chunk = 0 if chunk_bytes is None else positive_int("chunk_bytes", chunk_bytes)
-    if lora_a is not None:
+    rounding = 0 if logits_dtype is None else _logits_dtype(logits_dtype)
+    if lora_a is not None or rounding:
         tensors = (hidden, weight, targets, bias, row_temperature, lora_a, lora_b)
-        numbers = (*args, lora_scale)
+        numbers = (*args, lora_scale, rounding)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
             out = call(_differentiable(_ext, _LinearLogprobsExt), *tensors, *numbers, bits | _SAVE_STATS, chunk)
         else:
@@ -267,6 +277,15 @@ def _lora(lora: Any) -> tuple[Tensor, Tensor, float]:
     return a, b, number("lora's scale", scale)
 
 
+def _logits_dtype(name: Any) -> int:
+    if not isinstance(name, str):
+        raise TypeError(f"logits_dtype is {name!r}; None or one of {', '.join(map(repr, _LOGITS_DTYPES))} is expected")
+    if name not in _LOGITS_DTYPES:
+        accepted = ", ".join(map(repr, _LOGITS_DTYPES))
+        raise ValueError(f"logits_dtype is {name!r}; accepted: {accepted} or None{nearest_hint(name, _LOGITS_DTYPES)}")
+    return _LOGITS_DTYPES[name]
+
+
 def _brief(value: Any) -> str:
     return f"a {type(value).__name__} of {len(value)}" if isinstance(value, tuple | list) else f"a {type(value).__name__}"
 
@@ -337,7 +356,7 @@ def _fake_linear(
 def _fake_ext(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, row_temperature: Tensor | None, lora_a: Tensor | None,
     lora_b: Tensor | None, temperature: float, softcap: float, logit_scale: float, ignore_index: int, lora_scale: float,
-    outputs: int, chunk_bytes: int,
+    logits_dtype: int, outputs: int, chunk_bytes: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     same_device("hidden", hidden, **{"lora's a": lora_a, "lora's b": lora_b})
     return _fake_linear(
@@ -387,8 +406,8 @@ def _fake_linear_backward(
 def _fake_ext_backward(
     g_logp: Tensor | None, g_entropy: Tensor | None, g_lse: Tensor | None, hidden: Tensor, weight: Tensor, targets: Tensor,
     bias: Tensor | None, row_temperature: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, entropy: Tensor,
-    stats: Tensor, temperature: float, softcap: float, logit_scale: float, ignore_index: int, lora_scale: float, needs: int,
-    chunk_bytes: int,
+    stats: Tensor, temperature: float, softcap: float, logit_scale: float, ignore_index: int, lora_scale: float,
+    logits_dtype: int, needs: int, chunk_bytes: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return tuple(
         hidden.new_empty(0, dtype=accumulator(hidden)) if t is None or not needs & bit else t.new_empty(t.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ def linear_logprobs(
     ignore_index: int = -100,
     outputs: Iterable[str] = (),
     lora: tuple[Tensor, Tensor, float] | None = None,
+    logits_dtype: str | None = None,
     chunk_bytes: int | None = None,
 ) -> LinearLogprobs:
     """Statistics of softmax(z), with
@@ -41,6 +43,8 @@ def linear_logprobs(
         softcap: positive; None leaves x as it is.
         outputs: which of "entropy", "lse", "sum_sq_probs", "mean_logit", "is_top1" to return beside logp.
         lora: (a [r, H], b [V, r], s), a low-rank update of the weight; None is the weight as it is.
+        logits_dtype: "bfloat16" or "float16" rounds y to that type, once; its gradient passes straight through. None and
+            "float32" leave it as it is.
         chunk_bytes: without meaning here.
 
     Ignored rows give 0 (False), and neither their hidden states nor their gradients are looked at.
@@ -54,6 +58,8 @@ def linear_logprobs(
         y = y + s * (h @ _widen(a).mT) @ _widen(b).mT
     if bias is not None:
         y = y + bias.to(y.dtype)
+    if logits_dtype not in (None, "float32"):
+        y = _Rounded.apply(y, {"bfloat16": torch.bfloat16, "float16": torch.float16}[logits_dtype])
     return _statistics(y, targets, counts, temperature, softcap, logit_scale, outputs)
 
 
@@ -75,6 +81,16 @@ def logits_logprobs(
     """
     counts = targets != ignore_index
     return _statistics(_widen(logits)[counts], targets, counts, temperature, softcap, logit_scale, outputs)
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, dtype: torch.dtype) -> Tensor:
+        return y.to(dtype).to(y.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g, None
 
 
 def _widen(x: Tensor) -> Tensor:
