@@ -162,6 +162,21 @@ def test_low_precision_is_exact_where_the_models_own_is_not() -> None:
     assert_close(found.loss, own.loss, rtol=0, atol=2e-2)
 
 
+def test_logits_that_are_rounded() -> None:
+    """As the model's own head writes them in bfloat16."""
+    model, batch = make_model("gemma2", dtype=torch.bfloat16), make_batch()
+    hidden = model(**batch, output_hidden_states=True).hidden_states[-1]
+    raw = (hidden.float() @ model.lm_head.weight.float().T).bfloat16().double()
+    expected, _ = expected_logprobs(0.7 * (raw / 0.7).tanh(), batch["labels"])
+    enable(model, logits_dtype="bfloat16")
+    assert_close(model(**batch).log_probs, expected, rtol=0, atol=1e-5)
+    found = token_logprobs(model, **batch, logits_dtype="bfloat16")
+    assert_close(found.logp, expected, rtol=0, atol=1e-5)
+    assert (token_logprobs(model, **batch).logp - expected).abs().max() > 1e-4
+    with pytest.raises(ValueError, match=r"logits_dtype is 'bfloat'.*did you mean 'bfloat16'"):
+        enable(model, logits_dtype="bfloat")
+
+
 def test_autocast() -> None:
     model, batch = make_model("llama"), make_batch()
     with torch.autocast("cpu", torch.bfloat16):

@@ -38,7 +38,7 @@ from transformers.utils import ModelOutput
 from .. import ops
 from ..ops import LinearLogprobs
 from ..ops._arguments import integer, number
-from ..ops.logprobs import OUTPUTS, _output_bits
+from ..ops.logprobs import OUTPUTS, _logits_dtype, _output_bits
 
 SUPPORTED = ("5.0", "6")
 """Versions of transformers from the first on, below the second."""
@@ -89,6 +89,7 @@ class CausalLMLogprobs(ModelOutput):
 class _Options(NamedTuple):
     outputs: tuple[str, ...]
     temperature: float | Tensor
+    logits_dtype: str | None
     chunk_bytes: int | None
     last: int | None = None  # how many log-probs are wanted, from the end
 
@@ -133,6 +134,7 @@ def enable(
     *,
     outputs: Iterable[str] = (),
     temperature: float = 1.0,
+    logits_dtype: str | None = None,
     chunk_bytes: int | None = None,
 ) -> Enabled:
     """Make the labelled forward of a causal language model compute log-probs from hidden states, without logits.
@@ -148,6 +150,9 @@ def enable(
         outputs: further statistics per token, any of ``"entropy"``, ``"lse"``, ``"sum_sq_probs"``, ``"mean_logit"``,
             ``"is_top1"``, as of :func:`prefkern.linear_logprobs`.
         temperature: above 0. Logits are divided by it, for the loss too.
+        logits_dtype: ``"bfloat16"`` or ``"float16"`` rounds the head's product to that, as a sampler whose head writes it; see
+            :func:`prefkern.linear_logprobs`. None: it stays as it is accumulated. (Logits that the model has to make have the
+            model's precision.)
         chunk_bytes: workspace of the head, as of :func:`prefkern.linear_logprobs`.
 
     Returns:
@@ -166,7 +171,8 @@ def enable(
     inner = _causal_lm(model)
     if isinstance(temperature, Tensor) or not hasattr(temperature, "__float__"):
         raise TypeError(f"temperature is {temperature!r}; a number is expected")
-    return Enabled(inner, _set_options(inner, _Options(_names(outputs), _positive(float(temperature)), chunk_bytes)))
+    options = _Options(_names(outputs), _positive(float(temperature)), _rounding(logits_dtype), chunk_bytes)
+    return Enabled(inner, _set_options(inner, options))
 
 
 def disable(model: nn.Module) -> None:
@@ -208,6 +214,7 @@ def token_logprobs(
     logits_to_keep: int | None = None,
     temperature: float | Tensor = 1.0,
     outputs: Iterable[str] = (),
+    logits_dtype: str | None = None,
     chunk_bytes: int | None = None,
     **inputs: Any,
 ) -> LinearLogprobs:
@@ -230,8 +237,7 @@ def token_logprobs(
             ``attention_mask`` is None).
         logits_to_keep: only the last so many columns of the result are computed and returned: completions behind prompts.
         temperature: a number, or a tensor that broadcasts to the result; above 0.
-        outputs: as of :func:`enable`.
-        chunk_bytes: as of :func:`enable`.
+        outputs, logits_dtype, chunk_bytes: as of :func:`enable`.
         inputs: what else the model's forward takes.
 
     Returns:
@@ -266,6 +272,7 @@ def token_logprobs(
         temperature = _spread(temperature, given.shape[0], width, labels is not None)
     else:
         temperature = _positive(number("temperature", temperature, "a number or a tensor"))
+    options = _Options(names, temperature, _rounding(logits_dtype), chunk_bytes, width)
     arguments = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
@@ -275,7 +282,7 @@ def token_logprobs(
         "use_cache": False if _accepts(type(inner), "use_cache") else None,
     }
     inputs.update({name: value for name, value in arguments.items() if value is not None})
-    before = _set_options(inner, _Options(names, temperature, chunk_bytes, width))
+    before = _set_options(inner, options)
     try:
         out = model(**inputs, return_dict=True)
     finally:
@@ -495,7 +502,8 @@ class _WithoutLogits(_Call):
 
     def logprobs(self, source: Tensor, logits: Tensor, vocab: int | None, options: dict[str, Any]) -> LinearLogprobs:
         scale, softcap = _scale_and_softcap(logits)
-        options.update(logit_scale=scale, softcap=softcap, chunk_bytes=self.options.chunk_bytes)
+        options.update(logit_scale=scale, softcap=softcap)
+        options.update(logits_dtype=self.options.logits_dtype, chunk_bytes=self.options.chunk_bytes)
         product = self.product
 
         def head(x: Tensor, weight: Tensor, bias: Tensor | None) -> LinearLogprobs:
@@ -702,17 +710,17 @@ def _product_of(head: nn.Module) -> _Product:
         return _Product(head)
     if type(head) is not lora.Linear or head.fan_in_fan_out:
         raise _Unfit(f"its output head is a LoRA layer of {_called(head.get_base_layer())}")
-    if _hooked(head):  # a batch that mixes adapters, for one
-        raise _Unfit("its output head is a LoRA layer with hooks")
     for name in names:
         variant, dropout = head.lora_variant.get(name), head.lora_dropout[name]
         if variant is not None:
-            raise _Unfit(f"the LoRA adapter {name!r} of its output head is a {_called(variant)}")
+            raise _Unfit(f"the LoRA adapter {name!r} of its output head is {_called(variant)}")
         if dropout.training and getattr(dropout, "p", 0.0) > 0:
             raise _Unfit(f"the LoRA adapter {name!r} of its output head has a dropout of {dropout.p}")
         for part in (head.lora_A[name], head.lora_B[name]):
             if type(part.weight) is not nn.Parameter or not part.weight.numel():
                 raise _Unfit(f"the LoRA adapter {name!r} of its output head is not in one piece")
+    if _hooked(head):  # a batch that mixes adapters, for one
+        raise _Unfit("its output head is a LoRA layer with hooks")
     adapters = (_Adapter(head.lora_A[name], head.lora_B[name], head.scaling[name]) for name in names)
     return _Product(head.base_layer, tuple(adapters))
 
@@ -749,6 +757,12 @@ def _names(outputs: Iterable[str]) -> tuple[str, ...]:
     outputs = outputs if isinstance(outputs, str) else tuple(outputs)
     _output_bits(outputs)
     return tuple(outputs)
+
+
+def _rounding(logits_dtype: str | None) -> str | None:
+    if logits_dtype is not None:
+        _logits_dtype(logits_dtype)
+    return logits_dtype
 
 
 def _positive(temperature: float) -> float:
