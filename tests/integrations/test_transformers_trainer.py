@@ -128,6 +128,7 @@ def test_low_precision_training(tmp_path) -> None:
     assert loss_of(model) == pytest.approx(loss_of(own_model), abs=0.05)
 
 
+@pytest.mark.slow
 def test_compiled_training(tmp_path) -> None:
     own_model, model = make_model("llama"), make_model("llama")
     own, _ = train(tmp_path, own_model, optim="sgd")

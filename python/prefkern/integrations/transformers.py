@@ -407,6 +407,7 @@ class _Call:
         self.shifted = False  # whether targets were given as they are
         self.entered = False  # the loss function
 
+    @torch.compiler.disable
     def loss(
         self,
         logits: Tensor,
