@@ -416,6 +416,21 @@ class Doubled(nn.Linear):
         return super().forward(x) * 2
 
 
+class Flat(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.flatten(0, 1)).view(*x.shape[:-1], -1)
+
+
+class Padded(transformers.LlamaForCausalLM):
+    """Keeps the first rows of a head with more."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        logits = self.lm_head(hidden)[..., :90]
+        loss = None if labels is None else self.loss_function(logits, labels, logits.shape[-1], **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
 class Subclass(nn.Parameter):
     pass
 
@@ -441,6 +456,12 @@ def with_loss(loss):
 
 def smoothed_loss(logits, labels, vocab_size, **_):
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.1)
+
+
+def sized_by_logits():
+    model = Padded(make_model("llama").config).eval()
+    model.load_state_dict(make_model("llama").state_dict())
+    return model
 
 
 def subclassed():
@@ -472,6 +493,8 @@ FALLBACKS = {
         lambda: changed(lambda m, h: functional.linear(h, m.lm_head.weight)),
         "its loss does not see them as its output head makes them",
     ),
+    "size of the vocabulary": (sized_by_logits, "takes the size of the vocabulary from them"),
+    "other shape in the head": (lambda: with_head(Flat), "a Flat, changes the shape of what it is given"),
     "no linear": (lambda: with_head(NoLinear), "a NoLinear, does not make them by nn.functional.linear"),
     "more in the head": (lambda: with_head(Doubled), "a Doubled, works on after its product"),
     "loss function": (lambda: with_loss(smoothed_loss), "its loss function is smoothed_loss"),
@@ -483,6 +506,8 @@ FALLBACKS = {
 def test_fallback(case) -> None:
     make, reason = FALLBACKS[case]
     model, batch = make(), make_batch()
+    batch["input_ids"] %= 90
+    batch["labels"] = batch["labels"].where(batch["labels"] < 0, batch["labels"] % 90)
     own = model(**batch)
     expected = gradients(model, own.loss)
     enable(model, outputs=("entropy",))
@@ -549,6 +574,8 @@ def test_refusals() -> None:
     )
     with pytest.raises(ValueError, match="T5ForConditionalGeneration, which has an encoder"):
         enable(t5)
+    with pytest.raises(ValueError, match="model is a DataParallel"):
+        enable(nn.DataParallel(model))
     with pytest.raises(ValueError, match="LlamaModel, which cannot generate"):
         enable(model.model)
     with pytest.raises(ValueError, match="outputs has 'entropies'"):

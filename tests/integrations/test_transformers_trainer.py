@@ -8,7 +8,7 @@ import transformers
 from torch.testing import assert_close
 
 from integrations.tiny_models import make_batch, make_model
-from prefkern.integrations.transformers import ShiftLabels, causal_lm_loss, enable
+from prefkern.integrations.transformers import ShiftLabels, causal_lm_loss, enable, token_logprobs
 
 pytest.importorskip("accelerate")
 
@@ -117,6 +117,19 @@ def own_sum(logits, labels):
     targets = labels[:, 1:]
     logp = logits[:, :-1].log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     return logp[targets != -100].sum()
+
+
+def test_weights_that_are_brought_when_they_are_needed() -> None:
+    """accelerate's offloading leaves parameters on the meta device between calls."""
+    accelerate = pytest.importorskip("accelerate")
+    model, batch = make_model("gemma2"), make_batch()
+    with torch.no_grad():
+        expected = token_logprobs(model, **batch)
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        assert model.lm_head.weight.is_meta
+        found = token_logprobs(model, **batch)
+    assert model.lm_head.weight.is_meta
+    assert_close(found.logp, expected.logp)
 
 
 def test_low_precision_training(tmp_path) -> None:

@@ -5,7 +5,7 @@ stand-in for the head, which keeps the hidden states and answers with a few know
 the model's code makes of these numbers until it hands them to its loss function is what it makes of logits (Gemma's soft cap,
 Cohere's and Granite's scale, nothing at all for most), so that is read off instead of being assumed from a list of
 architectures. Then the real head is called, with its product replaced by :func:`prefkern.linear_logprobs`, so hooks
-that bring its weight into place (FSDP, ZeRO-3, offloading) work, and everything else the model adds to its loss and
+that bring its weight into place (FSDP's, an offloading accelerate's) work, and everything else the model adds to its loss and
 its outputs stays as it is (router losses, caches, hidden states).
 
 Where that cannot be exact, the model makes its logits as ever and :func:`prefkern.logits_logprobs` reads them; one warning
@@ -146,7 +146,7 @@ def enable(
 
     Args:
         model: any causal LM of transformers (a ``PreTrainedModel`` that can generate and has no encoder), also inside PEFT,
-            DDP, FSDP, DeepSpeed or ``torch.compile``; before or after it is wrapped. Changed in place.
+            DDP, FSDP2 or ``torch.compile``; before or after it is wrapped. Changed in place.
         outputs: further statistics per token, any of ``"entropy"``, ``"lse"``, ``"sum_sq_probs"``, ``"mean_logit"``,
             ``"is_top1"``, as of :func:`prefkern.linear_logprobs`.
         temperature: above 0. Logits are divided by it, for the loss too.
@@ -437,13 +437,13 @@ class _Call:
             last = self.options.last + (not self.shifted)
             source, targets = source[:, -last:], targets[:, -last:]
         self.targets = targets.to(source.device)
+        self.mask = self.targets != ignored
         options = {
             "temperature": self.options.temperature,
             "ignore_index": ignored,
             "outputs": self.options.outputs,
         }
         self.result = self.logprobs(source, logits, vocab, options)
-        self.mask = self.targets != ignored
 
     def source(self, logits: Tensor) -> Tensor:
         """What log-probs are made from."""
@@ -455,7 +455,7 @@ class _Call:
     def output(self, out: Any) -> CausalLMLogprobs:
         assert self.result is not None
         own = {name: value for name, value in out.items() if name != "logits"}
-        found = {"log_probs": self.result.logp, **self.result._asdict(), "label_mask": self.mask}
+        found = {"log_probs": self.result.logp, **self.result._asdict(), "label_mask": self.mask.to(self.result.logp.device)}
         del found["logp"]
         if not self.shifted:  # the last position predicts nothing that is known
             found = {name: None if t is None else t[:, :-1] for name, t in found.items()}
@@ -507,9 +507,16 @@ class _WithoutLogits(_Call):
         options.update(logits_dtype=self.options.logits_dtype, chunk_bytes=self.options.chunk_bytes)
         product = self.product
 
+        if vocab == len(_KNOWN):
+            raise _Unfit("its forward takes the size of the vocabulary from them")
+
         def head(x: Tensor, weight: Tensor, bias: Tensor | None) -> LinearLogprobs:
-            lora = product.factors(x.dtype)
-            return ops.linear_logprobs(x, weight, self.targets, bias=product.bias(bias), lora=lora, **options)
+            if x.shape[:-1] != self.targets.shape:
+                raise _Unfit(f"its output head, {_called(self.head)}, changes the shape of what it is given")
+            here = {"targets": self.targets.to(x.device), "lora": product.factors(x.dtype), "bias": product.bias(bias)}
+            if isinstance(self.options.temperature, Tensor):
+                here["temperature"] = self.options.temperature.to(x.device)
+            return ops.linear_logprobs(x, weight, **{**options, **here})
 
         with _InsteadOfProduct(vocab, head) as instead:
             try:
@@ -575,7 +582,9 @@ def _output_type(own: Any) -> type[CausalLMLogprobs]:
 # ---- the head
 
 # What the stand-in answers in place of logits. The smallest gives the scale of capped logits, the largest the cap.
-_KNOWN = torch.tensor([0.0, 1e-4, 1.0, -1.0, 4.0, -30.0, 300.0, 1e30], dtype=torch.float64, device="cpu")
+# Powers of two, which no floating dtype rounds.
+_SMALL, _LARGE = 2.0**-13, 2.0**100
+_KNOWN = torch.tensor([0.0, _SMALL, 1.0, -1.0, 4.0, -32.0, 256.0, _LARGE], dtype=torch.float64, device="cpu")
 
 
 class _StandIn(nn.Module):
@@ -611,9 +620,9 @@ def _scale_and_softcap(answer: Tensor) -> tuple[float, float | None]:
     if not len(rows):
         return 1.0, None
     found = dict(zip(_KNOWN.tolist(), rows[0].tolist(), strict=True))
-    limit = found[1e30]
-    softcap = limit if abs(limit) < 1e15 else None
-    scale = found[1.0] if softcap is None else found[1e-4] / 1e-4
+    limit = found[_LARGE]
+    softcap = limit if abs(limit) < 2.0**50 else None
+    scale = found[1.0] if softcap is None else found[_SMALL] / _SMALL
     expected = [scale * x if softcap is None else softcap * math.tanh(scale * x / softcap) for x in found] if limit else []
     right = torch.tensor(expected, dtype=torch.float64)
     if not (scale > 0 and limit > 0 and torch.allclose(rows, right.expand_as(rows), rtol=1e-5, atol=1e-9)):
@@ -732,6 +741,8 @@ def _product_of(head: nn.Module) -> _Product:
 def _unwrap(model: Any) -> Any:
     """The transformers model inside of what trains it."""
     while True:
+        if isinstance(model, nn.DataParallel):
+            raise ValueError("model is a DataParallel, whose replicas share a forward; DistributedDataParallel is expected")
         if hasattr(model, "get_base_model"):  # PEFT
             model = model.get_base_model()
             continue
