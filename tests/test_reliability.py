@@ -152,6 +152,16 @@ def test_two_ranks_stay_equal() -> None:
         assert one.equal(other)
 
 
+def of_different_sizes(rank: int) -> None:
+    reliability = AnnotatorReliability(3 + rank, reduce="world")
+    with pytest.raises(ValueError, match=rf"disagree; rank {rank} has packed_sum of tensor 0 float64 \[2, {3 + rank}\]"):
+        reliability.update(torch.full((2,), 0.5), torch.tensor([0, 2]))
+
+
+def test_ranks_that_know_different_annotators() -> None:
+    run_ranks(of_different_sizes, 2, timeout=20)
+
+
 # ---- refusals
 
 

@@ -16,7 +16,7 @@ _wanted = _os.environ.get("PREFKERN_CPU_ISA")
 if _wanted and _wanted not in capabilities()["cpu_isas"]:
     raise ValueError(f"PREFKERN_CPU_ISA is {_wanted!r}; accepted: {', '.join(capabilities()['cpu_isas'])}")
 
-_LAZY = ("data", "diagnostics", "mcts", "papers", "reference")
+_LAZY = ("data", "diagnostics", "distributed", "mcts", "papers", "reference")
 
 __version__ = build_info()["version"]
 __all__ = [*_ops, "AnnotatorReliability", "ExtragradientStep", "build_info", "capabilities"]  # noqa: PLE0604

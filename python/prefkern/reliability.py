@@ -135,8 +135,9 @@ class AnnotatorReliability:
         if self.reduce is None:
             return total
         if isinstance(self.reduce, (str, dist.ProcessGroup)):
-            dist.all_reduce(total, group=None if isinstance(self.reduce, str) else self.reduce)
-            return total
+            from .distributed import packed_sum
+
+            return packed_sum(total, process_group=self.reduce)[0]
         result = self.reduce(total)
         return total if result is None else result
 

@@ -296,3 +296,31 @@ def test_ranks_together_are_the_whole_batch() -> None:
             assert_close(part["loss"], loss, rtol=1e-12, atol=0)
             assert_close(part["metrics"], metrics, rtol=1e-12, atol=0)
         assert_close(torch.cat([part["gradient"] for part in parts]) / 2, gradient, rtol=1e-12, atol=1e-15)
+
+
+def share_without_tokens(rank: int, logp, old, mask, group, rewards) -> tuple[torch.Tensor, torch.Tensor, str]:
+    world = torch.distributed.group.WORLD
+    rows = group // 2 == 0 if rank == 0 else torch.zeros_like(group, dtype=torch.bool)
+    own = logp[rows].requires_grad_()
+    loss = disco.disco_loss(own, old[rows], mask[rows], group[rows], rewards[rows], process_group=world).loss
+    loss.backward()
+    try:
+        bad = rewards[rows].clone() if rank else rewards[rows].masked_fill(rewards[rows] == 1, NAN)
+        disco.disco_loss(own, old[rows], mask[rows], group[rows], bad, process_group="world")
+    except Exception as error:
+        return loss.detach(), own.grad, f"{type(error).__name__}: {error}"
+    raise AssertionError("it did not raise")
+
+
+def test_a_rank_without_rows_and_one_that_refuses() -> None:
+    group, rewards = torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, 0, 0, 1], dtype=F64)
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    logp = -torch.rand(4, 5, dtype=F64)
+    old = logp + 0.05 * torch.rand(4, 5, dtype=F64)
+    loss, _, gradient = run(logp, old, mask, group, rewards)
+    (first, grad, refused), (second, none, heard) = run_ranks(share_without_tokens, 2, logp, old, mask, group, rewards)
+    assert torch.equal(first, second) and none.shape == (0, 5)
+    assert_close(first, loss, rtol=1e-12, atol=0)
+    assert_close(grad / 2, gradient, rtol=1e-12, atol=1e-15)
+    assert refused == "ValueError: rewards[0] is nan; every reward must be finite"
+    assert heard == "RuntimeError: disco_loss: rank 0 refuses its arguments; its own error says why"

@@ -1,1 +1,1 @@
-"""prefkern inside other libraries' trainers: one module for each, which imports that library when it is itself imported."""
+"""prefkern inside other libraries: transformers, TRL, verl, slime and NeMo-RL, a module each. Importing this imports none."""

@@ -31,6 +31,7 @@ one class adds nothing to J but counts in Q (`count_degenerate=False`: in neithe
 without tokens is in no class. An empty mask is a ValueError; without a valid question only the penalty is left.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -91,19 +92,43 @@ def disco_loss(
 
     logp, old_logp: [B, T] with a bool mask, or packed [N] with cu_seqlens.
     tau: None is DisCO-b.
-    process_group: of torch.distributed. The KL, J and Q are then those of all its ranks together, each holding whole groups:
-    every rank returns the loss of all, with a gradient whose mean over the ranks is that loss's.
+    process_group: a group of torch.distributed, or "world". The KL, J and Q are then those of all its ranks together, each
+    holding whole groups, by one all-reduce: every rank returns the loss of all, with a gradient whose mean over the ranks is
+    that loss's. Where one rank refuses its arguments, the others raise too; a rank may have no token.
 
     Metrics: loss_reference, kl, objective (J), n_valid (questions in V), questions.
     """
+
+    def sums() -> Tensor:
+        return _sums(logp, old_logp, mask, group, rewards, cu_seqlens, score, tau, kl)
+
+    gain, plus_sum, n_valid, questions, kl_sum, tokens = _over_ranks(sums, logp, process_group).unbind(0)
+    if may_look(tokens) and not bool(tokens != 0):
+        raise ValueError("empty mask: no token counts; at least one must")
+    divisor = (questions if count_degenerate else n_valid).clamp_min(1)
+    objective, step = gain / divisor, kl_sum / tokens
+    excess = (step - delta).clamp_min(0)
+    loss = -objective + beta / 2 * excess.square()
+
+    printed = objective if tau is None else (plus_sum - tau * n_valid) / divisor
+    metrics = {
+        "loss_reference": -printed + beta * excess * step, "kl": step, "objective": objective, "n_valid": n_valid,
+        "questions": questions,
+    }  # fmt: skip
+    return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+
+
+def _sums(
+    logp: Tensor, old_logp: Tensor, mask: Tensor | None, group: Tensor, rewards: Tensor, cu_seqlens: Tensor | None,
+    score: Literal["logL", "Lratio"], tau: float | None, kl: str,
+) -> Tensor:  # fmt: skip
+    """What the loss is made of, [6]: the sum of J's terms, of their positive parts, |V|, Q, the sum of the KL, M."""
     check_choice("kl", kl, ("k1", "k3"))
     if tau is not None and not tau > 0:
         raise ValueError(f"tau is {tau}; it must be positive, or None for DisCO-b")
     check_rows(len(group), group=group, rewards=rewards)
     check_values("rewards", rewards, rewards.isfinite(), "every reward must be finite")
     lengths = sequence_sum(torch.ones_like(old_logp), mask, cu_seqlens=cu_seqlens)
-    if may_look(lengths) and not bool(lengths.any()):
-        raise ValueError("empty mask: no token counts; at least one must")
     s = disco_scores(logp, old_logp, mask, cu_seqlens=cu_seqlens, score=score)
     positive, negative = ((rewards == value) & (lengths > 0) for value in (1, 0))
     n_pos, n_neg = (group_reduce(of.to(s.dtype), group) for of in (positive, negative))
@@ -118,7 +143,7 @@ def disco_loss(
     d = sequence_sum(logp, mask, cu_seqlens=cu_seqlens, minus=old_logp)
     if kl == "k3":
         d = d + lengths - sequence_sum(logp, mask, cu_seqlens=cu_seqlens, minus=old_logp, transform="exp")
-    sums = torch.stack([
+    return torch.stack([
         (torch.where(valid, plus - minus, 0.0) * share).sum(),
         (torch.where(valid, plus, 0.0) * share).sum().detach(),
         (valid * share).sum().round(),
@@ -126,30 +151,16 @@ def disco_loss(
         -d.sum() + (rewards.detach() * 0).sum().to(d.dtype),  # NaN if a reward is not finite: it would else be of no class
         lengths.sum(),
     ])  # fmt: skip
-    if process_group is not None:
-        sums = _sum_over_ranks(sums, process_group)
-    gain, plus_sum, n_valid, questions, kl_sum, tokens = sums.unbind(0)
-    divisor = (questions if count_degenerate else n_valid).clamp_min(1)
-    objective, step = gain / divisor, kl_sum / tokens
-    excess = (step - delta).clamp_min(0)
-    loss = -objective + beta / 2 * excess.square()
-
-    printed = objective if tau is None else (plus_sum - tau * n_valid) / divisor
-    metrics = {
-        "loss_reference": -printed + beta * excess * step, "kl": step, "objective": objective, "n_valid": n_valid,
-        "questions": questions,
-    }  # fmt: skip
-    return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
 
-def _sum_over_ranks(local: Tensor, process_group: Any) -> Tensor:
+def _over_ranks(make: Callable[[], Tensor], like: Tensor, process_group: Any) -> Tensor:
     """The sum over ranks. Its gradient is that of the local part times the number of ranks, for ranks that average theirs."""
-    import torch.distributed as dist
+    if process_group is None:
+        return make()
+    from ..distributed._ranks import ranks_of
+    from ..distributed.collectives import sum_of
 
-    total = local.detach().clone()
-    dist.all_reduce(total, group=process_group)
-    own = local * dist.get_world_size(process_group)
-    return total + (own - own.detach())
+    return sum_of(lambda: [make()], ranks_of(process_group), "disco_loss", "mean", like)[0]
 
 
 @dataclass(frozen=True)
