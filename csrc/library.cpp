@@ -31,17 +31,19 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
   // With inputs that few calls have: the plain op stays as quick to call as it is.
   m.def(
       "linear_logprobs_ext(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? row_temperature, Tensor? lora_a, "
-      "Tensor? lora_b, float temperature, float softcap, float logit_scale, int ignore_index, float lora_scale, "
-      "int logits_dtype, int outputs, int chunk_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? lora_b, Tensor? keep_offsets, Tensor? keep_ids, float temperature, float softcap, float logit_scale, "
+      "int ignore_index, float lora_scale, int logits_dtype, int outputs, int chunk_bytes) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "linear_logprobs_ext_fwd(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? row_temperature, "
-      "Tensor? lora_a, Tensor? lora_b, float temperature, float softcap, float logit_scale, int ignore_index, float lora_scale, "
-      "int logits_dtype, int outputs, int chunk_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? lora_a, Tensor? lora_b, Tensor? keep_offsets, Tensor? keep_ids, float temperature, float softcap, "
+      "float logit_scale, int ignore_index, float lora_scale, int logits_dtype, int outputs, int chunk_bytes) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "linear_logprobs_ext_backward(Tensor? g_logp, Tensor? g_entropy, Tensor? g_lse, Tensor hidden, Tensor weight, "
-      "Tensor targets, Tensor? bias, Tensor? row_temperature, Tensor? lora_a, Tensor? lora_b, Tensor entropy, Tensor stats, "
-      "float temperature, float softcap, float logit_scale, int ignore_index, float lora_scale, int logits_dtype, int needs, "
-      "int chunk_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor targets, Tensor? bias, Tensor? row_temperature, Tensor? lora_a, Tensor? lora_b, Tensor? keep_offsets, "
+      "Tensor? keep_ids, Tensor entropy, Tensor stats, float temperature, float softcap, float logit_scale, int ignore_index, "
+      "float lora_scale, int logits_dtype, int needs, int chunk_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "linear_chunk_(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? row_temperature, Tensor(a!) workspace, "
       "float temperature, float softcap, float logit_scale, int ignore_index, int outputs) "

@@ -29,6 +29,12 @@ class Step:
         self.mask = self.targets.view(8, -1) != -100
         self.rewards = torch.rand(8, generator=g, device="cuda")
         self.group = torch.arange(8, device="cuda") // 4
+        self.a = torch.randn(4, H, generator=g, device="cuda", dtype=dtype).mul_(0.1).requires_grad_()
+        self.b = torch.randn(V, 4, generator=g, device="cuda", dtype=dtype).mul_(0.1).requires_grad_()
+        kept = torch.rand(N, V, generator=g, device="cuda") < 0.01
+        kept[torch.arange(N, device="cuda"), self.targets.clamp_min(0)] = True
+        offsets = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0))
+        self.keep = (offsets, kept.nonzero()[:, 1].contiguous())
 
     def __call__(self) -> tuple[torch.Tensor, ...]:
         head = prefkern.linear_logprobs(self.hidden, self.weight, self.targets, outputs=("entropy", "lse", "is_top1"))
@@ -38,9 +44,19 @@ class Step:
         )
         logits = self.hidden @ self.weight.T
         again = prefkern.logits_logprobs(logits, self.targets, outputs=("entropy",), inplace_backward=True)
-        total = loss + 0.01 * head.entropy.sum() + 0.01 * again.logp.sum()
-        grads = torch.autograd.grad(total, (self.hidden, self.weight))
-        return total.detach(), metrics["approx_kl"], head.is_top1, *grads
+        replayed = prefkern.linear_logprobs(
+            self.hidden,
+            self.weight,
+            self.targets,
+            keep=self.keep,
+            lora=(self.a, self.b, 0.5),
+            logits_dtype="bfloat16",
+            outputs=("entropy", "mean_logit"),
+        )
+        rounded = prefkern.linear_logprobs(self.hidden, self.weight, self.targets, logits_dtype="bfloat16")
+        total = loss + 0.01 * head.entropy.sum() + 0.01 * (again.logp + replayed.logp + replayed.entropy + rounded.logp).sum()
+        grads = torch.autograd.grad(total, (self.hidden, self.weight, self.a, self.b))
+        return total.detach(), metrics["approx_kl"], head.is_top1, replayed.mean_logit, *grads
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

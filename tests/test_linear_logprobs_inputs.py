@@ -1,4 +1,5 @@
-"""What linear_logprobs takes beside a head: a low-rank update of it; a type that logits are rounded to."""
+"""What linear_logprobs takes beside a head: a low-rank update of it; a type that logits are rounded to; the tokens
+that each row may draw."""
 
 import itertools
 import math
@@ -509,6 +510,245 @@ def test_rounding_under_autocast(device):
         assert torch.equal(linear_logprobs(hidden, weight, targets, logits_dtype="bfloat16").logp, narrow.logp)
 
 
+# --------------------------------------------------------------------------------------------------------- kept tokens
+
+LOST = (3, 8)  # rows that do not keep their target
+
+
+def csr(rows, dtype=torch.int64, device="cpu"):
+    """(offsets, ids) of lists of ids."""
+    offsets = torch.tensor([0, *itertools.accumulate(map(len, rows))], device=device)
+    return offsets, torch.tensor([i for row in rows for i in row], dtype=dtype, device=device)
+
+
+def kept_tokens(targets, vocab=VOCAB, dtype=torch.int64, lost=LOST):
+    """From one token to all of them. Ignored rows keep nothing, or what is no token at all."""
+    rows = []
+    for i, target in enumerate(targets.view(-1).tolist()):
+        if target == -100:
+            rows.append([] if i % 2 else [vocab + 7, -3])
+            continue
+        share = (0.02, 0.3, 1.0)[i % 3 - 1]
+        ids = set((torch.rand(vocab) < share).nonzero().flatten().tolist()) | {(target + 1) % vocab}
+        rows.append(sorted(ids - {target} if i in lost else ids | {target}))
+    return csr(rows, dtype, targets.device)
+
+
+KEPT_OPTIONS = {
+    "plain": lambda rows, v: {},
+    "row temperature": lambda rows, v: {"temperature": torch.rand(rows) + 0.5},
+    "bias": lambda rows, v: {"bias": torch.randn(v)},
+    "softcap": lambda rows, v: {"softcap": 3.0},
+    "everything": lambda rows, v: {
+        "bias": torch.randn(v), "temperature": torch.rand(rows) + 0.5, "softcap": 4.0, "logit_scale": 1.7,
+    },
+}  # fmt: skip
+
+
+def kept_options(name, device, rows=ROWS, vocab=VOCAB):
+    made = KEPT_OPTIONS[name](rows, vocab)
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in made.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("options", KEPT_OPTIONS)
+@pytest.mark.parametrize("chunk_bytes", [None, 3000])
+def test_kept_values(device, dtype, options, chunk_bytes):
+    hidden, weight, targets = make(device, dtype)
+    options = {**kept_options(options, device), "keep": kept_tokens(targets), "outputs": ALL}
+    out = linear_logprobs(hidden, weight, targets, **options, chunk_bytes=chunk_bytes)
+    assert_fields(out, exactly(hidden, weight, targets, **options), VALUE_TOLERANCE[dtype])
+    assert [i for i in range(ROWS) if out.logp[i] == -INF] == list(LOST)
+    assert all(field.isfinite().all() for field in out[1:])
+    assert out.logp[targets == -100].eq(0).all()
+    assert 0 < out.is_top1.sum() < ROWS
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("options", KEPT_OPTIONS)
+@pytest.mark.parametrize("chunk_bytes", [None, 3000])
+def test_kept_gradients(device, dtype, options, chunk_bytes):
+    hidden, weight, targets = make(device, dtype)
+    options = {**kept_options(options, device), "keep": kept_tokens(targets), "targets": targets}
+    tensors = {"hidden": hidden, "weight": weight}
+    if "bias" in options:
+        tensors["bias"] = options.pop("bias").to(dtype)
+    upstream = upstream_of()
+    expected = exact_gradients(tensors, upstream, **options)
+    upstream["logp"][LOST[0]], upstream["logp"][LOST[1]] = NAN, INF  # as of a loss that did not expect -inf
+    ours = gradients(linear_logprobs, tensors, upstream, **options, chunk_bytes=chunk_bytes)
+    for name, g in ours.items():
+        assert distance(g, expected[name]) < GRAD_TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 3000])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_kept_tokens_alone_are_a_smaller_vocabulary(device, chunk_bytes, softcap):
+    hidden, weight, targets = make(device)
+    bias = torch.randn(VOCAB, device=device)
+    ids = (torch.rand(VOCAB) < 0.3).nonzero().flatten().tolist()
+    ids = sorted({*ids, *targets[targets >= 0].tolist()})
+    place = torch.tensor(ids, device=device)
+    smaller = torch.where(targets < 0, targets, torch.searchsorted(place, targets.clamp_min(0)))
+    tensors, upstream = {"hidden": hidden, "weight": weight, "bias": bias}, upstream_of()
+    keep = csr([ids] * ROWS, torch.int32, device)
+    out = linear_logprobs(**tensors, targets=targets, softcap=softcap, keep=keep, outputs=ALL, chunk_bytes=chunk_bytes)
+    few = {**tensors, "weight": weight[place], "bias": bias[place]}
+    assert_fields(out, linear_logprobs(**few, targets=smaller, softcap=softcap, outputs=ALL), 1e-5)
+    ours = gradients(linear_logprobs, tensors, upstream, targets=targets, softcap=softcap, keep=keep, chunk_bytes=chunk_bytes)
+    theirs = gradients(linear_logprobs, few, upstream, targets=smaller, softcap=softcap)
+    others = torch.ones(VOCAB, dtype=torch.bool, device=device)
+    others[place] = False
+    assert distance(ours["hidden"], theirs["hidden"]) < 2e-6
+    for name in ("weight", "bias"):
+        assert distance(ours[name][place], theirs[name]) < 2e-6
+        assert ours[name][others].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("options", ["plain", "everything"])
+def test_keeping_everything_changes_nothing(device, dtype, options):
+    hidden, weight, targets = make(device, dtype)
+    options = kept_options(options, device)
+    keep = csr([range(VOCAB)] * ROWS, device=device)
+    bias = options.pop("bias", torch.zeros(VOCAB, device=device))
+    tensors, upstream = {"hidden": hidden, "weight": weight, "bias": bias}, upstream_of()
+    x, y = (linear_logprobs(**tensors, targets=targets, **options, keep=k, outputs=ALL) for k in (keep, None))
+    assert_fields(x, y, 1e-6)  # the mean is added up in another order
+    assert torch.equal(x.logp, y.logp)
+    x, y = (gradients(linear_logprobs, tensors, upstream, targets=targets, **options, keep=k) for k in (keep, None))
+    assert all(torch.equal(x[name], y[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+def test_one_kept_token_is_certain(device, dtype):
+    hidden, weight, targets = make(device, dtype)
+    targets = targets.clamp_min(0)
+    out = linear_logprobs(hidden, weight, targets, keep=csr([[t] for t in targets.tolist()], device=device), outputs=ALL)
+    assert out.logp.eq(0).all()
+    assert out.entropy.eq(0).all()
+    assert out.sum_sq_probs.eq(1).all()
+    assert out.is_top1.all()
+    assert torch.equal(out.lse, out.mean_logit)
+    hidden.requires_grad_()
+    out = linear_logprobs(hidden, weight, targets, keep=csr([[t] for t in targets.tolist()], device=device), outputs=ALL)
+    (grad,) = torch.autograd.grad(out.logp.sum() + out.entropy.sum(), hidden)
+    assert grad.eq(0).all()
+
+
+def test_a_logit_that_is_not_kept_may_be_anything(device):
+    """Not even NaN in the weight of a token that no row keeps reaches a result."""
+    hidden, weight, targets = make(device)
+    spoiled = weight.clone()
+    spoiled[7], spoiled[9] = NAN, INF
+    targets[targets == 7] = targets[targets == 9] = 8
+    keep = csr([[i for i in range(VOCAB) if i not in (7, 9)]] * ROWS, device=device)
+    x, y = (linear_logprobs(hidden, w, targets, keep=keep, outputs=ALL) for w in (spoiled, weight))
+    assert all(torch.equal(a, b) for a, b in zip(x, y, strict=True))
+
+
+@pytest.mark.parametrize("logits_dtype", [None, "bfloat16"])
+def test_a_kept_logit_of_minus_infinity_is_still_capped(device, logits_dtype):
+    hidden, weight, targets = make(device)
+    bias = torch.zeros(VOCAB, device=device)
+    bias[5] = -INF
+    targets[targets == 5] = 6
+    keep = kept_tokens(targets, lost=())
+    options = {"bias": bias, "softcap": 3.0, "keep": keep, "outputs": ALL}
+    out = linear_logprobs(hidden, weight, targets, **options, logits_dtype=logits_dtype)
+    expected = exactly(hidden, weight, targets, **options)
+    assert_fields(out, expected, 1e-5 if logits_dtype is None else 5e-2)
+    without = linear_logprobs(hidden, weight, targets, **{**options, "softcap": None}, logits_dtype=logits_dtype)
+    assert without.mean_logit.isinf().any()
+    assert not out.mean_logit.isinf().any()
+
+
+@pytest.mark.parametrize("options", KEPT_OPTIONS)
+@pytest.mark.parametrize("chunk_bytes", [None, 200])
+def test_kept_gradcheck(options, chunk_bytes):
+    hidden, weight, targets = make("cpu", F64, (5,), 6, 3)
+    a, b = factors("cpu", F64, 6, 3, 2)
+    options = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in KEPT_OPTIONS[options](5, 6).items()}
+    leaves = [leaf(t) for t in (hidden, weight, a, b)] + ([leaf(options.pop("bias"))] if "bias" in options else [])
+    keep = kept_tokens(targets, 6)
+    assert targets[3] >= 0
+
+    def function(hidden, weight, a, b, bias=None):
+        out = linear_logprobs(
+            hidden, weight, targets, bias=bias, lora=(a, b, 0.7), keep=keep, outputs=ALL, chunk_bytes=chunk_bytes, **options
+        )
+        return out.logp[[0, 2]], out.entropy, out.lse
+
+    assert torch.autograd.gradcheck(function, leaves, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=names)
+@pytest.mark.parametrize("options", ROUNDED_OPTIONS)
+@pytest.mark.parametrize("chunk_bytes", [None, 3000])
+def test_kept_and_rounded(device, dtype, options, chunk_bytes):
+    if device == "cuda" and dtype != F32 and options in ("lora", "everything"):
+        pytest.skip("there h a^T is rounded, too")
+    hidden, weight, targets, bias, a, b = exact_inputs(device, dtype)
+    made = {**ROUNDED_OPTIONS[options](bias, a, b), "keep": kept_tokens(targets), "logits_dtype": "bfloat16"}
+    out = linear_logprobs(hidden, weight, targets, **made, outputs=ALL, chunk_bytes=chunk_bytes)
+    assert_fields(out, exactly(hidden, weight, targets, **made, outputs=ALL), 1e-5)
+    upstream, tensors, made = upstream_of(), {"hidden": hidden, "weight": weight}, {**made, "targets": targets}
+    ours = gradients(linear_logprobs, tensors, upstream, **made, chunk_bytes=chunk_bytes)
+    expected = exact_gradients(tensors, upstream, **made)
+    for name, g in ours.items():
+        assert distance(g, expected[name]) < GRAD_TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("chunk_bytes", [1, 500, 5000, 50_000, 1 << 40])
+def test_kept_does_not_depend_on_the_chunk(device, dtype, chunk_bytes):
+    hidden, weight, targets = make(device, dtype, vocab=130, width=8)
+    options = {**kept_options("everything", device, vocab=130), "keep": kept_tokens(targets, 130)}
+    tensors, upstream = {"hidden": hidden, "weight": weight, "bias": options.pop("bias")}, upstream_of()
+    chunks = (None, chunk_bytes)
+    x, y = (linear_logprobs(**tensors, targets=targets, **options, outputs=ALL, chunk_bytes=n) for n in chunks)
+    assert_fields(x, y, 1e-12 if dtype == F64 else 3e-6)
+    x, y = (gradients(linear_logprobs, tensors, upstream, targets=targets, **options, chunk_bytes=n) for n in chunks)
+    for name in tensors:
+        assert distance(x[name], y[name]) < max(GRAD_TOLERANCE[dtype], 1e-6 if dtype == F64 else 0), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+def test_kept_equal_calls_give_equal_bits(device, dtype):
+    hidden, weight, targets = make(device, dtype, (67,))
+    keep = kept_tokens(targets)
+    tensors, upstream = {"hidden": hidden, "weight": weight}, upstream_of((67,))
+    runs = []
+    for kind in (torch.int64, torch.int32, torch.int64):
+        options = {"targets": targets, "keep": (keep[0], keep[1].to(kind)), "chunk_bytes": 5000}
+        out = linear_logprobs(**tensors, **options, outputs=ALL)
+        runs.append((*out, *gradients(linear_logprobs, tensors, upstream, **options).values()))
+    for again in runs[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(runs[0], again, strict=True))
+
+
+def test_kept_of_any_shape_and_strides(device):
+    hidden, weight, targets = make(device, shape=(3, 4))
+    keep = kept_tokens(targets)
+    out = linear_logprobs(hidden, weight, targets, keep=keep, outputs=ALL)
+    assert_fields(out, exactly(hidden, weight, targets, keep=keep, outputs=ALL), 1e-5)
+    strided = tuple(t.repeat_interleave(2)[::2] for t in keep)
+    assert torch.equal(linear_logprobs(hidden, weight, targets, keep=strided).logp, out.logp)
+    none = linear_logprobs(hidden[:0], weight, targets[:0], keep=csr([], device=device))
+    assert none.logp.shape == (0, 4)
+
+
+def test_a_target_that_is_not_kept_raises_under_validation(device, validation):
+    hidden, weight, targets = make(device)
+    keep = kept_tokens(targets)
+    validation(True)
+    with pytest.raises(ValueError, match=rf"targets has {int(targets[3])} in row 3.*keep does not hold"):
+        linear_logprobs(hidden, weight, targets, keep=keep)
+    linear_logprobs(hidden, weight, targets, keep=kept_tokens(targets, lost=()))
+    validation(False)
+    assert linear_logprobs(hidden, weight, targets, keep=keep).logp[3] == -INF
+
+
 # --------------------------------------------------------------------------------------------------- a citizen of PyTorch
 
 
@@ -520,7 +760,8 @@ def op_arguments(dtype, options, grad, device):
         None if t is None else leaf(t) if grad else t for t in (hidden, weight, options.get("bias"), a, b)
     )
     numbers = (1.0, options.get("softcap", 0.0), options.get("logit_scale", 1.0), -100, 0.5, 0 if dtype == F32 else 1)
-    return (hidden, weight, targets, bias, options.get("temperature"), a, b), numbers
+    keep = kept_tokens(targets, 9, lost=()) if dtype == BF16 else (None, None)
+    return (hidden, weight, targets, bias, options.get("temperature"), a, b, *keep), numbers
 
 
 @pytest.mark.parametrize(("dtype", "options"), [(F32, "plain"), (BF16, "everything")], ids=str)
@@ -548,8 +789,10 @@ def test_one_graph_for_any_number_of_tokens(device):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
 
-    def loss(hidden, weight, targets, a, b):
-        out = linear_logprobs(hidden * 2, weight, targets, lora=(a, b, 0.5), logits_dtype="float16", outputs=ALL)
+    def loss(hidden, weight, targets, a, b, offsets, ids):
+        out = linear_logprobs(
+            hidden * 2, weight, targets, lora=(a, b, 0.5), logits_dtype="float16", keep=(offsets, ids), outputs=ALL
+        )
         return out.logp.sum() + 0.5 * out.entropy.sum() + 0.25 * out.lse.sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend=counter)
@@ -557,8 +800,9 @@ def test_one_graph_for_any_number_of_tokens(device):
         hidden, weight, targets = make(device, F32, (rows,), 40, 8)
         tensors = (hidden, weight, *factors(device, F32, 40, 8))
         x, y = ([leaf(t) for t in tensors] for _ in range(2))
-        eager = loss(*x[:2], targets, *x[2:])
-        total = compiled(*y[:2], targets, *y[2:])
+        keep = kept_tokens(targets, 40, lost=())
+        eager = loss(*x[:2], targets, *x[2:], *keep)
+        total = compiled(*y[:2], targets, *y[2:], *keep)
         eager.backward()
         total.backward()
         assert_close(total, eager, rtol=1e-6, atol=1e-5)
@@ -572,7 +816,8 @@ def test_meta_tensors_give_shapes():
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     lora = (empty(2, 4), empty(5, 2), 1.0)
-    out = linear_logprobs(empty(2, 3, 4), empty(5, 4), empty(2, 3, dtype=torch.int64), lora=lora, outputs=ALL)
+    keep = (empty(7, dtype=torch.int64), empty(20, dtype=torch.int64))
+    out = linear_logprobs(empty(2, 3, 4), empty(5, 4), empty(2, 3, dtype=torch.int64), lora=lora, keep=keep, outputs=ALL)
     assert all(field.shape == (2, 3) and field.device.type == "meta" for field in out)
 
 
@@ -580,7 +825,41 @@ def test_meta_tensors_give_shapes():
 
 H, W, T, A, B = torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 1, 2]), torch.zeros(2, 4), torch.zeros(5, 2)
 
+OFFSETS, IDS = csr([[0, 3], [1], [1, 2, 4]])
+
+
+def offsets(*values):
+    return {"keep": (torch.tensor(values), IDS)}
+
+
+def ids(*values):
+    return {"keep": (OFFSETS, torch.tensor(values))}
+
+
 BAD = {
+    "keep: a tensor": ({"keep": IDS}, TypeError, r"keep is a Tensor.*\(offsets, ids\)"),
+    "keep: three": ({"keep": (OFFSETS, IDS, IDS)}, TypeError, r"keep is a tuple of 3.*\(offsets, ids\)"),
+    "keep: offsets is a list": ({"keep": ([0, 1], IDS)}, TypeError, "keep's offsets is a list"),
+    "keep: ids is None": ({"keep": (OFFSETS, None)}, TypeError, "keep's ids is a NoneType"),
+    "keep: offsets of int32": ({"keep": (OFFSETS.int(), IDS)}, TypeError, "keep's offsets.*Int.*int64"),
+    "keep: ids of float": ({"keep": (OFFSETS, IDS.float())}, TypeError, "keep's ids.*Float.*int64, int32"),
+    "keep: ids of int16": ({"keep": (OFFSETS, IDS.short())}, TypeError, "keep's ids.*Short.*int64, int32"),
+    "keep: offsets too short": (offsets(0, 2, 6), ValueError, r"keep's offsets has shape \[3\].*3 rows, \[4\]"),
+    "keep: offsets too long": (offsets(0, 2, 3, 6, 6), ValueError, r"keep's offsets has shape \[5\].*3 rows, \[4\]"),
+    "keep: offsets of rows": ({"keep": (OFFSETS[None], IDS)}, ValueError, r"keep's offsets has shape \[1, 4\]"),
+    "keep: ids of rows": ({"keep": (OFFSETS, IDS[None])}, ValueError, r"keep's ids has shape \[1, 6\].*vector"),
+    "keep: offsets begin late": (offsets(1, 2, 3, 6), ValueError, "keep's offsets"),
+    "keep: offsets end early": (offsets(0, 2, 3, 5), ValueError, "keep's offsets.* 6"),
+    "keep: offsets end late": (offsets(0, 2, 3, 7), ValueError, "keep's offsets.* 6"),
+    "keep: offsets descend": (offsets(0, 4, 3, 6), ValueError, "keep's offsets"),
+    "keep: an empty row": (offsets(0, 2, 2, 6), ValueError, "keep holds no ids for row 1"),
+    "keep: an id too large": (ids(0, 3, 1, 1, 2, 5), ValueError, r"keep's ids\[5\] is 5 in row 2.*0 to 4"),
+    "keep: a negative id": (ids(-1, 3, 1, 1, 2, 4), ValueError, r"keep's ids\[0\] is -1 in row 0.*0 to 4"),
+    "keep: ids descend": (ids(0, 3, 1, 2, 1, 4), ValueError, r"keep's ids\[4\] is 1 after 2 in row 2.*ascend"),
+    "keep: an id twice": (ids(0, 3, 1, 1, 2, 2), ValueError, r"keep's ids\[5\] is 2 after 2 in row 2.*none twice"),
+    "keep: not the target": (ids(0, 3, 1, 1, 3, 4), ValueError, "targets has 2 in row 2, which keep does not hold"),
+    "keep: offsets on meta": ({"keep": (OFFSETS.to("meta"), IDS)}, ValueError, "keep's offsets is on meta.*same device"),
+    "keep: ids on meta": ({"keep": (OFFSETS, IDS.to("meta"))}, ValueError, "keep's ids is on meta.*same device"),
     # name: (arguments, error, what its message says)
     "lora: a tensor": ({"lora": A}, TypeError, r"lora is a Tensor.*\(a, b, scale\)"),
     "lora: no scale": ({"lora": (A, B)}, TypeError, r"lora is a tuple of 2.*\(a, b, scale\)"),
@@ -629,3 +908,24 @@ def test_bad_input_is_named(device, validation, name, grad):
 def test_float64_is_not_rounded():
     with pytest.raises(TypeError, match=r"logits_dtype is bfloat16; with float64 hidden"):
         linear_logprobs(H.double(), W.double(), T, logits_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if name.startswith("keep") and name != "keep: not the target"])
+def test_the_cpu_looks_at_kept_tokens_without_validation(validation, name):
+    validation(False)
+    changes, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        linear_logprobs(H, W, T, **changes)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_wrong_kept_tokens_on_a_gpu_stay_within_bounds(device, validation):
+    validation(False)
+    hidden, weight, _ = make(device, shape=(4,), vocab=10)
+    targets = torch.tensor([0, 1, 2, 3], device=device)
+    offsets = torch.tensor([-5, 2, 1 << 40, 3, 4], device=device)
+    ids = torch.tensor([1 << 50, -7, 2, 3], device=device)
+    out = linear_logprobs(hidden, weight, targets, keep=(offsets, ids), outputs=ALL)
+    torch.cuda.synchronize()
+    assert out.logp[3] == 0

@@ -281,6 +281,60 @@ def test_rounding_of_raw_pointers(dtype, biased, cols):
     torch.testing.assert_close(logits, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("name", ["float32", "float64"])
+@pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+def test_kept_tokens_of_raw_pointers(name, ids_dtype, transform):
+    """-inf for what is not kept, block by block, and what fold and grad make of it."""
+    suffix, dtype = ("64", torch.float64) if name == "float64" else ("", torch.float32)
+    logits, targets = torch.randn(ROWS, VOCAB, dtype=dtype) * 3, torch.randint(0, VOCAB, (ROWS,))
+    chosen = torch.rand(ROWS, VOCAB) < torch.linspace(0, 1, ROWS).unsqueeze(1)
+    chosen[torch.arange(ROWS), targets] = True
+    targets[1] = -100
+    chosen[1] = False
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), chosen.sum(1).cumsum(0)])
+    ids = chosen.nonzero()[:, 1].to(ids_dtype)
+    exact = logits.double().requires_grad_()
+    options = {"softcap": None, **transform, "logit_scale": transform.get("scale", 1.0)}
+    options.pop("scale", None)
+    expected = reference.linear_logprobs(
+        exact, torch.eye(VOCAB, dtype=torch.float64), targets, keep=(offsets, ids), outputs=ALL, **options
+    )
+    mean, parts = torch.full((ROWS,), 77, dtype=dtype), []
+    for first, last in ((0, 1000), (1000, 1001), (1001, VOCAB)):
+        part = logits[:, first:last].contiguous()
+        k = getattr(_C, "KeepArgs" + suffix)()
+        set_block(k.block, name, ROWS, last - first, targets, VOCAB, first, masked=True, **transform)
+        k.kept.begin, k.kept.end = address(offsets), address(offsets[1:])
+        k.kept.ids, k.kept.wide, k.kept.count = address(ids), ids_dtype == torch.int64, len(ids)
+        k.logits, k.mean_logit = address(part), address(mean)
+        getattr(_C, "cpu_keep_logits" + suffix)(k)
+        parts.append(part)
+    masked = torch.cat(parts, 1)
+    counts = targets != -100
+    assert torch.equal(masked[counts], logits.masked_fill(~chosen, -torch.inf)[counts])
+    near = {"rtol": 1e-6, "atol": 1e-5, "check_dtype": False}
+    torch.testing.assert_close(mean, expected.mean_logit.detach(), **near)
+    out = fold(name, masked, targets, masked=True, **transform)
+    for field in ("logp", "lse", "sum_sq_probs"):
+        torch.testing.assert_close(out[field], getattr(expected, field).detach(), **near)
+    torch.testing.assert_close(out["out_entropy"], expected.entropy.detach(), **near)
+
+    (expected.logp.sum() + expected.entropy.sum() + expected.lse.sum()).backward()
+    g = getattr(_C, "GradArgs" + suffix)()
+    set_block(g.block, name, ROWS, VOCAB, targets, masked=True, **transform)
+    set_map(g.logits_map, VOCAB)
+    set_map(g.grad_map, VOCAB)
+    ones = torch.ones(ROWS, dtype=dtype)
+    g.logits = g.grad = address(masked)
+    g.grad_dtype = TYPES[name][0]
+    g.row_max, g.row_log2_sum, g.entropy = (address(out[f]) for f in ("row_max", "row_log2_sum", "out_entropy"))
+    g.g_logp = g.g_entropy = g.g_lse = address(ones)
+    getattr(_C, "cpu_grad_logits" + suffix)(g)
+    torch.testing.assert_close(masked, exact.grad, rtol=2e-5, atol=1e-6, check_dtype=False)
+    assert not masked[~chosen].any()
+
+
 def test_structs_start_empty():
     a, g = _C.FoldArgs(), _C.GradArgs()
     assert (a.logits, a.state, a.logp, g.grad, g.g_logp, a.block.targets) == (0,) * 6

@@ -118,6 +118,52 @@ def test_bfloat16_is_widened_before_the_product():
     close(out.logp.double(), exact.logp, 1e-5)
 
 
+def test_a_low_rank_update_of_the_head():
+    """h = (1, 2), a = (1, 1): t = 3; b = (0, 1, 0), s = 2 add 6 to the second logit."""
+    hidden, weight = f64([1.0, 2.0]).requires_grad_(), torch.zeros(3, 2, dtype=torch.float64)
+    a, b = f64([1.0, 1.0]).requires_grad_(), f64([0.0, 1.0, 0.0]).T.requires_grad_()
+    out = reference.linear_logprobs(hidden, weight, torch.tensor([1]), lora=(a, b, 2.0))
+    close(out.logp, [6 - math.log(math.exp(6) + 2)])
+    p = math.exp(out.logp.item())
+    out.logp.sum().backward()
+    close(hidden.grad, [[2 * (1 - p), 2 * (1 - p)]])
+    close(a.grad, [[2 * (1 - p), 4 * (1 - p)]])
+    close(b.grad, [[-3 * (1 - p)], [6 * (1 - p)], [-3 * (1 - p)]])
+
+
+def test_logits_are_rounded_after_the_bias():
+    """1 + 2^-8 lies between two bfloat16 numbers, and rounds to the even one; its sum with 2^-9 rounds up."""
+    hidden, weight = f64([1.0]).T, f64([1 + 2**-8, 0.0]).T
+    for bias, expected in ((f64(0.0, 0.0), 1.0), (f64(2**-9, 0.0), 1 + 2**-7)):
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+        out = reference.linear_logprobs(*leaves[:2], torch.tensor([0]), bias=leaves[2], logits_dtype="bfloat16")
+        close(out.logp, [-math.log1p(math.exp(-expected))])
+        (grad,) = torch.autograd.grad(out.logp.sum(), leaves[2])
+        q = 1 / (1 + math.exp(expected))
+        close(grad, [q, -q])
+
+
+def test_statistics_over_kept_tokens():
+    keep = (torch.tensor([0, 2, 2, 4]), torch.tensor([0, 2, 1, 2]))
+    logits = f64([0.0, 5.0, 0.0], [NAN, NAN, NAN], [math.log(4), math.log(3), 0.0])
+    identity, targets = torch.eye(3, dtype=torch.float64), torch.tensor([2, -100, 0])
+    leaf = logits.clone().requires_grad_()
+    out = reference.linear_logprobs(leaf, identity, targets, keep=keep, outputs=ALL)
+    close(out.logp, [-math.log(2), 0.0, -math.inf])
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    close(out.entropy, [math.log(2), 0.0, entropy])
+    close(out.lse, [math.log(2), 0.0, math.log(4)])
+    close(out.sum_sq_probs, [0.5, 0.0, 0.625])
+    close(out.mean_logit, [0.0, 0.0, math.log(3) / 2])
+    assert out.is_top1.tolist() == [False, False, False]
+    (grad,) = torch.autograd.grad(out.logp.sum(), leaf, retain_graph=True)
+    close(grad, [[-0.5, 0.0, 0.5], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    (grad,) = torch.autograd.grad(out.lse.sum(), leaf)
+    close(grad, [[0.5, 0.0, 0.5], [0.0, 0.0, 0.0], [0.0, 0.75, 0.25]])
+    with pytest.raises(ValueError, match="row 2 keeps no token"):
+        reference.linear_logprobs(logits, identity, targets, keep=(torch.tensor([0, 2, 2, 2]), keep[1]))
+
+
 def test_log_probability_arguments_are_checked():
     with pytest.raises(ValueError, match=r"outputs.*entropi"):
         reference.logits_logprobs(LOG_2_3_5, torch.tensor([0, 0]), outputs=["entropi"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -72,7 +73,7 @@ def logit_block(simt, logits: Tensor, targets: Tensor, head: Head, first: int, l
     return block
 
 
-def fold(simt, logits, targets, head=PLAIN, *, cuts=(), entropy=True, extra=True, outputs=ALL_OUTPUTS):
+def fold(simt, logits, targets, head=PLAIN, *, cuts=(), entropy=True, extra=True, outputs=ALL_OUTPUTS, masked=False):
     """The outputs by name; the vocabulary is folded block by block if it is cut."""
     rows, vocab = targets.numel(), logits.shape[-1]
     out = {name: torch.full((rows,), NAN) for name in outputs}
@@ -81,6 +82,7 @@ def fold(simt, logits, targets, head=PLAIN, *, cuts=(), entropy=True, extra=True
     for first, last in pairwise((0, *cuts, vocab)):
         args = simt.FoldArgs()
         args.block = logit_block(simt, logits, targets, head, first, last)
+        args.block.transform.masked = masked
         args.logits, args.logits_map = pointer(logits[..., first:]), row_map(simt, logits)
         args.entropy, args.extra = entropy, extra
         args.first, args.last = first == 0, last == vocab
@@ -96,12 +98,13 @@ def fold(simt, logits, targets, head=PLAIN, *, cuts=(), entropy=True, extra=True
     return out
 
 
-def grad(simt, logits, targets, stats, upstream, head=PLAIN, *, into=None, cuts=()):
+def grad(simt, logits, targets, stats, upstream, head=PLAIN, *, into=None, cuts=(), masked=False):
     """d loss / d logits, written to `into`, where `stats` is what `fold` gave and `upstream` is by name."""
     into = tensor_like(logits) if into is None else into
     for first, last in pairwise((0, *cuts, logits.shape[-1])):
         args = simt.GradArgs()
         args.block = logit_block(simt, logits, targets, head, first, last)
+        args.block.transform.masked = masked
         args.logits, args.logits_map = pointer(logits[..., first:]), row_map(simt, logits)
         args.grad, args.grad_map = pointer(into[..., first:]), row_map(simt, into)
         args.grad_dtype = dtype_of(simt, into)
@@ -563,3 +566,135 @@ def test_rounding(simt, dtype, columns, biased):
     with pytest.raises(RuntimeError, match="invalid argument"):
         simt.cuda_round_logits(unknown)
     simt.cuda_round_logits(simt.RoundArgs())  # no rows launch nothing
+
+
+# ---------------------------------------------------------------------------------------------------------- keep_logits
+
+
+def kept_ids(simt, offsets: Tensor, ids: Tensor):
+    kept = simt.KeptIds()
+    kept.begin, kept.end = pointer(offsets), pointer(offsets[1:])
+    kept.ids, kept.wide, kept.count = pointer(ids), ids.dtype == torch.int64, len(ids)
+    return kept
+
+
+def csr(rows: list[list[int]], dtype=torch.int64) -> tuple[Tensor, Tensor]:
+    offsets = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
+    return offsets, torch.tensor([i for row in rows for i in row], dtype=dtype)
+
+
+def keep(simt, logits, targets, kept, head=PLAIN, *, cuts=()):
+    """A copy of `logits` with -inf for what is not kept, and the mean logit of what is."""
+    mean = torch.full((len(targets),), NAN)
+    parts = []
+    for first, last in pairwise((0, *cuts, logits.shape[-1])):
+        part = logits[:, first:last].clone(memory_format=torch.contiguous_format)
+        args = simt.KeepArgs()
+        args.block = logit_block(simt, logits, targets, head, first, last)
+        args.block.transform.masked = True
+        args.kept, args.logits, args.mean_logit = kept, pointer(part), pointer(mean)
+        simt.cuda_keep_logits(args)
+        parts.append(part)
+    return {"logits": torch.cat(parts, 1), "mean_logit": mean}
+
+
+@each_dtype
+@pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize(("columns", "cuts"), [(1, ()), (127, (1, 64)), (1003, ()), (20001, (8192, 9000))])
+@pytest.mark.parametrize("name", [None, "softcap", "all"])
+def test_keep(simt, dtype, ids_dtype, columns, cuts, name):
+    """-inf goes to what a row does not keep, in every order of the threads; fold and grad then are those of what it keeps."""
+    values, targets = sample(6, columns)
+    logits, head = values.to(dtype), heads(6, columns)[name] if name else PLAIN
+    targets[1] = -100
+    generator = torch.Generator().manual_seed(columns)
+    chosen = torch.rand(6, columns, generator=generator) < torch.tensor([[1.0], [0.0], [0.02], [0.3], [0.9], [0.0]])
+    chosen[torch.arange(6), targets.clamp_min(0)] = True
+    chosen[1] = False
+    offsets, ids = csr([row.nonzero().flatten().tolist() for row in chosen], ids_dtype)
+    out = same_bits_in_every_order(simt, lambda: keep(simt, logits, targets, kept_ids(simt, offsets, ids), head, cuts=cuts))
+    expected = logits.masked_fill(~chosen, -INF)
+    expected[1] = logits[1]  # an ignored row is left alone
+    assert torch.equal(out["logits"], expected)
+
+    leaf = logits.double().requires_grad_()
+    y = leaf + (head.bias.double() if head.bias is not None else 0)
+    options = {
+        "temperature": head.temperature.double() if isinstance(head.temperature, Tensor) else head.temperature,
+        "softcap": head.softcap, "logit_scale": head.logit_scale,
+        "outputs": ("entropy", "lse", "sum_sq_probs", "mean_logit", "is_top1"),
+    }  # fmt: skip
+    if columns > 2000:  # its definition would take an identity matrix of that size
+        return
+    exact = reference.linear_logprobs(y, torch.eye(columns, dtype=torch.float64), targets, keep=(offsets, ids), **options)
+    close(out["mean_logit"], exact.mean_logit.detach())
+
+    stats = fold(simt, out["logits"], targets, head, masked=True)
+    for field in ("logp", "entropy", "lse", "sum_sq_probs"):
+        close(stats[field], getattr(exact, field).detach())
+    assert torch.equal(stats["is_top1"], exact.is_top1)
+    upstream = upstream_of(6)
+    sum((getattr(exact, field) * g.double()).sum() for field, g in upstream.items()).backward()
+    g = grad(simt, out["logits"], targets, stats, upstream, head, masked=True)
+    close_grad(g, leaf.grad)
+    assert not g[~chosen].any()
+
+
+def test_a_kept_logit_of_minus_infinity_under_a_softcap(simt):
+    for dtype, lowest in (
+        (torch.float32, torch.finfo(torch.bfloat16).min), (torch.bfloat16, None), (torch.float16, None)
+    ):  # fmt: skip
+        logits = torch.tensor([[-INF, 1.0, -INF, 2.0]]).to(dtype)
+        kept = csr([[0, 1]])
+        out = keep(simt, logits, torch.tensor([1]), kept_ids(simt, *kept), Head(softcap=3.0))
+        assert out["logits"][0, 0] == (torch.finfo(dtype).min if lowest is None else lowest)
+        assert out["logits"][0, 1:].tolist() == [1.0, -INF, -INF]
+        close(out["mean_logit"], torch.tensor([(-3 + 3 * math.tanh(1 / 3)) / 2]))
+        plain = keep(simt, logits, torch.tensor([1]), kept_ids(simt, *kept))
+        assert plain["logits"][0].tolist() == [-INF, 1.0, -INF, -INF]
+
+
+@each_dtype
+def test_wrong_ids_stay_within_bounds(simt, dtype):
+    """Whatever offsets and ids hold, no row but its own is written, and nothing beyond the ids is read."""
+    values, targets = sample(5, 40)
+    offsets = torch.tensor([-(2**62), 3, 2**62, 1, 4, 6])
+    ids = torch.tensor([39, 2**62, -(2**63), 7, 3, 3])
+    for kind in (torch.int64, torch.int32):
+        logits, given = values.to(dtype), ids.clamp(-(2**31), 2**31 - 1).to(kind)
+        out = keep(simt, logits, targets, kept_ids(simt, offsets, given))
+        same = (out["logits"] == logits) | (out["logits"] == -INF)
+        assert same.all()
+        assert out["logits"][4].tolist() == [logits[4, i].item() if i == 3 else -INF for i in range(40)]
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32], ids=str)
+def test_the_upstream_of_targets_that_are_not_kept(simt, ids_dtype):
+    generator = torch.Generator().manual_seed(0)
+    rows = [sorted(torch.randperm(50, generator=generator)[: 1 + i % 20].tolist()) for i in range(300)]
+    targets = torch.randint(50, (300,), generator=generator)
+    targets[7], rows[9] = -100, []
+    offsets, ids = csr(rows, ids_dtype)
+    g = torch.randn(300, generator=generator)
+    g[[i for i in range(300) if int(targets[i]) not in rows[i]]] = NAN
+
+    def kept():
+        args = simt.KeptUpstreamArgs()
+        out = torch.full((300,), NAN)
+        args.rows, args.targets, args.kept = 300, pointer(targets), kept_ids(simt, offsets, ids)
+        args.g, args.out = pointer(g), pointer(out)
+        simt.cuda_kept_upstream(args)
+        return {"out": out}
+
+    out = same_bits_in_every_order(simt, kept)["out"]
+    assert torch.equal(out, g.nan_to_num(0))
+    assert 0 < out.count_nonzero() < 300
+
+
+def test_kept_of_no_rows_and_float64(simt):
+    simt.cuda_keep_logits(simt.KeepArgs())
+    simt.cuda_kept_upstream(simt.KeptUpstreamArgs())
+    values, targets = sample(2, 10)
+    offsets, ids = csr([[0], [1]])
+    with pytest.raises(RuntimeError, match="invalid argument"):
+        keep(simt, values.double(), targets, kept_ids(simt, offsets, ids))

@@ -34,6 +34,8 @@ int cuda_fold_logits(const FoldArgs<float>&, void*) { return kBuiltWithoutCuda; 
 int cuda_grad_logits(const GradArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_grad_bias(const GradArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_round_logits(const RoundArgs&, void*) { return kBuiltWithoutCuda; }
+int cuda_keep_logits(const KeepArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_kept_upstream(const KeptUpstreamArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_group_advantages(const GroupArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_conflict_runs(const ConflictArgs<int32_t>&, void*) { return kBuiltWithoutCuda; }
 int cuda_conflict_runs(const ConflictArgs<int64_t>&, void*) { return kBuiltWithoutCuda; }

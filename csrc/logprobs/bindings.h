@@ -13,6 +13,7 @@ template <class S> void bind_logit_structs(py::module_& m, const std::string& su
   Struct<Transform> t(m, "LogitTransform" + suffix);
   t.member("scale", &Transform::scale).member("softcap", &Transform::softcap).member("temperature", &Transform::temperature);
   t.member("bias", &Transform::bias);
+  t.member("masked", &Transform::masked);
   t.member("row_temperature", &Transform::row_temperature);
 
   using Block = LogitBlock<S>;
@@ -25,6 +26,19 @@ template <class S> void bind_logit_structs(py::module_& m, const std::string& su
       .member("ignore_index", &Block::ignore_index)
       .member("transform", &Block::transform);
   b.member("targets", &Block::targets);
+
+  using Keep = KeepArgs<S>;
+  Struct<Keep> k(m, "KeepArgs" + suffix);
+  k.member("block", &Keep::block).member("kept", &Keep::kept);
+  k.member("logits", &Keep::logits);
+  k.member("mean_logit", &Keep::mean_logit);
+
+  using KeptUpstream = KeptUpstreamArgs<S>;
+  Struct<KeptUpstream> u(m, "KeptUpstreamArgs" + suffix);
+  u.member("rows", &KeptUpstream::rows).member("kept", &KeptUpstream::kept);
+  u.member("targets", &KeptUpstream::targets);
+  u.member("g", &KeptUpstream::g);
+  u.member("out", &KeptUpstream::out);
 
   using Fold = FoldArgs<S>;
   Struct<Fold> f(m, "FoldArgs" + suffix);
@@ -65,6 +79,11 @@ template <class S> void bind_logit_structs(py::module_& m, const std::string& su
 }
 
 inline void bind_logprobs(py::module_& m) {
+  Struct<KeptIds> k(m, "KeptIds");
+  k.member("wide", &KeptIds::wide).member("count", &KeptIds::count);
+  k.member("begin", &KeptIds::begin);
+  k.member("end", &KeptIds::end);
+  k.member("ids", &KeptIds::ids);
   bind_logit_structs<float>(m, "");
   bind_logit_structs<double>(m, "64");
 
@@ -80,6 +99,10 @@ inline void bind_logprobs_cpu(py::module_& m) {
   bind_cpu<void, GradArgs<float>>(m, "cpu_grad_logits", &cpu_grad_logits);
   bind_cpu<void, GradArgs<double>>(m, "cpu_grad_logits64", &cpu_grad_logits);
   bind_cpu<void, RoundArgs>(m, "cpu_round_logits", &cpu_round_logits);
+  bind_cpu<void, KeepArgs<float>>(m, "cpu_keep_logits", &cpu_keep_logits);
+  bind_cpu<void, KeepArgs<double>>(m, "cpu_keep_logits64", &cpu_keep_logits);
+  bind_cpu<void, KeptUpstreamArgs<float>>(m, "cpu_kept_upstream", &cpu_kept_upstream);
+  bind_cpu<void, KeptUpstreamArgs<double>>(m, "cpu_kept_upstream64", &cpu_kept_upstream);
 }
 
 inline void bind_logprobs_cuda(py::module_& m) {
@@ -87,6 +110,8 @@ inline void bind_logprobs_cuda(py::module_& m) {
   bind_cuda(m, "cuda_grad_logits", &cuda_grad_logits);
   bind_cuda(m, "cuda_grad_bias", &cuda_grad_bias);
   bind_cuda(m, "cuda_round_logits", &cuda_round_logits);
+  bind_cuda(m, "cuda_keep_logits", &cuda_keep_logits);
+  bind_cuda(m, "cuda_kept_upstream", &cuda_kept_upstream);
 }
 
 }  // namespace prefkern

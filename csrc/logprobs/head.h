@@ -95,6 +95,14 @@ inline void run_grad(const GradArgs<double>& g, void*, bool) { cpu_grad_logits(g
 inline void run_round(const RoundArgs& r, void* stream, bool cuda) {
   cuda ? check_cuda(cuda_round_logits(r, stream)) : cpu_round_logits(r);
 }
+inline void run_keep(const KeepArgs<float>& k, void* stream, bool cuda) {
+  cuda ? check_cuda(cuda_keep_logits(k, stream)) : cpu_keep_logits(k);
+}
+inline void run_keep(const KeepArgs<double>& k, void*, bool) { cpu_keep_logits(k); }
+inline void run_kept_upstream(const KeptUpstreamArgs<float>& u, void* stream, bool cuda) {
+  cuda ? check_cuda(cuda_kept_upstream(u, stream)) : cpu_kept_upstream(u);
+}
+inline void run_kept_upstream(const KeptUpstreamArgs<double>& u, void*, bool) { cpu_kept_upstream(u); }
 // The gradient of the bias from float32 logits that run_grad has not overwritten yet.
 inline void bias_on_cuda(GradArgs<float> g, float* d_bias, bool add, void* stream) {
   g.d_bias = d_bias;

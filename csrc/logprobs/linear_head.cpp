@@ -48,6 +48,49 @@ void check_extras(const Tensor& hidden, const Tensor& weight, const HeadExtras& 
   check_value(std::isfinite(extras.lora_scale), "lora's scale is ", extras.lora_scale, "; it must be finite");
 }
 
+std::optional<KeptTokens> checked_keep(const HeadExtras& extras, const Tensor& hidden, const Tensor& targets, int64_t vocab,
+                                       int64_t ignore_index) {
+  check_value(extras.keep_offsets.has_value() == extras.keep_ids.has_value(), "keep needs both offsets and ids");
+  if (!extras.keep_offsets) return std::nullopt;
+  const Tensor &offsets = *extras.keep_offsets, &ids = *extras.keep_ids;
+  const int64_t rows = targets.size(0);
+  check_same_device(offsets, "keep's offsets", hidden, "hidden");
+  check_same_device(ids, "keep's ids", hidden, "hidden");
+  check_type(offsets.scalar_type() == ScalarType::Long, "keep's offsets has dtype ", dtype_name(offsets.scalar_type()),
+             "; accepted: int64");
+  check_type(ids.scalar_type() == ScalarType::Long || ids.scalar_type() == ScalarType::Int, "keep's ids has dtype ",
+             dtype_name(ids.scalar_type()), "; accepted: int64, int32");
+  check_value(offsets.dim() == 1 && offsets.size(0) == rows + 1, "keep's offsets has shape ", shape_text(offsets), "; with ",
+              rows, " rows, [", rows + 1, "] is expected");
+  check_value(ids.dim() == 1, "keep's ids has shape ", shape_text(ids), "; a vector is expected");
+  Tensor own = to_contiguous(offsets);
+  const KeptTokens keep{torch::stable::narrow(own, 0, 0, rows), torch::stable::narrow(own, 0, 1, rows), to_contiguous(ids)};
+  if (!hidden.is_cpu()) return keep;
+
+  const int64_t* o = data<int64_t>(own);
+  const int64_t count = ids.numel();
+  check_value(o[0] == 0, "keep's offsets[0] is ", o[0], "; it must be 0");
+  check_value(o[rows] == count, "keep's offsets end at ", o[rows], "; they must end at the ", count, " of keep's ids");
+  for (int64_t row = 0; row < rows; row++)
+    check_value(o[row] <= o[row + 1], "keep's offsets[", row + 1, "] is ", o[row + 1], " after ", o[row],
+                "; offsets must not descend");
+  const int64_t* t = data<int64_t>(targets);
+  const auto look = [&](const auto* id) {
+    for (int64_t row = 0; row < rows; row++) {
+      if (t[row] == ignore_index) continue;
+      check_value(o[row] < o[row + 1], "keep holds no ids for row ", row, "; only ignored rows may keep none");
+      for (int64_t i = o[row]; i < o[row + 1]; i++) {
+        check_value(id[i] >= 0 && id[i] < vocab, "keep's ids[", i, "] is ", id[i], " in row ", row, "; accepted: 0 to ",
+                    vocab - 1);
+        check_value(i == o[row] || id[i - 1] < id[i], "keep's ids[", i, "] is ", id[i], " after ", id[i - 1], " in row ", row,
+                    "; ids of a row must ascend, none twice");
+      }
+    }
+  };
+  keep.ids.scalar_type() == ScalarType::Long ? look(data<int64_t>(keep.ids)) : look(data<int32_t>(keep.ids));
+  return keep;
+}
+
 namespace {
 // As a GEMM takes it: adjacent columns, rows that do not overlap (expand() gives them a stride of 0).
 Tensor gemm_layout(const Tensor& t) {

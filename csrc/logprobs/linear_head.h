@@ -14,6 +14,7 @@ struct HeadExtras {
   OptTensor lora_a, lora_b;  // both or neither
   double lora_scale = 1;
   int64_t logits_dtype = 0;  // a DType: f32 for logits as they are accumulated, or what they are rounded to
+  OptTensor keep_offsets, keep_ids;  // both or neither
 };
 
 // A low-rank update of the weight, W + scale b a, that is never formed: its part of the logits is scale (h a^T) b^T.
@@ -21,6 +22,15 @@ struct Lora {
   Tensor a, b;  // [rank, H], [V, rank]
   double scale;
   int64_t rank() const { return a.size(0); }
+};
+
+// The tokens that each row keeps.
+struct KeptTokens {
+  Tensor begin, end, ids;  // [N] each, where the row's ids begin and end; all ids
+  KeptIds from_row(int64_t r) const {
+    return {data<int64_t>(begin) + r, data<int64_t>(end) + r, ids.const_data_ptr(), ids.scalar_type() == ScalarType::Long,
+            ids.numel()};
+  }
 };
 
 struct Head {
@@ -37,10 +47,14 @@ struct Head {
   // accumulators, or what they are rounded to where the GEMM can write it.
   std::optional<DType> rounded = std::nullopt;
   DType logits = DType::f32;
+  std::optional<KeptTokens> keep = std::nullopt;  // make_head leaves it to the caller
 };
 
 void check_head(const Tensor& hidden, const Tensor& weight, const OptTensor& bias);
 void check_extras(const Tensor& hidden, const Tensor& weight, const HeadExtras& extras);  // after check_head
+// On the CPU it looks at every id of the rows that count. `targets` is checked.
+std::optional<KeptTokens> checked_keep(const HeadExtras& extras, const Tensor& hidden, const Tensor& targets, int64_t vocab,
+                                       int64_t ignore_index);
 // `plan` is left to the caller.
 Head make_head(const Tensor& hidden, const Tensor& weight, const Tensor& targets, const OptTensor& bias,
                const OptTensor& row_temperature, const HeadOptions& options, const HeadExtras& extras = {});
@@ -128,9 +142,15 @@ class HeadFactors {
 template <class S> LogitBlock<S> block_of(const Head& h, int64_t v, int64_t cols, int64_t r, int64_t rows) {
   LogitBlock<S> b = logit_block<S>(h.logits, rows, cols, h.vocab, h.targets, h.options, h.row_temperature);
   b.first_col = v;
+  b.transform.masked = h.keep.has_value();
   if (h.bias && !h.rounded) b.transform.bias = data<S>(*h.bias) + v;
   advance_rows(b, r);
   return b;
+}
+
+// -inf for what the rows of this block do not keep, after its logits have been written.
+template <class S> void mask_block(const Head& h, const LogitBlock<S>& block, int64_t r, void* z, S* mean_logit = nullptr) {
+  if (h.keep) run_keep(KeepArgs<S>{block, z, h.keep->from_row(r), mean_logit}, h.stream, h.cuda);
 }
 
 template <class T> void advance(T*& pointer, int64_t by) {

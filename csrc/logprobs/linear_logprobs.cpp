@@ -52,6 +52,10 @@ template <class S> void forward_walk(const Head& h, int64_t outputs, const HeadO
     a.state_stride = h.rows;
     for (S** p : {&a.logp, &a.out_entropy, &a.lse, &a.sum_sq_probs, &a.mean_logit, &a.row_max, &a.row_log2_sum}) advance(*p, r);
     advance(a.is_top1, r);
+    if (h.keep) {
+      mask_block(h, a.block, r, z, a.mean_logit);
+      a.mean_logit = nullptr;  // to the fold it would be -inf
+    }
     run_fold(a, h.stream, h.cuda);
   });
 }
@@ -121,6 +125,7 @@ template <class S> HeadGrads backward_walk(const Head& h, const GradArgs<S>& ups
     factors.write_logits(v, n_cols, r, n_rows, z);
     GradArgs<S> g = upstream;
     g.block = block_of<S>(h, v, n_cols, r, n_rows);
+    mask_block(h, g.block, r, z);
     g.logits = g.grad = z;
     g.logits_map = {1, n_cols, 0};
     const int64_t grad_stride = n_cols * element_size(h.logits) / element_size(grad_type);
@@ -174,6 +179,24 @@ Tensor active_rows(const Tensor& targets, int64_t ignored, int64_t ignore_index)
   return active;
 }
 
+std::optional<KeptTokens> index_optional(const std::optional<KeptTokens>& keep, const Tensor& rows) {
+  return keep ? std::optional(KeptTokens{index_rows(keep->begin, rows), index_rows(keep->end, rows), keep->ids}) : keep;
+}
+
+// The upstream gradient of log-probs, without those of targets that are not kept.
+OptTensor of_kept_targets(const OptTensor& g, const std::optional<KeptTokens>& keep, const Tensor& targets) {
+  if (!g || !keep) return g;
+  const Tensor out = empty({g->size(0)}, g->scalar_type(), *g);
+  const auto run = [&](auto zero) {
+    using S = decltype(zero);
+    run_kept_upstream(
+        KeptUpstreamArgs<S>{g->size(0), data<int64_t>(targets), keep->from_row(0), data<S>(*g), mutable_data<S>(out)},
+        current_stream(*g), g->is_cuda());
+  };
+  g->scalar_type() == ScalarType::Double ? run(0.0) : run(0.0f);
+  return out;
+}
+
 OptTensor index_optional(const OptTensor& t, const Tensor& rows) { return t ? OptTensor(index_rows(*t, rows)) : t; }
 
 HeadOutputs forward(const Tensor& hidden, const Tensor& weight, const Tensor& targets, const OptTensor& bias,
@@ -188,14 +211,16 @@ HeadOutputs forward(const Tensor& hidden, const Tensor& weight, const Tensor& ta
   const DType acc = accumulator(float_dtype(hidden, "hidden"));
   auto [t, ignored] = checked_targets(targets, hidden, "hidden", rows, weight.size(0), options.ignore_index);
   const OptTensor tau = checked_row_temperature(row_temperature, hidden, "hidden", rows, acc);
+  const std::optional<KeptTokens> keep = checked_keep(extras, hidden, t, weight.size(0), options.ignore_index);
   if (ignored == rows) return make_outputs(outputs, rows, acc, hidden, true);  // also N = 0
 
   const bool compact = ignored > 0;
   const Tensor active = compact ? active_rows(t, ignored, options.ignore_index) : t;
-  const Head h = planned(compact ? make_head(index_rows(hidden, active), weight, index_rows(t, active), bias,
-                                             index_optional(tau, active), options, extras)
-                                 : make_head(hidden, weight, t, bias, tau, options, extras),
-                         chunk_bytes, false);
+  Head h = planned(compact ? make_head(index_rows(hidden, active), weight, index_rows(t, active), bias,
+                                       index_optional(tau, active), options, extras)
+                           : make_head(hidden, weight, t, bias, tau, options, extras),
+                   chunk_bytes, false);
+  h.keep = compact ? index_optional(keep, active) : keep;
   const HeadOutputs out = make_outputs(outputs, h.rows, acc, hidden, false);
   acc == DType::f64 ? forward_walk<double>(h, outputs, out) : forward_walk<float>(h, outputs, out);
   return compact ? scatter_outputs(out, outputs, rows, active, acc) : out;
@@ -217,7 +242,8 @@ HeadGrads backward(const UpstreamInputs& g, const Tensor& hidden, const Tensor& 
   const DType acc = accumulator(float_dtype(hidden, "hidden"));
   auto [t, ignored] = checked_targets(targets, hidden, "hidden", rows, weight.size(0), options.ignore_index);
   const OptTensor tau = checked_row_temperature(row_temperature, hidden, "hidden", rows, acc);
-  const Upstream up = checked_upstream(g.logp, g.entropy, g.lse, rows, acc, entropy, stats);
+  const std::optional<KeptTokens> keep = checked_keep(extras, hidden, t, weight.size(0), options.ignore_index);
+  Upstream up = checked_upstream(g.logp, g.entropy, g.lse, rows, acc, entropy, stats);
   if (ignored == rows) {
     const auto zero = [&](int64_t bit, const OptTensor& like, ScalarType type) {
       if (!(needs & bit) || !like) return empty({0}, scalar_type(acc), hidden);
@@ -229,7 +255,9 @@ HeadGrads backward(const UpstreamInputs& g, const Tensor& hidden, const Tensor& 
             zero(kGradLoraB, extras.lora_b, own)};
   }
 
-  const auto run = [&](const Head& h, const Upstream& u, const Tensor& ent, const Tensor& st) {
+  up.logp = of_kept_targets(up.logp, keep, t);
+  const auto run = [&](Head h, const std::optional<KeptTokens>& kept, const Upstream& u, const Tensor& ent, const Tensor& st) {
+    h.keep = kept;
     const auto walk = [&](auto zero) {
       GradArgs<decltype(zero)> args;
       set_upstream(args, u, ent, st, h.rows);
@@ -242,7 +270,7 @@ HeadGrads backward(const UpstreamInputs& g, const Tensor& hidden, const Tensor& 
     // CUDA keeps ignored rows in place. The bias's gradient does not read hidden.
     const bool reads_hidden = needs & (kGradWeight | kGradLoraA | kGradLoraB);
     const Tensor x = hidden.is_cuda() && reads_hidden ? without_ignored_rows(hidden, t, options.ignore_index) : hidden;
-    grads = run(planned(make_head(x, weight, t, bias, tau, options, extras), chunk_bytes, true), up, entropy, stats);
+    grads = run(planned(make_head(x, weight, t, bias, tau, options, extras), chunk_bytes, true), keep, up, entropy, stats);
   } else {
     const Tensor active = active_rows(t, ignored, options.ignore_index);
     const Upstream u{index_optional(up.logp, active), index_optional(up.entropy, active), index_optional(up.lse, active)};
@@ -254,7 +282,7 @@ HeadGrads backward(const UpstreamInputs& g, const Tensor& hidden, const Tensor& 
     grads = run(planned(make_head(index_rows(hidden, active), weight, index_rows(t, active), bias, index_optional(tau, active),
                                   options, extras),
                         chunk_bytes, true),
-                u, up.entropy ? index_rows(entropy, active) : entropy, st);
+                index_optional(keep, active), u, up.entropy ? index_rows(entropy, active) : entropy, st);
     if (needs & kGradHidden) {
       Tensor full = zeros({rows, width}, hidden.scalar_type(), hidden);
       scatter_rows(full, active, grads.hidden);
@@ -286,22 +314,23 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward(OptTensor g_logp, Op
 }
 
 HeadOutputs linear_logprobs_ext(const Tensor& hidden, const Tensor& weight, const Tensor& targets, OptTensor bias,
-                                OptTensor row_temperature, OptTensor lora_a, OptTensor lora_b, double temperature,
-                                double softcap, double logit_scale, int64_t ignore_index, double lora_scale,
-                                int64_t logits_dtype, int64_t outputs, int64_t chunk_bytes) {
+                                OptTensor row_temperature, OptTensor lora_a, OptTensor lora_b, OptTensor keep_offsets,
+                                OptTensor keep_ids, double temperature, double softcap, double logit_scale,
+                                int64_t ignore_index, double lora_scale, int64_t logits_dtype, int64_t outputs,
+                                int64_t chunk_bytes) {
   return forward(hidden, weight, targets, bias, row_temperature, {temperature, softcap, logit_scale, ignore_index},
-                 {lora_a, lora_b, lora_scale, logits_dtype}, outputs, chunk_bytes);
+                 {lora_a, lora_b, lora_scale, logits_dtype, keep_offsets, keep_ids}, outputs, chunk_bytes);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logprobs_ext_backward(
     OptTensor g_logp, OptTensor g_entropy, OptTensor g_lse, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
-    OptTensor bias, OptTensor row_temperature, OptTensor lora_a, OptTensor lora_b, const Tensor& entropy, const Tensor& stats,
-    double temperature, double softcap, double logit_scale, int64_t ignore_index, double lora_scale, int64_t logits_dtype,
-    int64_t needs, int64_t chunk_bytes) {
+    OptTensor bias, OptTensor row_temperature, OptTensor lora_a, OptTensor lora_b, OptTensor keep_offsets, OptTensor keep_ids,
+    const Tensor& entropy, const Tensor& stats, double temperature, double softcap, double logit_scale, int64_t ignore_index,
+    double lora_scale, int64_t logits_dtype, int64_t needs, int64_t chunk_bytes) {
   if (!lora_a) needs &= ~int64_t(kGradLoraA | kGradLoraB);
   const HeadGrads g = backward({g_logp, g_entropy, g_lse}, hidden, weight, targets, bias, row_temperature, entropy, stats,
-                               {temperature, softcap, logit_scale, ignore_index}, {lora_a, lora_b, lora_scale, logits_dtype},
-                               needs, chunk_bytes);
+                               {temperature, softcap, logit_scale, ignore_index},
+                               {lora_a, lora_b, lora_scale, logits_dtype, keep_offsets, keep_ids}, needs, chunk_bytes);
   return {g.hidden, g.weight, g.bias, g.lora_a, g.lora_b};
 }
 

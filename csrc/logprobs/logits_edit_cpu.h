@@ -5,5 +5,7 @@
 namespace prefkern {
 struct LogitsEditCpu {
   void (*round)(const RoundArgs&, int64_t row_begin, int64_t row_end);
+  void (*keep_f32)(const KeepArgs<float>&, int64_t row_begin, int64_t row_end);
+  void (*keep_f64)(const KeepArgs<double>&, int64_t row_begin, int64_t row_end);
 };
 }  // namespace prefkern

@@ -31,18 +31,20 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward(OptTensor g_logp, Op
                                                             int64_t chunk_bytes);
 
 // The same with inputs that few calls have. lora_a [r, H] and lora_b [V, r]: a low-rank update of the weight.
-// logits_dtype: 0 for logits as they are accumulated; 1 or 2 rounds them to bfloat16 or float16.
+// logits_dtype: 0 for logits as they are accumulated; 1 or 2 rounds them to bfloat16 or float16. Row i keeps the tokens
+// keep_ids[keep_offsets[i]] to before keep_ids[keep_offsets[i + 1]], ascending; all others count as logits of -inf.
 HeadOutputs linear_logprobs_ext(const Tensor& hidden, const Tensor& weight, const Tensor& targets, OptTensor bias,
-                                OptTensor row_temperature, OptTensor lora_a, OptTensor lora_b, double temperature,
-                                double softcap, double logit_scale, int64_t ignore_index, double lora_scale,
-                                int64_t logits_dtype, int64_t outputs, int64_t chunk_bytes);
+                                OptTensor row_temperature, OptTensor lora_a, OptTensor lora_b, OptTensor keep_offsets,
+                                OptTensor keep_ids, double temperature, double softcap, double logit_scale,
+                                int64_t ignore_index, double lora_scale, int64_t logits_dtype, int64_t outputs,
+                                int64_t chunk_bytes);
 
 // Gradients of hidden, weight, bias, lora_a and lora_b.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logprobs_ext_backward(
     OptTensor g_logp, OptTensor g_entropy, OptTensor g_lse, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
-    OptTensor bias, OptTensor row_temperature, OptTensor lora_a, OptTensor lora_b, const Tensor& entropy, const Tensor& stats,
-    double temperature, double softcap, double logit_scale, int64_t ignore_index, double lora_scale, int64_t logits_dtype,
-    int64_t needs, int64_t chunk_bytes);
+    OptTensor bias, OptTensor row_temperature, OptTensor lora_a, OptTensor lora_b, OptTensor keep_offsets, OptTensor keep_ids,
+    const Tensor& entropy, const Tensor& stats, double temperature, double softcap, double logit_scale, int64_t ignore_index,
+    double lora_scale, int64_t logits_dtype, int64_t needs, int64_t chunk_bytes);
 
 // A chunk of rows whose logits are kept until the loss says what their gradient is, so that they are computed once. All of
 // the vocabulary, block after block, goes to `workspace`, which holds at least N * V elements of the accumulator type;

@@ -12,6 +12,8 @@ template <class S> struct LogitTransform {
   S scale = 1, softcap = 0, temperature = 1;
   const S* bias = nullptr;
   const S* row_temperature = nullptr;
+  // A raw logit of -inf is a token that cannot be drawn, and stays at -inf under a softcap, which would raise it to -softcap.
+  bool masked = false;
 };
 
 inline namespace PK_ISA {
@@ -27,14 +29,18 @@ template <class S> PK_HD S logit_factor(const LogitTransform<S>& t, int64_t row)
 
 template <class V, class S> PK_HD V pre_logit(const LogitTransform<S>& t, V x, V bias) {
   const V y = x + bias;
-  return t.softcap != 0 ? vtanh(y * (t.scale / t.softcap)) * t.softcap : y;
+  if (t.softcap == 0) return y;
+  const V capped = vtanh(y * (t.scale / t.softcap)) * t.softcap;
+  if (!t.masked) return capped;
+  return x == splat<V>(-__builtin_inff()) ? x : capped;
 }
 
 // d pre / d x as a function of pre.
 template <class V, class S> PK_HD V pre_logit_slope(const LogitTransform<S>& t, V pre) {
   if (t.softcap == 0) return splat<V>(1);
-  const V r = pre * (1 / t.softcap);
-  return (1 - r * r) * t.scale;
+  const V r = pre * (1 / t.softcap), slope = (1 - r * r) * t.scale;
+  if (!t.masked) return slope;
+  return pre == splat<V>(-__builtin_inff()) ? V{} : slope;
 }
 
 }  // namespace PK_ISA

@@ -47,6 +47,7 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     outputs: Iterable[str] = (),
+    keep: tuple[Tensor, Tensor] | None = None,
     lora: tuple[Tensor, Tensor, float] | None = None,
     logits_dtype: str | None = None,
     chunk_bytes: int | None = None,
@@ -67,6 +68,12 @@ def linear_logprobs(
         ignore_index: rows with this target give 0 in every output and no gradient; on the CPU they cost nothing.
         outputs: any of ``"entropy"`` (nats), ``"lse"`` (log-sum-exp of z), ``"sum_sq_probs"``, ``"mean_logit"`` (mean of z
             over V), ``"is_top1"`` (z_y is the first maximum). Only what is asked for is computed.
+        keep: ``(offsets, ids)``: the tokens each row may draw, as a sampler's top-k or top-p left them (CSR). int64 offsets
+            ``[N + 1]`` over the N rows of ``targets``, flattened, from 0 to the length of ids; int64 or int32 ids, ascending
+            within a row, none twice. Every statistic is that of the softmax over the kept tokens alone: all others count as
+            logits of -inf, and ``mean_logit`` is the mean over the kept. Nothing flows to what is not kept. A row that does not
+            keep its target has logp -inf, to which no gradient flows; under ``prefkern.set_validation(True)`` it raises. A row
+            that keeps nothing is an error, on CUDA NaN; ignored rows may keep nothing.
         lora: ``(a, b, s)``: a low-rank update of the head, as if the weight were :math:`W + s\,b\,a`, with a ``[r, H]`` and b
             ``[V, r]`` of the same dtype and device as ``hidden`` (cast under autocast as the weight is) and a number s. Neither
             that sum nor :math:`b\,a` is formed: :math:`h W^\top + s\,(h a^\top) b^\top` takes :math:`h a^\top` (``[N, r]``) and
@@ -88,7 +95,8 @@ def linear_logprobs(
     Raises:
         ValueError, TypeError: naming the argument, what came and what is accepted. Targets out of range and temperatures
             that are not positive are always found on the CPU; on CUDA such rows come out NaN, or raise under
-            ``prefkern.set_validation(True)``.
+            ``prefkern.set_validation(True)``. Likewise offsets and ids of ``keep``; on CUDA wrong ones are never read beyond
+            their ends, but their rows have no meaning.
 
     Memory: one block of logits plus converted operands, O(chunk_bytes), and O((N + V) H) for gradients; with ``lora``
         also ``[N, r]``, twice in the backward.
@@ -96,6 +104,7 @@ def linear_logprobs(
     check_tensors(hidden=hidden, weight=weight, targets=targets)
     if bias is not None:
         check_tensors(bias=bias)
+    keep_offsets, keep_ids = (None, None) if keep is None else _keep(keep)
     lora_a, lora_b, lora_scale = (None, None, 1.0) if lora is None else _lora(lora)
     bits = _output_bits(outputs)
     shape = targets.shape
@@ -107,6 +116,8 @@ def linear_logprobs(
         )
     if hidden.is_cuda and weight.ndim == 2:  # another weight is the op's to refuse
         _validate(targets, temperature, weight.shape[0], ignore_index)
+    if keep_offsets is not None and keep_ids is not None and weight.ndim == 2:
+        _validate_keep(keep_offsets, keep_ids, targets, weight.shape[0], ignore_index)
     tau, row_temperature = _split_temperature(temperature, shape)
     if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         hidden, weight, lora_a, lora_b = _autocast(hidden, weight, lora_a, lora_b)
@@ -115,8 +126,8 @@ def linear_logprobs(
     args = (tau, _softcap(softcap), number("logit_scale", logit_scale), integer("ignore_index", ignore_index))
     chunk = 0 if chunk_bytes is None else positive_int("chunk_bytes", chunk_bytes)
     rounding = 0 if logits_dtype is None else _logits_dtype(logits_dtype)
-    if lora_a is not None or rounding:
-        tensors = (hidden, weight, targets, bias, row_temperature, lora_a, lora_b)
+    if lora_a is not None or rounding or keep_offsets is not None:
+        tensors = (hidden, weight, targets, bias, row_temperature, lora_a, lora_b, keep_offsets, keep_ids)
         numbers = (*args, lora_scale, rounding)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
             out = call(_differentiable(_ext, _LinearLogprobsExt), *tensors, *numbers, bits | _SAVE_STATS, chunk)
@@ -206,7 +217,8 @@ def plan_chunks(
     chunk_bytes: int | None = None,
 ) -> Any:
     """How :func:`linear_logprobs` will cut a call with ``rows`` tokens: ``row_chunk``, ``vocab_block``,
-    ``workspace_bytes``. The plan depends on nothing but these arguments."""
+    ``workspace_bytes``. The plan depends on nothing but these arguments. With ``lora`` count its rank into ``hidden``; with a
+    ``logits_dtype`` that rounds, a forward has the plan of its backward."""
     for name, value in (("rows", rows), ("hidden", hidden), ("vocab", vocab)):
         if integer(name, value) < 0:
             raise ValueError(f"{name} is {value}; it must not be negative")
@@ -275,6 +287,51 @@ def _lora(lora: Any) -> tuple[Tensor, Tensor, float]:
         if not isinstance(t, Tensor):
             raise TypeError(f"lora's {name} is a {type(t).__name__}; a torch.Tensor is expected")
     return a, b, number("lora's scale", scale)
+
+
+def _keep(keep: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(keep, tuple | list) or len(keep) != 2:
+        raise TypeError(f"keep is {_brief(keep)}; a tuple (offsets, ids) or None is expected")
+    for name, t in zip(("offsets", "ids"), keep, strict=True):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"keep's {name} is a {type(t).__name__}; a torch.Tensor is expected")
+    return keep[0], keep[1]
+
+
+def _validate_keep(offsets: Tensor, ids: Tensor, targets: Tensor, vocab: int, ignore_index: int) -> None:
+    """Under validation, on every device: each row that counts keeps its target. On CUDA also what the op itself finds on the
+    CPU. Shapes, dtypes and devices are the op's to refuse."""
+    if not validation() or torch.compiler.is_compiling() or targets.is_meta:
+        return
+    targets = targets.reshape(-1)
+    rows = len(targets)
+    integers = (
+        offsets.dtype == torch.int64 and ids.dtype in (torch.int64, torch.int32) and targets.dtype in (torch.int64, torch.int32)
+    )
+    if not integers or offsets.shape != (rows + 1,) or ids.ndim != 1 or not offsets.device == ids.device == targets.device:
+        return
+    counts = offsets.diff()
+    if int(offsets[0]) != 0 or int(offsets[-1]) != len(ids) or bool((counts < 0).any()):
+        raise ValueError(f"keep's offsets must ascend from 0 to the {len(ids)} of keep's ids")
+    row_of = torch.arange(rows, device=targets.device).repeat_interleave(counts)
+    live = targets != ignore_index
+    if bool((empty := live & (counts == 0)).any()):
+        raise ValueError(f"keep holds no ids for row {int(empty.nonzero()[0])}; only ignored rows may keep none")
+    of_live = live[row_of]
+    if bool((bad := of_live & ((ids < 0) | (ids >= vocab))).any()):
+        at = int(bad.nonzero()[0])
+        raise ValueError(f"keep's ids[{at}] is {int(ids[at])} in row {int(row_of[at])}; accepted: 0 to {vocab - 1}")
+    if bool((bad := of_live[1:] & (row_of[1:] == row_of[:-1]) & (ids[1:] <= ids[:-1])).any()):
+        at = int(bad.nonzero()[0]) + 1
+        raise ValueError(
+            f"keep's ids[{at}] is {int(ids[at])} after {int(ids[at - 1])} in row {int(row_of[at])}; ids of a row must ascend, "
+            "none twice"
+        )
+    kept = torch.zeros_like(live)
+    kept[row_of[ids == targets[row_of]]] = True
+    if bool((missing := live & ~kept).any()):
+        row = int(missing.nonzero()[0])
+        raise ValueError(f"targets has {int(targets[row])} in row {row}, which keep does not hold there; its logp is -inf")
 
 
 def _logits_dtype(name: Any) -> int:
@@ -355,10 +412,11 @@ def _fake_linear(
 
 def _fake_ext(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, row_temperature: Tensor | None, lora_a: Tensor | None,
-    lora_b: Tensor | None, temperature: float, softcap: float, logit_scale: float, ignore_index: int, lora_scale: float,
-    logits_dtype: int, outputs: int, chunk_bytes: int,
+    lora_b: Tensor | None, keep_offsets: Tensor | None, keep_ids: Tensor | None, temperature: float, softcap: float,
+    logit_scale: float, ignore_index: int, lora_scale: float, logits_dtype: int, outputs: int, chunk_bytes: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    same_device("hidden", hidden, **{"lora's a": lora_a, "lora's b": lora_b})
+    others = {"lora's a": lora_a, "lora's b": lora_b, "keep's offsets": keep_offsets, "keep's ids": keep_ids}
+    same_device("hidden", hidden, **others)
     return _fake_linear(
         hidden, weight, targets, bias, row_temperature, temperature, softcap, logit_scale, ignore_index, outputs, chunk_bytes
     )
@@ -405,9 +463,9 @@ def _fake_linear_backward(
 @torch.library.register_fake("prefkern::linear_logprobs_ext_backward")
 def _fake_ext_backward(
     g_logp: Tensor | None, g_entropy: Tensor | None, g_lse: Tensor | None, hidden: Tensor, weight: Tensor, targets: Tensor,
-    bias: Tensor | None, row_temperature: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, entropy: Tensor,
-    stats: Tensor, temperature: float, softcap: float, logit_scale: float, ignore_index: int, lora_scale: float,
-    logits_dtype: int, needs: int, chunk_bytes: int,
+    bias: Tensor | None, row_temperature: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
+    keep_offsets: Tensor | None, keep_ids: Tensor | None, entropy: Tensor, stats: Tensor, temperature: float, softcap: float,
+    logit_scale: float, ignore_index: int, lora_scale: float, logits_dtype: int, needs: int, chunk_bytes: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return tuple(
         hidden.new_empty(0, dtype=accumulator(hidden)) if t is None or not needs & bit else t.new_empty(t.shape)
@@ -476,7 +534,7 @@ def _backward_linear(ctx: Any, g_logp: Any, g_entropy: Any, g_lse: Any, *_: Any)
 
 
 _EXT_GRADS = {0: _GRAD_HIDDEN, 1: _GRAD_WEIGHT, 3: _GRAD_BIAS, 5: _GRAD_LORA_A, 6: _GRAD_LORA_B}  # by place among the inputs
-_EXT_TENSORS = 7
+_EXT_TENSORS = 9
 
 
 def _setup_ext(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -24,6 +24,7 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     outputs: Iterable[str] = (),
+    keep: tuple[Tensor, Tensor] | None = None,
     lora: tuple[Tensor, Tensor, float] | None = None,
     logits_dtype: str | None = None,
     chunk_bytes: int | None = None,
@@ -42,6 +43,9 @@ def linear_logprobs(
         temperature: positive; a number, or one per token (broadcast to `targets`). No gradient.
         softcap: positive; None leaves x as it is.
         outputs: which of "entropy", "lse", "sum_sq_probs", "mean_logit", "is_top1" to return beside logp.
+        keep: (offsets [N + 1], ids): row i of the flattened targets keeps ids[offsets[i]:offsets[i + 1]]. All other z are -inf,
+            and the mean of z is over those that are kept. logp of a target that is not kept is the constant -inf. Every row
+            that counts must keep at least one. None keeps all.
         lora: (a [r, H], b [V, r], s), a low-rank update of the weight; None is the weight as it is.
         logits_dtype: "bfloat16" or "float16" rounds y to that type, once; its gradient passes straight through. None and
             "float32" leave it as it is.
@@ -60,7 +64,8 @@ def linear_logprobs(
         y = y + bias.to(y.dtype)
     if logits_dtype not in (None, "float32"):
         y = _Rounded.apply(y, {"bfloat16": torch.bfloat16, "float16": torch.float16}[logits_dtype])
-    return _statistics(y, targets, counts, temperature, softcap, logit_scale, outputs)
+    kept = None if keep is None else _kept(keep, counts, y)
+    return _statistics(y, targets, counts, temperature, softcap, logit_scale, outputs, kept)
 
 
 def logits_logprobs(
@@ -81,6 +86,18 @@ def logits_logprobs(
     """
     counts = targets != ignore_index
     return _statistics(_widen(logits)[counts], targets, counts, temperature, softcap, logit_scale, outputs)
+
+
+def _kept(keep: tuple[Tensor, Tensor], counts: Tensor, y: Tensor) -> Tensor:
+    """bool, shaped like y, of the rows that count."""
+    offsets, ids = keep
+    kept = torch.zeros(y.shape, dtype=torch.bool, device=y.device)
+    for i, row in enumerate(counts.reshape(-1).nonzero().flatten().tolist()):
+        own = ids[offsets[row] : offsets[row + 1]].long()
+        if not len(own):
+            raise ValueError(f"keep: row {row} keeps no token")
+        kept[i, own] = True
+    return kept
 
 
 class _Rounded(torch.autograd.Function):
@@ -105,8 +122,9 @@ def _statistics(
     softcap: float | None,
     logit_scale: float,
     outputs: Iterable[str],
+    kept: Tensor | None = None,
 ) -> LinearLogprobs:
-    """y [n, V] holds the rows of `targets` that count."""
+    """y [n, V] holds the rows of `targets` that count; kept, shaped like it, is True where a token can be drawn."""
     wanted = set(outputs)
     if unknown := wanted - set(OUTPUTS):
         raise ValueError(f"outputs: got {sorted(unknown)}, accepted are {list(OUTPUTS)}")
@@ -120,6 +138,8 @@ def _statistics(
     if isinstance(temperature, Tensor):
         temperature = temperature.detach().expand_as(targets)[counts].unsqueeze(-1).to(x.dtype)
     z = x / temperature
+    if kept is not None:
+        z = z.masked_fill(~kept, -torch.inf)
 
     log_p = torch.log_softmax(z, dim=-1)
     p = log_p.exp()
@@ -127,7 +147,11 @@ def _statistics(
     def per_row(values: Tensor) -> Tensor:
         return torch.zeros(targets.shape, dtype=values.dtype, device=values.device).masked_scatter(counts, values)
 
-    result = LinearLogprobs(logp=per_row(log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)))
+    at = target.unsqueeze(-1)
+    logp = log_p.gather(-1, at).squeeze(-1)
+    if kept is not None:
+        logp = logp.where(kept.gather(-1, at).squeeze(-1), -torch.inf)
+    result = LinearLogprobs(logp=per_row(logp))
     if "entropy" in wanted:  # 0 log 0 = 0, in the gradient too
         result = result._replace(entropy=per_row(-(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)))
     if "lse" in wanted:
@@ -135,7 +159,8 @@ def _statistics(
     if "sum_sq_probs" in wanted:
         result = result._replace(sum_sq_probs=per_row(p.detach().square().sum(-1)))
     if "mean_logit" in wanted:
-        result = result._replace(mean_logit=per_row(z.detach().mean(-1)))
+        mean = z.mean(-1) if kept is None else z.where(kept, 0).sum(-1) / kept.sum(-1)
+        result = result._replace(mean_logit=per_row(mean.detach()))
     if "is_top1" in wanted:
         result = result._replace(is_top1=per_row(z.argmax(dim=-1) == target))
     return result
