@@ -15,7 +15,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import prefkern
 from integrations.tiny_models import HIDDEN, MODELS, VOCAB, make_batch, make_model
-from prefkern.integrations import transformers as ours
 from prefkern.integrations.transformers import CausalLMLogprobs, disable, enable, token_logprobs
 
 ALONE = [name for name in MODELS if name != "bart"]  # it computes its loss itself
@@ -591,14 +590,23 @@ def test_refusals() -> None:
 
 
 @pytest.mark.parametrize("version", ["4.57.1", "6.0.0"])
-def test_versions(version) -> None:
-    with pytest.raises(ImportError, match=rf"transformers {version} is installed; .* supports >=5.0,<6"):
-        ours._check_version(version)
+def test_versions(run_python, version) -> None:
+    found = run_python(
+        """
+import sys, transformers
+transformers.__version__ = sys.argv[1]
+try:
+    import prefkern.integrations.transformers
+except ImportError as error:
+    print(error)
+""",
+        version,
+    )
+    assert f"transformers is {version}; prefkern's integration is tested with versions from 5.0 to before 6" in found
 
 
-@pytest.mark.parametrize("version", ["5.0.0", "5.10.4", "5.24.0.dev0"])
-def test_supported_versions(version) -> None:
-    ours._check_version(version)
+def test_importing_prefkern_does_not_import_transformers(run_python) -> None:
+    assert run_python("import sys, prefkern.integrations; print('transformers' in sys.modules)") == "False"
 
 
 # ---- token_logprobs
@@ -694,6 +702,33 @@ def test_temperatures_of_tokens() -> None:
     )
     per_row = token_logprobs(model, ids, temperature=temperature[:, :1]).logp
     assert_close(per_row, prefkern.logits_logprobs(logits[:, :-1], ids[:, 1:], temperature=temperature[:, :1]).logp)
+
+
+@pytest.mark.parametrize("width", [8, 3])
+def test_tokens_that_could_be_drawn(width) -> None:
+    """Over what a sampler's top-k left of each place; at two of them nothing counts, and nothing is kept."""
+    model, batch = make_model("gemma2"), make_batch(padded=False)
+    ids, labels = batch["input_ids"], batch["input_ids"].clone()
+    labels[:2, -2] = -100
+    logits = model(ids).logits[:, -width - 1 : -1].double()
+    targets = labels[:, -width:]
+    kept = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, logits.topk(5).indices, True)
+    kept.scatter_(-1, targets.clamp(min=0)[..., None], True)
+    kept[targets == -100] = False
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), kept.sum(-1).flatten().cumsum(0)])
+    keep = offsets, kept.flatten(0, 1).nonzero()[:, 1]
+    expected = logits.masked_fill(~kept & (targets != -100)[..., None], -torch.inf).log_softmax(-1)
+    expected = expected.gather(-1, targets.clamp(min=0)[..., None])[..., 0].where(targets != -100, 0.0).float()
+    found = token_logprobs(model, ids, labels=labels, logits_to_keep=width, keep=keep)
+    assert_close(found.logp, expected, rtol=0, atol=3e-6)
+    assert (found.logp > token_logprobs(model, ids, logits_to_keep=width).logp + 0.1).any()
+    shifted = labels.roll(-1, 1)[:, :-1].contiguous()
+    found = token_logprobs(model, ids[:, :-1], shift_labels=shifted, logits_to_keep=width, keep=keep)
+    assert_close(found.logp, expected, rtol=0, atol=3e-6)
+    with pytest.raises(ValueError, match=rf"keep's offsets has shape \[{3 * width + 1}\].*3 x 2 elements.*\[7\]"):
+        token_logprobs(model, ids, logits_to_keep=2, keep=keep)
+    with pytest.raises(ValueError, match="keep is given, but BartForCausalLM makes its logits, because"):
+        token_logprobs(make_model("bart"), ids, labels=labels, logits_to_keep=width, keep=keep)
 
 
 def test_token_logprobs_falls_back() -> None:

@@ -1,14 +1,13 @@
-"""The code in docs/integrations runs."""
+"""The code in docs/integrations/transformers.md runs."""
 
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "integrations" / "transformers.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+from integrations.pages import blocks
+
+BLOCKS = blocks("transformers.md", "python")
 
 
 @pytest.mark.parametrize("code", BLOCKS)

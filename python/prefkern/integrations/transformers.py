@@ -20,7 +20,6 @@ import functools
 import importlib
 import inspect
 import math
-import re
 import sys
 import types
 import warnings
@@ -38,26 +37,18 @@ from transformers.utils import ModelOutput
 from .. import ops
 from ..ops import LinearLogprobs
 from ..ops._arguments import integer, number
-from ..ops.logprobs import OUTPUTS, _logits_dtype, _output_bits
+from ..ops.logprobs import OUTPUTS, _keep, _logits_dtype, _output_bits
+from ._hooks import check_version
 
-SUPPORTED = ("5.0", "6")
-"""Versions of transformers from the first on, below the second."""
+SUPPORTED = ((5, 0), (6,))
+"""From which version of transformers, and to before which, this is tested."""
 
 _ATTRIBUTE = "_prefkern"
 _NAMES = ("log_probs", *OUTPUTS)
 _LABELS = ("labels", "shift_labels")
 _IGNORED = -100  # what transformers ignores
 
-
-def _check_version(version: str = transformers.__version__) -> None:
-    found, low, high = (tuple(map(int, re.findall(r"\d+", v)[:2])) for v in (version, *SUPPORTED))
-    if not low <= found < high:
-        raise ImportError(
-            f"transformers {version} is installed; prefkern.integrations.transformers supports >={SUPPORTED[0]},<{SUPPORTED[1]}"
-        )
-
-
-_check_version()
+check_version("transformers", *SUPPORTED)
 
 
 @dataclasses.dataclass
@@ -92,6 +83,7 @@ class _Options(NamedTuple):
     logits_dtype: str | None
     chunk_bytes: int | None
     last: int | None = None  # how many log-probs are wanted, from the end
+    keep: tuple[Tensor, Tensor] | None = None
 
 
 class _Unfit(Exception):
@@ -214,6 +206,7 @@ def token_logprobs(
     logits_to_keep: int | None = None,
     temperature: float | Tensor = 1.0,
     outputs: Iterable[str] = (),
+    keep: tuple[Tensor, Tensor] | None = None,
     logits_dtype: str | None = None,
     chunk_bytes: int | None = None,
     **inputs: Any,
@@ -237,6 +230,9 @@ def token_logprobs(
             ``attention_mask`` is None).
         logits_to_keep: only the last so many columns of the result are computed and returned: completions behind prompts.
         temperature: a number, or a tensor that broadcasts to the result; above 0.
+        keep: ``(offsets, ids)``, the tokens that the sampler could draw at each place of the result, row by row: int64 offsets
+            ``[R + 1]`` for the R elements of the result, and ids that ascend within each; see
+            :func:`prefkern.linear_logprobs`. Places that are ignored may keep nothing.
         outputs, logits_dtype, chunk_bytes: as of :func:`enable`.
         inputs: what else the model's forward takes.
 
@@ -247,7 +243,8 @@ def token_logprobs(
     Raises:
         TypeError, ValueError: naming the argument, what came and what is accepted.
 
-    Like :func:`enable` it falls back to logits, with a warning, where it has to. With ``torch.compile`` enable the model first.
+    Like :func:`enable` it falls back to logits, with a warning, where it has to; with ``keep`` that is a ValueError. With
+    ``torch.compile`` enable the model first.
     """
     inner = _causal_lm(model)
     names = _names(outputs)
@@ -272,7 +269,9 @@ def token_logprobs(
         temperature = _spread(temperature, given.shape[0], width, labels is not None)
     else:
         temperature = _positive(number("temperature", temperature, "a number or a tensor"))
-    options = _Options(names, temperature, _rounding(logits_dtype), chunk_bytes, width)
+    if keep is not None:
+        keep = _spread_rows(keep, given.shape[0], width, labels is not None)
+    options = _Options(names, temperature, _rounding(logits_dtype), chunk_bytes, width, keep)
     arguments = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
@@ -388,6 +387,8 @@ def _labelled(model: Any, state: _State, kwargs: dict[str, Any]) -> CausalLMLogp
         except _Unfit as unfit:
             reason = str(unfit)
             state.unfit = head, reason
+    if state.options is not None and state.options.keep is not None:
+        raise ValueError(f"keep is given, but {type(model).__name__} makes its logits, because {reason}")
     if reason not in state.warned:
         state.warned.add(reason)
         warnings.warn(f"prefkern: {type(model).__name__} makes its logits after all, because {reason}", stacklevel=4)
@@ -513,7 +514,13 @@ class _WithoutLogits(_Call):
         def head(x: Tensor, weight: Tensor, bias: Tensor | None) -> LinearLogprobs:
             if x.shape[:-1] != self.targets.shape:
                 raise _Unfit(f"its output head, {_called(self.head)}, changes the shape of what it is given")
-            here = {"targets": self.targets.to(x.device), "lora": product.factors(x.dtype), "bias": product.bias(bias)}
+            here: dict[str, Any] = {
+                "targets": self.targets.to(x.device),
+                "lora": product.factors(x.dtype),
+                "bias": product.bias(bias),
+            }
+            if self.options.keep is not None:
+                here["keep"] = tuple(t.to(x.device) for t in self.options.keep)
             if isinstance(self.options.temperature, Tensor):
                 here["temperature"] = self.options.temperature.to(x.device)
             return ops.linear_logprobs(x, weight, **{**options, **here})
@@ -792,6 +799,20 @@ def _spread(temperature: Tensor, rows: int, width: int, padded: bool) -> Tensor:
             f"temperature has shape {list(temperature.shape)}; a number is expected, or what broadcasts to {[rows, width]}"
         ) from None
     return functional.pad(temperature, (0, int(padded)), value=1.0)
+
+
+def _spread_rows(keep: Any, rows: int, width: int, padded: bool) -> tuple[Tensor, Tensor]:
+    """`keep` for each position that the head sees, of what it is for each element of the result; nothing at the last."""
+    offsets, ids = _keep(keep)
+    if offsets.shape != (rows * width + 1,):
+        raise ValueError(
+            f"keep's offsets has shape {list(offsets.shape)}; the result has {rows} x {width} elements, so "
+            f"[{rows * width + 1}] is expected"
+        )
+    if padded:
+        starts, ends = (t.reshape(rows, width) for t in (offsets[:-1], offsets[1:]))
+        offsets = torch.cat([torch.cat([starts, ends[:, -1:]], 1).flatten(), offsets[-1:]])
+    return offsets, ids
 
 
 def _labels_of(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
