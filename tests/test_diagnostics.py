@@ -13,6 +13,7 @@ from prefkern.diagnostics import (
     auc,
     linear_probe,
     linear_separability,
+    logprob_mismatch,
     margin_saturation_step,
     pool_features,
     surface_features,
@@ -237,3 +238,113 @@ BAD[4, 1] = math.nan
 def test_refused(call, message) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ---- trainer and rollout
+
+# Ratios 3 and 1 in the first row, 1/4 in the second, none in the third.
+ROLLOUT = torch.tensor([[-2.0, -1.0, math.nan], [-0.5, math.inf, 0.0], [math.nan] * 3], dtype=F64)
+TRAINER = torch.tensor(
+    [[-2.0 + math.log(3), -1.0, 7.0], [-0.5 - math.log(4), math.nan, -math.inf], [-math.inf, 3.0, 0.0]], dtype=F64
+)
+COUNTS = torch.tensor([[True, True, False], [True, False, False], [False] * 3])
+
+
+def test_worked_mismatch() -> None:
+    found = logprob_mismatch(TRAINER, ROLLOUT, COUNTS, tokens=torch.arange(9).view(3, 3) + 50)
+    assert (found.tokens, found.sequences, found.trainer_inf, found.rollout_inf) == (3, 2, 0, 0)
+    expected = {
+        "mean_abs": 0.828302,
+        "max_abs": 1.386294,
+        "mean_ratio": 1.416667,
+        "k1": 0.095894,
+        "k2": 0.521460,
+        "k3": 0.512561,
+        "outside": 2 / 3,
+        "ess": 1.165517,
+    }
+    for name, value in expected.items():
+        close(getattr(found, name), value, 1e-6)
+    ratios = found.ratio_quantiles
+    close([ratios[q] for q in (0.0, 0.25, 0.5, 0.75, 1.0)], [0.25, 0.625, 1.0, 2.0, 3.0], 1e-12)
+    close(found.sequence_ratio[:2], [3.0, 0.25], 1e-12)
+    assert found.sequence_ratio[2].isnan()
+    assert [(w.row, w.position, w.token) for w in found.worst] == [(1, 0, 53), (0, 0, 50), (0, 1, 51)]
+    close([w.difference for w in found.worst], [-math.log(4), math.log(3), 0], 1e-12)
+    report = str(found)
+    for part in ("3 tokens", "mean abs 0.8283", "k1 0.09589", "outside [0.5, 2]: 66.7 %", "1, 0: -1.8863, -0.5000"):
+        assert part in report
+    assert "token 53" in report
+    assert "-inf" not in report
+
+
+def test_mismatch_of_nothing_is_nothing() -> None:
+    logp = -torch.rand(4, 6)
+    found = logprob_mismatch(logp, logp.clone(), torch.ones(4, 6, dtype=torch.bool), top=2)
+    assert (found.mean_abs, found.max_abs, found.k1, found.k2, found.k3, found.outside) == (0, 0, 0, 0, 0, 0)
+    assert set(found.ratio_quantiles.values()) == {1.0}
+    assert (found.mean_ratio, found.ess) == (1.0, 4.0)
+    assert len(found.worst) == 2
+    assert found.worst[0].token is None
+
+
+def test_infinite_logprobs_are_named() -> None:
+    trainer = torch.tensor([[-1.0, -math.inf, -2.0, -math.inf, -3.0]])
+    rollout = torch.tensor([[-1.0, -2.0, -math.inf, -math.inf, -3.5]])
+    found = logprob_mismatch(trainer, rollout, torch.ones(1, 5, dtype=torch.bool))
+    assert (found.trainer_inf, found.rollout_inf, found.tokens) == (2, 2, 2)
+    close(found.max_abs, 0.5, 1e-6)
+    close(found.sequence_log_ratio, [0.5], 1e-6)
+    assert [w.position for w in found.worst] == [1, 2, 4, 0, 3]
+    assert [w.difference for w in found.worst[:2]] == [-math.inf, math.inf]
+    assert "-inf in the trainer: 2, in the rollout: 2" in str(found)
+
+
+def test_k3_is_the_divergence_in_expectation() -> None:
+    """Sampled from the rollout's distribution, all three estimate KL(rollout || trainer); k1 and k3 without bias."""
+    rollout = torch.tensor([0.5, 0.3, 0.2], dtype=F64).log()
+    trainer = torch.tensor([0.4, 0.35, 0.25], dtype=F64).log()
+    counts = (5, 3, 2)
+    sides = [torch.cat([side[i].repeat(n) for i, n in enumerate(counts)])[None] for side in (trainer, rollout)]
+    found = logprob_mismatch(*sides, torch.ones(1, 10, dtype=torch.bool))
+    divergence = float((rollout.exp() * (rollout - trainer)).sum())
+    close([found.k1, found.k3, found.mean_ratio], [divergence, divergence, 1.0], 1e-12)
+    close(found.k2, divergence, 2e-3)
+
+
+def test_long_sequences_do_not_overflow() -> None:
+    rollout = torch.zeros(2, 2000)
+    trainer = torch.stack([torch.ones(2000), torch.zeros(2000)])
+    found = logprob_mismatch(trainer, rollout, torch.ones(2, 2000, dtype=torch.bool))
+    assert found.ess == 1.0
+    close(found.sequence_log_ratio, [2000, 0], 1e-9)
+
+
+def test_plot_of_a_mismatch(tmp_path) -> None:
+    path = tmp_path / "mismatch.png"
+    logprob_mismatch(TRAINER, ROLLOUT, COUNTS, plot=path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.stat().st_size > 5000
+
+
+def test_refusals_of_logprob_mismatch() -> None:
+    logp, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"trainer_logp has shape \[3\], rollout_logp \[3\]"):
+        logprob_mismatch(logp[0], logp[0], mask[0])
+    with pytest.raises(ValueError, match=r"rollout_logp \[2, 2\]"):
+        logprob_mismatch(logp, logp[:, :2], mask)
+    with pytest.raises(ValueError, match=r"mask is torch.int64 \[2, 3\]"):
+        logprob_mismatch(logp, logp, mask.long())
+    with pytest.raises(ValueError, match=r"tokens has shape \[3\]"):
+        logprob_mismatch(logp, logp, mask, tokens=torch.arange(3))
+    with pytest.raises(ValueError, match="top is -1"):
+        logprob_mismatch(logp, logp, mask, top=-1)
+    with pytest.raises(ValueError, match="mask has no token"):
+        logprob_mismatch(logp, logp, ~mask)
+    for bad in (math.nan, math.inf):
+        wrong = logp.clone()
+        wrong[1, 2] = bad
+        with pytest.raises(ValueError, match=rf"rollout_logp\[1, 2\] is {bad}"):
+            logprob_mismatch(logp, wrong, mask)
+    with pytest.raises(ValueError, match="every token in the mask has a log-prob of -inf"):
+        logprob_mismatch(logp - math.inf, logp, mask)

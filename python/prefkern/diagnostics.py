@@ -1,4 +1,5 @@
-r"""What preference data and a training run say about each other: can the two sides of pairs be told apart too easily?
+r"""What preference data and a training run say about each other: can the two sides of pairs be told apart too easily, and do a
+trainer and the engine that samples for it agree on the log-probs of the tokens?
 
 Pairs whose sides come from different models tend to be separable by cues that have nothing to do with content; a policy trained
 on them learns the cue. The probe here is this library's own: the study that raised the question ("More is Less",
@@ -10,7 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -191,6 +194,224 @@ def margin_saturation_step(
     if len(when) != len(values):
         raise ValueError(f"steps has {len(when)} entries; {len(values)} are expected, one per accuracy")
     return next((int(step) for step, value in zip(when, values, strict=True) if value > threshold), None)
+
+
+# ---- trainer and rollout
+
+
+QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+
+
+class MismatchedToken(NamedTuple):
+    """A token whose log-probs differ."""
+
+    row: int
+    position: int
+    trainer_logp: float
+    rollout_logp: float
+    token: int | None = None
+    """Its id, where ids were given."""
+
+    @property
+    def difference(self) -> float:
+        """trainer_logp - rollout_logp; 0 where both are -inf."""
+        return 0.0 if self.trainer_logp == self.rollout_logp else self.trainer_logp - self.rollout_logp
+
+
+@dataclass(frozen=True)
+class LogprobMismatch:
+    r"""How far a trainer's log-probs lie from those of the engine that sampled the tokens; see :func:`logprob_mismatch`.
+
+    With d = trainer_logp - rollout_logp of a token and its ratio exp(d). Statistics are over the tokens in the mask whose two
+    log-probs are finite. Printing it gives a report.
+    """
+
+    tokens: int
+    """How many tokens that is."""
+    mean_abs: float
+    """Mean of abs(d), in nats."""
+    max_abs: float
+    mean_ratio: float
+    """Mean of exp(d): 1 in expectation if the tokens were sampled from the rollout's distribution over all of its support."""
+    k1: float
+    """Mean of -d. Like k2 and k3 it estimates KL(rollout || trainer) per token, from samples of the rollout."""
+    k2: float
+    """Mean of d^2 / 2."""
+    k3: float
+    """Mean of exp(d) - 1 - d; never negative."""
+    ratio_quantiles: dict[float, float]
+    """Of exp(d), at ``QUANTILES``, interpolated linearly."""
+    outside: float
+    """Fraction of ratios below 0.5 or above 2."""
+    trainer_inf: int
+    """Tokens to which the trainer gives -inf: outside of the support it keeps, say."""
+    rollout_inf: int
+    """Tokens to which the rollout gives -inf, which it cannot have sampled."""
+    worst: tuple[MismatchedToken, ...]
+    """The tokens with the largest abs(d), those with one -inf first."""
+    sequence_log_ratio: Tensor
+    """[B], float64, on the CPU: sum of d over the tokens of each row; nan for a row without one."""
+    sequences: int
+    """Rows with a token."""
+    ess: float
+    """Effective sample size of the sequence ratios w: (sum w)^2 / sum w^2, from 1 to ``sequences``."""
+
+    @property
+    def sequence_ratio(self) -> Tensor:
+        """[B]: exp(sequence_log_ratio)."""
+        return self.sequence_log_ratio.exp()
+
+    def __str__(self) -> str:
+        quantiles = "  ".join(f"{100 * q:g}%: {value:.4g}" for q, value in self.ratio_quantiles.items())
+        rows = self.sequence_log_ratio[~self.sequence_log_ratio.isnan()]
+        spread = rows.std(correction=0)
+        lines = [
+            f"log-probs of {self.tokens} tokens, trainer minus rollout",
+            f"  difference   mean abs {self.mean_abs:.4g}, max abs {self.max_abs:.4g}",
+            f"  ratio        mean {self.mean_ratio:.6g}, outside [0.5, 2]: {100 * self.outside:.3g} %",
+            f"               {quantiles}",
+            f"  KL(rollout || trainer) per token   k1 {self.k1:.4g}, k2 {self.k2:.4g}, k3 {self.k3:.4g}",
+            f"  sequences    {self.sequences}; log ratio mean {float(rows.mean()):.4g}, std {float(spread):.4g}, "
+            f"min {float(rows.min()):.4g}, max {float(rows.max()):.4g}; effective sample size {self.ess:.4g}",
+        ]
+        if self.trainer_inf or self.rollout_inf:
+            lines.append(f"  left out     -inf in the trainer: {self.trainer_inf}, in the rollout: {self.rollout_inf}")
+        if self.worst:
+            lines.append("  worst tokens (row, position: trainer, rollout)")
+        for token in self.worst:
+            name = "" if token.token is None else f"  token {token.token}"
+            lines.append(
+                f"    {token.row}, {token.position}: {token.trainer_logp:.4f}, {token.rollout_logp:.4f}"
+                f"  ({token.difference:+.4f}){name}"
+            )
+        return "\n".join(lines)
+
+
+def logprob_mismatch(
+    trainer_logp: Tensor,
+    rollout_logp: Tensor,
+    mask: Tensor,
+    *,
+    top: int = 20,
+    tokens: Tensor | None = None,
+    plot: str | PathLike[str] | None = None,
+) -> LogprobMismatch:
+    r"""How far the log-probs of a trainer lie from those that the sampling engine reported for the same tokens.
+
+    Kernels, precision, sampling parameters and stale weights make the two differ, and importance ratios inherit that. With the
+    same weights on both sides d should be rounding: what is left is a mismatch of temperature, of top-k or top-p, of the head's
+    precision or of the tokens themselves.
+
+    Args:
+        trainer_logp, rollout_logp: ``[B, T]``, any floating dtype; computed in float64.
+        mask: bool ``[B, T]``; True counts. Nothing outside is looked at.
+        top: how many of the worst tokens are listed.
+        tokens: ``[B, T]`` ids, to be listed with them.
+        plot: a file to which a histogram of d and a scatter of the two log-probs are saved; the name's end says which format.
+            Needs matplotlib.
+
+    Returns:
+        LogprobMismatch. -inf on either side is counted, listed first among the worst and left out of every statistic.
+
+    Raises:
+        ValueError: for shapes, a mask without a token, and a log-prob in the mask that is nan or +inf, with its place; also
+            where every token in the mask has a -inf.
+    """
+    if trainer_logp.dim() != 2 or rollout_logp.shape != trainer_logp.shape:
+        raise ValueError(
+            f"trainer_logp has shape {list(trainer_logp.shape)}, rollout_logp {list(rollout_logp.shape)}; "
+            "[B, T] is expected of both"
+        )
+    if mask.dtype != torch.bool or mask.shape != trainer_logp.shape:
+        raise ValueError(
+            f"mask is {mask.dtype} {list(mask.shape)}; torch.bool {list(trainer_logp.shape)} is expected, as of the log-probs"
+        )
+    if tokens is not None and tokens.shape != mask.shape:
+        raise ValueError(f"tokens has shape {list(tokens.shape)}; {list(mask.shape)} is expected, as of the log-probs")
+    if top < 0:
+        raise ValueError(f"top is {top}; it must not be negative")
+    if not bool(mask.any()):
+        raise ValueError("mask has no token that counts")
+    where = mask.nonzero().cpu()
+    sides = [logp.detach()[mask].double().cpu() for logp in (trainer_logp, rollout_logp)]
+    for name, side in zip(("trainer_logp", "rollout_logp"), sides, strict=True):
+        bad = side.isnan() | (side == math.inf)
+        if bool(bad.any()):
+            first = int(bad.nonzero()[0])
+            raise ValueError(f"{name}[{int(where[first, 0])}, {int(where[first, 1])}] is {float(side[first])}")
+    trainer, rollout = sides
+    finite = trainer.isfinite() & rollout.isfinite()
+    if not bool(finite.any()):
+        raise ValueError("every token in the mask has a log-prob of -inf on one side; nothing can be compared")
+    d = (trainer - rollout)[finite]
+    ratio = d.exp()
+    row = where[finite, 0]
+    rows = len(mask)
+    log_ratio = torch.zeros(rows, dtype=d.dtype).index_add_(0, row, d)
+    has_token = torch.zeros(rows, dtype=torch.bool).index_fill_(0, row, True)
+    log_ratio[~has_token] = math.nan
+    weights = (log_ratio[has_token] - log_ratio[has_token].max()).exp()
+    sizes = torch.where(finite, (trainer - rollout).abs(), math.inf).masked_fill(trainer == rollout, 0.0)
+    order = sizes.argsort(descending=True, stable=True)[:top].tolist()
+    ids = None if tokens is None else tokens.detach()[mask].cpu()
+    found = LogprobMismatch(
+        tokens=len(d),
+        mean_abs=float(d.abs().mean()),
+        max_abs=float(d.abs().max()),
+        mean_ratio=float(ratio.mean()),
+        k1=float(-d.mean()),
+        k2=float(d.square().mean() / 2),
+        k3=float((d.expm1() - d).mean()),
+        ratio_quantiles=_quantiles(ratio),
+        outside=float(((ratio < 0.5) | (ratio > 2)).double().mean()),
+        trainer_inf=int(trainer.isinf().sum()),
+        rollout_inf=int(rollout.isinf().sum()),
+        worst=tuple(
+            MismatchedToken(
+                int(where[i, 0]), int(where[i, 1]), float(trainer[i]), float(rollout[i]), None if ids is None else int(ids[i])
+            )
+            for i in order
+        ),
+        sequence_log_ratio=log_ratio,
+        sequences=int(has_token.sum()),
+        ess=float(weights.sum().square() / weights.square().sum()),
+    )
+    if plot is not None:
+        _plot_mismatch(plot, trainer[finite], rollout[finite], found)
+    return found
+
+
+def _quantiles(values: Tensor) -> dict[float, float]:
+    # torch.quantile takes no more than 2^24 values
+    ordered = values.sort().values
+    found = {}
+    for q in QUANTILES:
+        place = q * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        found[q] = float(ordered[low] + (ordered[high] - ordered[low]) * (place - low))
+    return found
+
+
+def _plot_mismatch(path: str | PathLike[str], trainer: Tensor, rollout: Tensor, found: LogprobMismatch) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError('plot needs matplotlib: pip install "prefkern[demo]"') from None
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    d: Any = (trainer - rollout).numpy()
+    axes[0].hist(d, bins=100, log=True, color="#4477aa")
+    axes[0].set(xlabel="trainer - rollout (nats)", ylabel="tokens", title=f"mean abs {found.mean_abs:.3g}, k3 {found.k3:.3g}")
+    axes[1].scatter(rollout.numpy(), trainer.numpy(), s=4, alpha=0.4, color="#4477aa", linewidths=0)
+    low = float(torch.minimum(trainer.min(), rollout.min()))
+    axes[1].plot([low, 0], [low, 0], color="black", linewidth=0.8)
+    axes[1].set(xlabel="rollout log-prob", ylabel="trainer log-prob", title=f"{found.tokens} tokens")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 # ---- inside
