@@ -55,10 +55,14 @@ LogitBlock<S> logit_block(DType dtype, int64_t rows, int64_t cols, int64_t vocab
   return b;
 }
 
-template <class S> void set_outputs(FoldArgs<S>& f, const HeadOutputs& out, int64_t outputs, int64_t rows) {
-  const auto& [logp, entropy, lse, sum_sq, mean, top1, stats] = out;
+template <class S> void set_sums(FoldArgs<S>& f, int64_t outputs) {
   f.entropy = outputs & kEntropy;
   f.extra = outputs & (kSumSqProbs | kMeanLogit | kIsTop1);
+}
+
+template <class S> void set_outputs(FoldArgs<S>& f, const HeadOutputs& out, int64_t outputs, int64_t rows) {
+  const auto& [logp, entropy, lse, sum_sq, mean, top1, stats] = out;
+  set_sums(f, outputs);
   f.logp = mutable_data<S>(logp);
   if (outputs & kEntropy) f.out_entropy = mutable_data<S>(entropy);
   if (outputs & kLse) f.lse = mutable_data<S>(lse);

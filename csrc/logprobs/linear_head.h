@@ -33,12 +33,17 @@ struct KeptTokens {
   }
 };
 
+// Where the rows of a weight lie in a vocabulary of which it holds a part.
+struct VocabRange {
+  int64_t first_col, vocab;
+};
+
 struct Head {
   Tensor hidden, weight, targets;
   OptTensor bias, row_temperature;  // accumulator type
   HeadOptions options;
   DType dtype, acc;
-  int64_t rows, width, vocab;
+  int64_t rows, width, vocab;  // the rows of the weight
   bool cuda;
   void* stream;
   ChunkPlan plan;
@@ -47,7 +52,8 @@ struct Head {
   // accumulators, or what they are rounded to where the GEMM can write it.
   std::optional<DType> rounded = std::nullopt;
   DType logits = DType::f32;
-  std::optional<KeptTokens> keep = std::nullopt;  // make_head leaves it to the caller
+  std::optional<KeptTokens> keep = std::nullopt;  // make_head leaves these to the caller
+  std::optional<VocabRange> range = std::nullopt;
 };
 
 void check_head(const Tensor& hidden, const Tensor& weight, const OptTensor& bias);
@@ -140,8 +146,9 @@ class HeadFactors {
 
 // Rows [r, r + rows) and columns [v, v + cols) of the logits.
 template <class S> LogitBlock<S> block_of(const Head& h, int64_t v, int64_t cols, int64_t r, int64_t rows) {
-  LogitBlock<S> b = logit_block<S>(h.logits, rows, cols, h.vocab, h.targets, h.options, h.row_temperature);
-  b.first_col = v;
+  const VocabRange range = h.range.value_or(VocabRange{0, h.vocab});
+  LogitBlock<S> b = logit_block<S>(h.logits, rows, cols, range.vocab, h.targets, h.options, h.row_temperature);
+  b.first_col = range.first_col + v;
   b.transform.masked = h.keep.has_value();
   if (h.bias && !h.rounded) b.transform.bias = data<S>(*h.bias) + v;
   advance_rows(b, r);
