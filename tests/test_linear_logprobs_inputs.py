@@ -457,6 +457,22 @@ def test_a_forward_alone_rounds_as_one_with_a_backward(device, logits_dtype):
     assert torch.equal(trained.logp, linear_logprobs(hidden, weight, targets, logits_dtype=logits_dtype).logp)
 
 
+@pytest.mark.parametrize("logits_dtype", [None, *NARROW])
+@pytest.mark.parametrize("device", ["cpu"])
+def test_a_forward_that_rounds_has_the_blocks_of_its_backward(allocations, logits_dtype):
+    """In others a GEMM may add up a logit in another order, and a rounding turn the last bit into an ulp of the narrow type."""
+    rows, vocab, width, budget = 64, 8000, 128, 1 << 19
+    hidden, weight, targets = make("cpu", BF16, (rows,), vocab, width)
+    targets.clamp_(min=0)
+    forward, backward = (
+        prefkern.plan_chunks(rows, width, vocab, dtype=BF16, chunk_bytes=budget, backward=b) for b in (False, True)
+    )
+    assert forward.vocab_block > backward.vocab_block > rows
+    plan = forward if logits_dtype is None else backward
+    used = allocations(lambda: linear_logprobs(hidden, weight, targets, logits_dtype=logits_dtype, chunk_bytes=budget))
+    assert used.largest == plan.vocab_block * width * 4  # a block of the weight in float32
+
+
 def test_float32_is_no_rounding(device, op_log):
     hidden, weight, targets = make(device)
     out = linear_logprobs(hidden, weight, targets, logits_dtype="float32")

@@ -92,7 +92,8 @@ def workloads() -> list[tuple[str, list[Message], Callable[[int, int], Any]]]:
     ]  # fmt: skip
 
 
-def recorded(rank: int, size: int) -> dict[str, list[tuple[str, int]]]:
+def record(size: int) -> list[tuple[str, int]]:
+    """Collective and bytes of each message that this rank gives from now on."""
     sent: list[tuple[str, int]] = []
     reduce, gather = dist.all_reduce, dist.all_gather
     dist.all_reduce = lambda t, **options: (sent.append(("all_reduce", t.nbytes)), reduce(t, **options))
@@ -103,7 +104,11 @@ def recorded(rank: int, size: int) -> dict[str, list[tuple[str, int]]]:
         gather(out, t, **options)
 
     dist.all_gather = all_gather
-    result = {}
+    return sent
+
+
+def recorded(rank: int, size: int) -> dict[str, list[tuple[str, int]]]:
+    sent, result = record(size), {}
     for what, _, call in workloads():
         call(rank, size)  # ranks learn how large a message has to be
         sent.clear()
@@ -125,15 +130,7 @@ def test_the_functions_send_what_the_model_says(size: int) -> None:
 
 
 def head_of_a_range(rank: int, size: int) -> list[tuple[str, int]]:
-    from prefkern.distributed import vocab_parallel
-
-    sent: list[tuple[str, int]] = []
-    reduce, gather = dist.all_reduce, vocab_parallel._all_gather
-    dist.all_reduce = lambda t, **options: (sent.append(("all_reduce", t.nbytes)), reduce(t, **options))
-    vocab_parallel._all_gather = lambda out, t, **options: (
-        sent.append(("all_gather", t.nbytes)),
-        gather(out, t, **options),
-    )
+    sent = record(size)
     hidden, weight = torch.randn(12, 16, requires_grad=True), torch.randn(10, 16, requires_grad=True)
     place = {"vocab_offset": 10 * rank, "vocab": 10 * size}
     logp = prefkern.linear_logprobs(hidden, weight, torch.arange(12), group=dist.group.WORLD, **place).logp

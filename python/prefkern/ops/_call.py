@@ -15,8 +15,9 @@ _validation = os.environ.get("PREFKERN_VALIDATE", "") not in ("", "0")
 
 def set_validation(enabled: bool) -> None:
     """Switch the checks on CUDA tensors that need a device synchronisation (targets out of range, temperatures that are
-    not positive, rewards that are not finite). On the CPU they always run. On every device, switch the check that
-    log-probs inside a mask are finite, which otherwise show as NaN in the loss. Off by default; the environment variable
+    not positive, rewards that are not finite). On the CPU they always run. On every device, switch the checks that
+    log-probs inside a mask are finite, which otherwise show as NaN in the loss, and that ``keep`` of ``linear_logprobs`` holds
+    every target, whose logp otherwise is -inf. Off by default; the environment variable
     ``PREFKERN_VALIDATE=1`` switches it on for a process. Without it the affected rows come out NaN."""
     global _validation  # noqa: PLW0603
     _validation = bool(enabled)

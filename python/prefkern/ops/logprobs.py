@@ -88,7 +88,7 @@ def linear_logprobs(
             exactly the logits of the forward, and gradients pass straight through the rounding. None or ``"float32"``: logits
             stay as they are accumulated. Rounding is for float32, bfloat16 and float16 inputs.
         chunk_bytes: workspace budget in bytes; None for the default (see ``prefkern.plan_chunks``). Results do not depend
-            on it beyond rounding; equal calls give equal bits.
+            on it beyond rounding, which is that of ``logits_dtype`` where there is one; equal calls give equal bits.
         group, vocab_offset, vocab: see below.
 
     Returns:

@@ -31,6 +31,19 @@ def logprob_problems(dtype: torch.dtype) -> Iterator[Problem]:
         y = hidden @ weight.T
         return reference.logits_logprobs(y if bias is None else y + bias, targets, **options)
 
+    kept = (torch.rand(*shape, vocab) < 0.1).scatter(-1, some.clamp_min(0).unsqueeze(-1), True)
+    rows = kept.view(-1, vocab)
+    csr = {"offsets": torch.nn.functional.pad(rows.sum(1).cumsum(0), (1, 0)), "ids": rows.nonzero()[:, 1].contiguous()}
+
+    def replayed(function: Any) -> Any:
+        def call(offsets: Tensor, ids: Tensor, kept: Tensor, **arguments: Any) -> Any:
+            return function(**arguments, keep=(offsets, ids))
+
+        return call
+
+    def plain_replayed(hidden: Tensor, weight: Tensor, targets: Tensor, outputs: Any, kept: Tensor, **_: Any) -> Any:
+        return reference.logits_logprobs((hidden @ weight.T).masked_fill(~kept, -math.inf), targets, outputs=outputs)
+
     linear = (prefkern.linear_logprobs, reference.linear_logprobs, plain_linear)
     over_logits = (prefkern.logits_logprobs, reference.logits_logprobs, reference.logits_logprobs)
     both = {"hidden": hidden, "weight": weight}
@@ -38,6 +51,15 @@ def logprob_problems(dtype: torch.dtype) -> Iterator[Problem]:
     yield Problem("linear_logprobs", "logp", both, {"targets": targets}, *linear)
     yield Problem("linear_logprobs", "all outputs, ignored rows", both, every, *linear)
     yield Problem("linear_logprobs", "bias, softcap, temperatures", {**both, "bias": bias}, bent, *linear)
+    yield Problem(
+        "linear_logprobs",
+        "kept tokens",
+        both,
+        {"targets": some, "outputs": ("entropy", "lse", "sum_sq_probs"), "kept": kept, **csr},
+        replayed(prefkern.linear_logprobs),
+        replayed(reference.linear_logprobs),
+        plain_replayed,
+    )
     yield Problem("logits_logprobs", "logp", one, {"targets": targets}, *over_logits)
     yield Problem("logits_logprobs", "all outputs, ignored rows", one, every, *over_logits)
     yield Problem("logits_logprobs", "softcap, temperatures", one, bent, *over_logits)
