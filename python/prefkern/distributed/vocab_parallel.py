@@ -203,12 +203,7 @@ def _prepare(
         check_tensors(bias=bias)
     bits = logprobs._output_bits(outputs)
     shape = targets.shape
-    if hidden.ndim == 0:
-        raise ValueError("hidden has shape []; [..., H] is expected")
-    if hidden.shape[:-1] != shape:
-        raise ValueError(
-            f"targets has shape {list(shape)}; hidden has shape {list(hidden.shape)}, so {list(hidden.shape[:-1])} is expected"
-        )
+    logprobs._check_rows("hidden", hidden, "H", shape)
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight has shape {list(weight.shape)}; expected [V_r, {hidden.shape[-1]}], the H of hidden")
     tau, row_temperature = logprobs._split_temperature(temperature, shape)

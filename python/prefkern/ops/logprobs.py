@@ -143,12 +143,7 @@ def linear_logprobs(
     lora_a, lora_b, lora_scale = (None, None, 1.0) if lora is None else _lora(lora)
     bits = _output_bits(outputs)
     shape = targets.shape
-    if hidden.ndim == 0:
-        raise ValueError("hidden has shape []; [..., H] is expected")
-    if hidden.shape[:-1] != shape:
-        raise ValueError(
-            f"targets has shape {list(shape)}; hidden has shape {list(hidden.shape)}, so {list(hidden.shape[:-1])} is expected"
-        )
+    _check_rows("hidden", hidden, "H", shape)
     if hidden.is_cuda and weight.ndim == 2:  # another weight is the op's to refuse
         _validate(targets, temperature, weight.shape[0], ignore_index)
     if keep_offsets is not None and keep_ids is not None and weight.ndim == 2:
@@ -214,12 +209,7 @@ def logits_logprobs(
     check_tensors(logits=logits, targets=targets)
     bits = _output_bits(outputs)
     shape = targets.shape
-    if logits.ndim == 0:
-        raise ValueError("logits has shape []; [..., V] is expected")
-    if logits.shape[:-1] != shape:
-        raise ValueError(
-            f"targets has shape {list(shape)}; logits has shape {list(logits.shape)}, so {list(logits.shape[:-1])} is expected"
-        )
+    _check_rows("logits", logits, "V", shape)
     if logits.is_cuda:
         _validate(targets, temperature, logits.shape[-1], ignore_index)
     tau, row_temperature = _split_temperature(temperature, shape)
@@ -276,6 +266,15 @@ def _differentiable(op: Any, function: type[torch.autograd.Function]) -> Any:
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _check_rows(name: str, scores: Tensor, last: str, shape: torch.Size) -> None:
+    if scores.ndim == 0:
+        raise ValueError(f"{name} has shape []; [..., {last}] is expected")
+    if scores.shape[:-1] != shape:
+        raise ValueError(
+            f"targets has shape {list(shape)}; {name} has shape {list(scores.shape)}, so {list(scores.shape[:-1])} is expected"
+        )
 
 
 def _output_bits(outputs: Iterable[str]) -> int:
