@@ -7,8 +7,6 @@ from that, and how.
 
 from __future__ import annotations
 
-import importlib
-import re
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,18 +27,6 @@ _NO_LOSS = {
     "etr": "its clip bounds come from the rewards of each completion's group",
     "tppo": "its critic learns from other tokens than its policy, which one mask cannot say",
 }
-
-
-def check_version(package: str, low: tuple[int, ...], high: tuple[int, ...]) -> None:
-    """ImportError unless the package is installed in a version from `low` to before `high`."""
-    try:
-        version = str(importlib.import_module(package).__version__)
-    except ImportError as error:
-        raise ImportError(f"{package} is not installed: {error}") from error
-    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:3])
-    if not low <= numbers < high:
-        accepted = f"from {'.'.join(map(str, low))} to before {'.'.join(map(str, high))}"
-        raise ImportError(f"{package} is {version}; prefkern's integration is tested with versions {accepted}")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ..ops import importance_weights, kl_penalty, masked_aggregate
 from ..papers import Recipe, Rollout, load_recipe
-from ._hooks import check_version, kl_in_loss, token_loss
+from ._hooks import kl_in_loss, token_loss
+from ._version import check_version
 
 SUPPORTED = ((0, 6), (0, 8))
 """From which version of NeMo-RL, and to before which, the interface was read."""

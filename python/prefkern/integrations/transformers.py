@@ -38,7 +38,7 @@ from .. import ops
 from ..ops import LinearLogprobs
 from ..ops._arguments import integer, number
 from ..ops.logprobs import OUTPUTS, _keep, _logits_dtype, _output_bits
-from ._hooks import check_version
+from ._version import check_version
 
 SUPPORTED = ((5, 0), (6,))
 """From which version of transformers, and to before which, this is tested."""

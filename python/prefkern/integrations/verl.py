@@ -40,7 +40,8 @@ from ..ops.policy import Aggregation
 from ..papers import Recipe, Rollout, gtpo, load_recipe, ppo, reinforce_pp
 from ..papers import recipes as known_recipes
 from ._heads import linear_cross_entropy
-from ._hooks import TokenLoss, check_version, kl_in_loss, mean_log_ratio, token_loss, warn_once
+from ._hooks import TokenLoss, kl_in_loss, mean_log_ratio, token_loss, warn_once
+from ._version import check_version
 
 SUPPORTED = ((0, 9, 1), (0, 10))
 """From which version of verl, and to before which, this is tested."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._patch import Patch, patch, unpatch
-from ._version import SUPPORTED
+from .._version import check_version
+from ._patch import SUPPORTED, Patch, patch, unpatch
 
 __all__ = ["SUPPORTED", "Patch", "PrefkernDPOTrainer", "PrefkernGRPOTrainer", "patch", "unpatch"]
 
@@ -25,7 +25,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    from ._version import check_version
-
-    check_version()
+    check_version("trl", *SUPPORTED)
     return getattr(import_module(f"{__name__}.{_TRAINERS[name]}"), name)

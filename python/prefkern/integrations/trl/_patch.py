@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from ... import linear_logprobs
-from ._version import SUPPORTED, check_version
+from .._version import check_version
 
+SUPPORTED = ((1, 16), (1, 17))
+"""From which version of TRL, and to before which, this is tested."""
 OUTPUTS = {"entropy": "entropy", "log_sum_sq_probs": "sum_sq_probs", "mean_logits": "mean_logit", "is_top1": "is_top1"}
 """TRL's names of what comes along with the log-probs, in its order, and prefkern's."""
 TRAINERS = ("GRPOTrainer", "RLOOTrainer", "DPOTrainer", "KTOTrainer", "SFTTrainer")
@@ -194,11 +196,11 @@ def patch() -> Patch:
         Patch, whose `calls` counts calls of the head. `with patch(): ...` undoes it at the end, unless it was on before.
 
     Raises:
-        RuntimeError: for a TRL outside :data:`SUPPORTED`, or one whose hooks are not those expected; later on, from a training
-            step of the GRPO, RLOO, DPO, KTO or SFT trainer in which the head was not called.
-        ImportError: without TRL.
+        ImportError: without TRL, or for one outside :data:`SUPPORTED`.
+        RuntimeError: for one whose hooks are not those expected; later on, from a training step of the GRPO, RLOO, DPO, KTO or
+            SFT trainer in which the head was not called.
     """
-    check_version()
+    check_version("trl", *SUPPORTED)
     from trl.trainer import base_trainer, utils
 
     if utils._ChunkedLogProbFunction is ChunkedLogProbFunction:
@@ -207,7 +209,7 @@ def patch() -> Patch:
     arguments = list(inspect.signature(original.forward).parameters)
     if arguments != ARGUMENTS or not hasattr(utils, "_use_triton"):
         raise RuntimeError(
-            f"trl.trainer.utils._ChunkedLogProbFunction takes {arguments}; {ARGUMENTS} is expected, as in trl {SUPPORTED[0]}"
+            f"trl.trainer.utils._ChunkedLogProbFunction takes {arguments}; {ARGUMENTS} is expected, as in trl 1.16"
         )
     if _patched.original is None:  # else somebody else has put something over ours
         _patched.original, _patched.compacts = original, utils._use_triton
