@@ -54,6 +54,17 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "Tensor(c!)? d_weight, Tensor(d!)? d_bias, float temperature, float softcap, float logit_scale, int ignore_index, "
       "bool accumulate) -> ()");
   m.def(
+      "linear_shard(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? row_temperature, float temperature, "
+      "float softcap, float logit_scale, int ignore_index, int outputs, int chunk_bytes, int first_col, int vocab) -> Tensor");
+  m.def(
+      "merge_linear_shards(Tensor states, Tensor targets, Tensor? row_temperature, float temperature, float softcap, "
+      "float logit_scale, int ignore_index, int outputs, int vocab) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_shard_backward(Tensor? g_logp, Tensor? g_entropy, Tensor? g_lse, Tensor hidden, Tensor weight, Tensor targets, "
+      "Tensor? bias, Tensor? row_temperature, Tensor entropy, Tensor stats, float temperature, float softcap, float logit_scale, "
+      "int ignore_index, int needs, int chunk_bytes, int first_col, int vocab) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "logits_logprobs(Tensor logits, Tensor targets, Tensor? row_temperature, float temperature, float softcap, "
       "float logit_scale, int ignore_index, int outputs, bool inplace_backward) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -239,6 +250,9 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("linear_logprobs_ext_backward", PK_OP(linear_logprobs_ext_backward));      \
     m.impl("linear_chunk_", PK_OP(linear_chunk));                                     \
     m.impl("linear_chunk_backward_", PK_OP(linear_chunk_backward));                   \
+    m.impl("linear_shard", PK_OP(linear_shard));                                      \
+    m.impl("merge_linear_shards", PK_OP(merge_linear_shards));                        \
+    m.impl("linear_shard_backward", PK_OP(linear_shard_backward));                    \
     m.impl("logits_logprobs", PK_OP(logits_logprobs));                                \
     m.impl("logits_logprobs_fwd", PK_OP(logits_logprobs));                            \
     m.impl("logits_logprobs_backward", PK_OP(logits_logprobs_backward));              \

@@ -150,6 +150,39 @@ def test_blocks_of_the_vocabulary_equal_the_whole(name, width):
 
 
 @pytest.mark.parametrize("name", ["float32", "float64"])
+@pytest.mark.parametrize("cuts", [(), (1, 1000), (7, 64, 64)])
+def test_ranges_folded_apart_and_joined_equal_the_whole(name, cuts):
+    args_type, _, launch, _ = structs(name)
+    suffix = "64" if name == "float64" else ""
+    logits, targets = inputs(name)
+    whole = fold(name, logits, targets)
+    states = torch.full((len(cuts) + 1, 7, ROWS), torch.nan, dtype=logits.dtype)
+    states[:, 1:5] = 0
+    states[:, [0, 6]] = -torch.inf  # of no columns
+    for state, first, last in zip(states, (0, *cuts), (*cuts, VOCAB), strict=True):
+        if first == last:
+            continue
+        a = args_type()
+        set_block(a.block, name, ROWS, last - first, targets, VOCAB, first)
+        set_map(a.logits_map, VOCAB)
+        a.logits = address(logits) + first * logits.element_size()
+        a.entropy, a.extra, a.first, a.last = True, True, True, False
+        a.state, a.state_stride = address(state), ROWS
+        launch(a)
+    merge = getattr(_C, "ShardMergeArgs" + suffix)()
+    merge.shards, merge.shard_stride = len(states), states.stride(0)
+    set_block(merge.rows.block, name, ROWS, VOCAB, targets)
+    merge.rows.state, merge.rows.state_stride = address(states), ROWS
+    out = {field: torch.full((ROWS,), 7, dtype=t.dtype) for field, t in whole.items()}
+    for field, tensor in out.items():
+        setattr(merge.rows, field, address(tensor))
+    getattr(_C, "cpu_merge_shards" + suffix)(merge)
+    for field, expected in whole.items():
+        counts = targets != -100 if field.startswith("row_") else slice(None)
+        torch.testing.assert_close(out[field][counts], expected[counts], rtol=0, atol=tolerance(name), msg=field)
+
+
+@pytest.mark.parametrize("name", ["float32", "float64"])
 def test_row_temperature_and_bias(name):
     logits, targets = inputs(name)
     temperature, bias = torch.rand(ROWS).to(logits.dtype) + 0.5, torch.randn(VOCAB).to(logits.dtype)

@@ -524,6 +524,106 @@ def test_narrowing_rounds_like_pytorch(simt, dtype):
     assert same_bits(g, expected)
 
 
+# ---------------------------------------------------------------------------------------------------------- merge_shards
+
+
+def shard_states(simt, logits, targets, head=PLAIN, *, cuts=(), extra=True):
+    """[ranges, 7, rows], with a gap behind each: what a process folds of its columns only."""
+    rows = targets.numel()
+    memory = torch.full((len(cuts) + 1, 7 * rows + 5), NAN)
+    states = memory[:, : 7 * rows].view(-1, 7, rows)
+    for state, (first, last) in zip(states, pairwise((0, *cuts, logits.shape[-1])), strict=True):
+        args = simt.FoldArgs()
+        args.block = logit_block(simt, logits, targets, head, first, last)
+        args.logits, args.logits_map = pointer(logits[..., first:]), row_map(simt, logits)
+        args.entropy, args.extra, args.first, args.last = True, extra, True, False
+        args.state, args.state_stride = pointer(state), rows
+        simt.cuda_fold_logits(args)
+    return states
+
+
+def merge(simt, states, targets, vocab, head=PLAIN):
+    rows = targets.numel()
+    args = simt.ShardMergeArgs()
+    args.shards, args.shard_stride = len(states), states.stride(0)
+    block = args.rows.block
+    block.rows, block.vocab, block.targets = rows, vocab, pointer(targets)
+    block.transform.scale, block.transform.softcap = head.logit_scale, head.softcap or 0.0
+    if isinstance(head.temperature, Tensor):
+        block.transform.row_temperature = pointer(head.temperature)
+    else:
+        block.transform.temperature = head.temperature
+    args.rows.state, args.rows.state_stride = pointer(states), rows
+    out = {name: torch.full((rows,), NAN) for name in ALL_OUTPUTS}
+    for name, tensor in out.items():
+        setattr(args.rows, {"entropy": "out_entropy"}.get(name, name), pointer(tensor))
+    top1 = torch.full((rows,), 2, dtype=torch.uint8)
+    args.rows.is_top1 = pointer(top1)
+    simt.cuda_merge_shards(args)
+    assert set(top1.tolist()) <= {0, 1}
+    return {**out, "is_top1": top1.bool()}
+
+
+@pytest.mark.parametrize("name", [*HEADS, None])
+@pytest.mark.parametrize(("columns", "cuts"), [(7, ()), (127, (64,)), (1003, (1, 500, 1002)), (20001, (2048, 19000))])
+def test_merge(simt, name, columns, cuts):
+    """More rows than a block has threads."""
+    rows = 140 if columns < 200 else 9
+    values, targets = sample(rows, columns)
+    targets[1] = -100
+    targets[2:4] = torch.tensor([cuts[0] - 1, cuts[0]]) if cuts else 0
+    head = heads(rows, columns)[name] if name else PLAIN
+    out = same_bits_in_every_order(
+        simt, lambda: merge(simt, shard_states(simt, values, targets, head, cuts=cuts), targets, columns, head)
+    )
+    close_outputs(out, definition(values, targets, head))
+    whole = fold(simt, values, targets, head)
+    for output in STATISTICS:
+        close(out[output], whole[output], atol=3e-6, rtol=1e-6)
+    assert same_bits(out["row_max"], whole["row_max"])
+    assert torch.equal(out["is_top1"], whole["is_top1"])
+
+
+def test_merge_breaks_ties_as_the_whole_does(simt):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(3, (300, 40), generator=generator).float()
+    best = logits == logits.max(-1, keepdim=True).values
+    first = best.int().argmax(-1)
+    for targets in (first, 39 - best.int().flip(-1).argmax(-1), torch.randint(40, (300,), generator=generator)):
+        out = merge(simt, shard_states(simt, logits, targets, cuts=(1, 2, 3, 20)), targets, 40)
+        assert torch.equal(out["is_top1"], targets == first)
+
+
+def test_the_cpu_state_and_the_cuda_state_join_alike(simt):
+    """They may differ in what lies left of a target that is elsewhere; the join does not read it."""
+    values, targets = sample(9, 300)
+    states = shard_states(simt, values, targets, cuts=(100, 200))
+    out = merge(simt, states, targets, 300)
+    elsewhere = states[:, 5].isnan()
+    assert elsewhere.sum() == 2 * 9
+    assert states[:, 6][elsewhere].isfinite().any()
+    others = states.clone()
+    others[:, 6][elsewhere] = -INF
+    assert all(same_bits(merge(simt, others, targets, 300)[name], out[name]) for name in ALL_OUTPUTS)
+
+
+def test_merge_of_what_cannot_be(simt):
+    """A target in two ranges, in none, out of the vocabulary; a range that nothing was folded into; -inf and NaN."""
+    values, targets = sample(6, 90)
+    values[3, :60], values[4, 70] = -INF, NAN
+    targets[:5] = torch.tensor([10, 40, 89, 80, 5])
+    nothing = torch.tensor([-INF, 0, 0, 0, 0, NAN, -INF])[:, None].expand(7, 6)
+    expected = definition(values, targets)
+    states = shard_states(simt, values, targets, cuts=(30, 60))
+    out = merge(simt, torch.cat([nothing[None], states, nothing[None]]), targets, 90)
+    close_outputs(out, expected)
+    twice = merge(simt, torch.cat([states, states[:1]]), targets, 90)
+    assert twice["logp"].isnan().tolist() == [True, False, False, False, True, bool(targets[5] < 30)]
+    assert merge(simt, states[:2], targets, 90)["logp"].isnan().tolist() == [False, False, *(targets[2:] >= 60).tolist()]
+    outside = merge(simt, states, torch.where(torch.arange(6) == 0, 90, targets), 90)
+    assert all(outside[name][0].isnan() for name in FLOAT_OUTPUTS)
+
+
 def test_what_the_launchers_refuse(simt):
     values, targets = sample(2, 10)
     stats = fold(simt, values, targets)
@@ -536,6 +636,7 @@ def test_what_the_launchers_refuse(simt):
 def test_no_rows_launch_nothing(simt):
     simt.cuda_fold_logits(simt.FoldArgs())
     simt.cuda_grad_logits(simt.GradArgs())
+    simt.cuda_merge_shards(simt.ShardMergeArgs())
 
 
 # --------------------------------------------------------------------------------------------------------- round_logits

@@ -5,6 +5,7 @@
 #include "core/bindings.h"
 #include "logprobs/logits_edit.h"
 #include "logprobs/logits_fold.h"
+#include "logprobs/shard_merge.h"
 
 namespace prefkern {
 
@@ -60,6 +61,11 @@ template <class S> void bind_logit_structs(py::module_& m, const std::string& su
   f.member("row_max", &Fold::row_max);
   f.member("row_log2_sum", &Fold::row_log2_sum);
 
+  Struct<ShardMergeArgs<S>> merge(m, "ShardMergeArgs" + suffix);
+  merge.member("rows", &ShardMergeArgs<S>::rows);
+  merge.member("shards", &ShardMergeArgs<S>::shards);
+  merge.member("shard_stride", &ShardMergeArgs<S>::shard_stride);
+
   using Grad = GradArgs<S>;
   Struct<Grad> g(m, "GradArgs" + suffix);
   g.member("block", &Grad::block)
@@ -103,6 +109,8 @@ inline void bind_logprobs_cpu(py::module_& m) {
   bind_cpu<void, KeepArgs<double>>(m, "cpu_keep_logits64", &cpu_keep_logits);
   bind_cpu<void, KeptUpstreamArgs<float>>(m, "cpu_kept_upstream", &cpu_kept_upstream);
   bind_cpu<void, KeptUpstreamArgs<double>>(m, "cpu_kept_upstream64", &cpu_kept_upstream);
+  bind_cpu<void, ShardMergeArgs<float>>(m, "cpu_merge_shards", &cpu_merge_shards);
+  bind_cpu<void, ShardMergeArgs<double>>(m, "cpu_merge_shards64", &cpu_merge_shards);
 }
 
 inline void bind_logprobs_cuda(py::module_& m) {
@@ -112,6 +120,7 @@ inline void bind_logprobs_cuda(py::module_& m) {
   bind_cuda(m, "cuda_round_logits", &cuda_round_logits);
   bind_cuda(m, "cuda_keep_logits", &cuda_keep_logits);
   bind_cuda(m, "cuda_kept_upstream", &cuda_kept_upstream);
+  bind_cuda(m, "cuda_merge_shards", &cuda_merge_shards);
 }
 
 }  // namespace prefkern

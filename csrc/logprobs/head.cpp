@@ -35,6 +35,16 @@ std::pair<Tensor, int64_t> checked_targets(const Tensor& targets, const Tensor& 
   return {t, ignored};
 }
 
+Tensor active_rows(const Tensor& targets, int64_t ignored, int64_t ignore_index) {
+  const int64_t rows = targets.size(0);
+  Tensor active = empty({rows - ignored}, ScalarType::Long, targets);
+  const int64_t* t = data<int64_t>(targets);
+  int64_t* out = mutable_data<int64_t>(active);
+  for (int64_t i = 0; i < rows; i++)
+    if (t[i] != ignore_index) *out++ = i;
+  return active;
+}
+
 OptTensor checked_row_temperature(const OptTensor& t, const Tensor& scores, const char* scores_name, int64_t rows, DType acc) {
   if (!t) return t;
   float_dtype(*t, "temperature");

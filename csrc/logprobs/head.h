@@ -18,6 +18,9 @@ void check_head_options(const HeadOptions& o);
 // the CPU, how many rows are ignored.
 std::pair<Tensor, int64_t> checked_targets(const Tensor& targets, const Tensor& scores, const char* scores_name, int64_t rows,
                                            int64_t vocab, int64_t ignore_index);
+// Rows that count, as indices: on the CPU ignored rows leave before the GEMM.
+Tensor active_rows(const Tensor& targets, int64_t ignored, int64_t ignore_index);
+inline OptTensor index_optional(const OptTensor& t, const Tensor& rows) { return t ? OptTensor(index_rows(*t, rows)) : t; }
 // In the accumulator type, contiguous; on the CPU every value is checked to be positive and finite.
 OptTensor checked_row_temperature(const OptTensor& t, const Tensor& scores, const char* scores_name, int64_t rows, DType acc);
 

@@ -168,17 +168,6 @@ template <class S> HeadGrads backward_walk(const Head& h, const GradArgs<S>& ups
           d_bias, d_lora_a, d_lora_b.grad() ? *d_lora_b.grad() : none()};
 }
 
-// Rows that count, as indices: on the CPU ignored rows leave before the GEMM.
-Tensor active_rows(const Tensor& targets, int64_t ignored, int64_t ignore_index) {
-  const int64_t rows = targets.size(0);
-  Tensor active = empty({rows - ignored}, ScalarType::Long, targets);
-  const int64_t* t = data<int64_t>(targets);
-  int64_t* out = mutable_data<int64_t>(active);
-  for (int64_t i = 0; i < rows; i++)
-    if (t[i] != ignore_index) *out++ = i;
-  return active;
-}
-
 std::optional<KeptTokens> index_optional(const std::optional<KeptTokens>& keep, const Tensor& rows) {
   return keep ? std::optional(KeptTokens{index_rows(keep->begin, rows), index_rows(keep->end, rows), keep->ids}) : keep;
 }
@@ -196,8 +185,6 @@ OptTensor of_kept_targets(const OptTensor& g, const std::optional<KeptTokens>& k
   g->scalar_type() == ScalarType::Double ? run(0.0) : run(0.0f);
   return out;
 }
-
-OptTensor index_optional(const OptTensor& t, const Tensor& rows) { return t ? OptTensor(index_rows(*t, rows)) : t; }
 
 HeadOutputs forward(const Tensor& hidden, const Tensor& weight, const Tensor& targets, const OptTensor& bias,
                     const OptTensor& row_temperature, const HeadOptions& options, const HeadExtras& extras, int64_t outputs,

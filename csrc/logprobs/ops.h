@@ -60,6 +60,29 @@ void linear_chunk_backward(OptTensor g_logp, OptTensor g_entropy, OptTensor g_ls
                            double temperature, double softcap, double logit_scale, int64_t ignore_index,
                            bool accumulate);  // into d_weight and d_bias
 
+// linear_logprobs of a vocabulary that is cut into ranges of rows of the weight, as several processes hold it: the fold of one
+// range, the join of all of them, and the backward of one range.
+//
+// `weight` and `bias` are rows [first_col, first_col + V_r) of a head of `vocab` rows; V_r may be 0. `targets` are ids in the
+// whole vocabulary. The state [7, N], in the accumulator type, is that of logits_fold.h; rows that are ignored hold the state of
+// no columns.
+Tensor linear_shard(const Tensor& hidden, const Tensor& weight, const Tensor& targets, OptTensor bias,
+                    OptTensor row_temperature, double temperature, double softcap, double logit_scale, int64_t ignore_index,
+                    int64_t outputs, int64_t chunk_bytes, int64_t first_col, int64_t vocab);
+
+// states [R, 7, N], the ranges in ascending order.
+HeadOutputs merge_linear_shards(const Tensor& states, const Tensor& targets, OptTensor row_temperature, double temperature,
+                                double softcap, double logit_scale, int64_t ignore_index, int64_t outputs, int64_t vocab);
+
+// With the entropy and stats of the whole vocabulary: the range's share of d_hidden [N, H], in the accumulator type, to be
+// summed over the ranges; d_weight [V_r, H] and d_bias [V_r] in their own types.
+std::tuple<Tensor, Tensor, Tensor> linear_shard_backward(OptTensor g_logp, OptTensor g_entropy, OptTensor g_lse,
+                                                         const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+                                                         OptTensor bias, OptTensor row_temperature, const Tensor& entropy,
+                                                         const Tensor& stats, double temperature, double softcap,
+                                                         double logit_scale, int64_t ignore_index, int64_t needs,
+                                                         int64_t chunk_bytes, int64_t first_col, int64_t vocab);
+
 HeadOutputs logits_logprobs(const Tensor& logits, const Tensor& targets, OptTensor row_temperature, double temperature,
                             double softcap, double logit_scale, int64_t ignore_index, int64_t outputs,
                             bool inplace_backward);  // checks that the logits can take their gradient

@@ -71,6 +71,18 @@ template <class S> PK_HD void softmax_merge(S& max, SoftmaxSums<S>& a, S other_m
   a.x += b.x;
 }
 
+// Joins the rows of two column ranges, `b` right of `a`. The target lies in one of them at most: a row that has it twice, as
+// ranges that overlap give, turns NaN.
+template <class S> PK_HD SoftmaxRow<S> softmax_join(const SoftmaxRow<S>& a, const SoftmaxRow<S>& b, S base2_factor) {
+  SoftmaxSums<S> sums{a.s, a.u, a.q, a.x};
+  S max = a.max;
+  softmax_merge(max, sums, b.max, SoftmaxSums<S>{b.s, b.u, b.q, b.x}, base2_factor);
+  const bool in_a = a.target_pre == a.target_pre, in_b = b.target_pre == b.target_pre, twice = in_a && in_b;
+  const S nan = S(__builtin_nanf("")), target_pre = in_a ? a.target_pre : b.target_pre;
+  if (twice) sums.s = nan;
+  return {max, sums.s, sums.u, sums.q, sums.x, twice ? nan : target_pre, in_a ? a.best_before : vmax(b.best_before, a.max)};
+}
+
 // log p_y = ln2 ((pre_y - max) f - log2 s);  H = ln2 (log2 s - u / s);  lse = max * factor + ln2 log2 s;
 // sum p^2 = q / s^2. Rounding may not push logp above 0 or H below 0. A row of -inf only, or with NaN, gives NaN.
 template <class S> PK_HD SoftmaxOutputs<S> softmax_finish(const SoftmaxRow<S>& row, S factor, int64_t vocab) {

@@ -9,7 +9,7 @@ from prefkern.integrations._heads import linear_cross_entropy
 def sharded_head(rank: int, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     """Log-probs, entropies, the gradient of hidden as a sequence-parallel gather sums it up, and that of the shard."""
     hidden.requires_grad_()
-    shard = weight.tensor_split(dist.get_world_size())[rank].clone().requires_grad_()
+    shard = weight.chunk(dist.get_world_size())[rank].clone().requires_grad_()
     logp, entropy = linear_cross_entropy(hidden, shard, labels, 0.7, "none", dist.group.WORLD)
     (logp.sum() + 0.1 * entropy.sum()).backward()
     total = hidden.grad.clone()

@@ -20,7 +20,8 @@ context_parallel = {"rank": 0, "size": 1}
 def arguments(**options):
     """What slime's parser gives, as far as it is read; the keys of --custom-config-path are set on it."""
     defaults = {
-        "n_samples_per_prompt": 4, "normalize_advantages": False, "kl_coef": 0.0, "calculate_per_token_loss": False,
+        "n_samples_per_prompt": 4, "rollout_batch_size": 2,
+        "normalize_advantages": False, "kl_coef": 0.0, "calculate_per_token_loss": False,
         "eps_clip": 0.2, "eps_clip_high": 0.2, "eps_clip_c": None, "entropy_coef": 0.0, "use_kl_loss": False,
         "kl_loss_coef": 0.0, "kl_loss_type": "k1", "use_unbiased_kl": False, "use_rollout_logprobs": False, "use_tis": False,
         "get_mismatch_metrics": False, "use_opsm": False, "tis_clip": 2.0, "tis_clip_low": 0, "custom_tis_function_path": None,

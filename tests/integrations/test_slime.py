@@ -127,7 +127,7 @@ def expected_step(recipe, made, rollout=None):
 
 def slime_setting(recipe):
     """--calculate-per-token-loss, as the recipe has it."""
-    return getattr(recipe, "agg", "") == "token-mean" and not (recipe.name == "rloo" and recipe.level == "sequence")
+    return getattr(recipe, "agg", "") == "token-mean" and getattr(recipe, "level", "") != "sequence"
 
 
 @pytest.mark.parametrize("micro_batches", [(range(8),), (range(3), range(3, 8))], ids=["one", "two"])
@@ -236,8 +236,12 @@ def test_groups_that_dapo_drops_have_no_advantage():
 def test_wrong_rollout_data():
     made = Step()
     data = made.data()
-    with pytest.raises(ValueError, match="raw_reward has 8 rewards, no multiple of n_samples_per_prompt, 3"):
-        integration.advantages(slime.arguments(prefkern_recipe="grpo", n_samples_per_prompt=3), data)
+    for name in ("grpo", "opo"):
+        for options in ({"n_samples_per_prompt": 3, "rollout_batch_size": None}, {"rollout_batch_size": 3}):
+            with pytest.raises(
+                ValueError, match=r"raw_reward has 8 rewards, but .*: which of them belong to one prompt cannot"
+            ):
+                integration.advantages(slime.arguments(prefkern_recipe=name, **options), data)
     with pytest.raises(ValueError, match="recipe 'dagrpo' needs 'scores', which is not in slime's rollout data"):
         integration.advantages(slime.arguments(prefkern_recipe="dagrpo"), data)
 
@@ -336,10 +340,10 @@ def test_truncated_importance_sampling(name, path):
     assert_close(*both, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["grpo", "dapo", "etr", "cispo"])
+@pytest.mark.parametrize("name", ["grpo", "dapo", "etr", "cispo", "rloo:level=token", "dr_grpo:max_length=6"])
 def test_context_parallel(name):
     """Two ranks that have halves of every completion: their losses and gradients sum up to the whole."""
-    made, recipe = Step(), recipes()[name]
+    made, recipe = Step(), load_recipe(name)
     per_token = slime_setting(recipe)
     whole = step(slime.arguments(prefkern_recipe=name, calculate_per_token_loss=per_token), made)
     parts = []
@@ -349,6 +353,23 @@ def test_context_parallel(name):
     assert min(part[1].abs().max() for part in parts) > 1e-5
     assert_close(parts[0][0] + parts[1][0], whole[0], rtol=1e-5, atol=1e-6)
     assert_close(parts[0][1] + parts[1][1], whole[1], rtol=1e-4, atol=1e-7)
+
+
+def test_a_context_parallel_rank_without_tokens():
+    """Two short completions after prompts that fill the first half: the loss is 0, and the gradient flows."""
+    slime.context_parallel.update(rank=1, size=2)
+    args = slime.arguments(prefkern_recipe="dr_grpo:max_length=4")
+    tokens = [torch.tensor([1, 2, 3, 4, 5, 6, 0, 1])] * 2
+    batch = {
+        "unconcat_tokens": tokens, "total_lengths": [8, 8], "response_lengths": [1, 1], "loss_masks": [torch.ones(1)] * 2,
+        "rollout_mask_sums": [torch.tensor(1)] * 2, "log_probs": [torch.zeros(0)] * 2, "advantages": [torch.zeros(0)] * 2,
+        "returns": [torch.zeros(0)] * 2,
+    }  # fmt: skip
+    logits = torch.randn(1, 16, VOCABULARY, requires_grad=True)
+    loss, metrics = integration.loss(args, batch, logits, slime.sample_means(args, batch))
+    loss.backward()
+    assert loss == 0 and (logits.grad == 0).all()
+    assert set(metrics) >= {"loss", "pg_clipfrac", "ppo_kl"}
 
 
 @pytest.mark.parametrize("name", ["gspo", "gmpo", "rloo", "gtpo"])

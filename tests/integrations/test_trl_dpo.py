@@ -198,6 +198,14 @@ def test_refusals(model_path, tmp_path):
     assert construct(load_pair_recipe("dpo", beta=0.7)).beta == 0.7
 
 
+def test_models_of_images(model_path, tmp_path):
+    class Seeing(PrefkernDPOTrainer):
+        _is_vlm = property(lambda self: True, lambda self, value: None)
+
+    with pytest.raises(ValueError, match="model is a vision-language model; PrefkernDPOTrainer takes models of text"):
+        build("DPO", model_path, tmp_path, trainer=Seeing, trainer_options={"recipe": "dpo"})
+
+
 def test_a_configuration_is_left_as_it_is(model_path, tmp_path):
     args = trl.DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     PrefkernDPOTrainer(

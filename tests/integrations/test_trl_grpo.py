@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.testing import assert_close
 
 from integrations.trl_tiny import build, dataset, history, rewards, save_model
-from prefkern.integrations.trl import PrefkernGRPOTrainer
+from prefkern.integrations.trl import PrefkernGRPOTrainer, patch
 from prefkern.papers import Rollout, load_recipe
 from ranks import run_ranks
 
@@ -135,7 +135,7 @@ def test_recipes(recipe, model_path, tmp_path, monkeypatch):
         for a, b in zip(mine, theirs, strict=True):
             assert (a is None) == (b is None)
             if a is not None:
-                assert_close(a, b, rtol=5e-3, atol=1e-5)
+                assert (a - b).norm() <= 1e-3 * b.norm() + 1e-6
         return loss
 
     monkeypatch.setattr(PrefkernGRPOTrainer, "_compute_loss", recorded)
@@ -150,6 +150,15 @@ def test_recipes(recipe, model_path, tmp_path, monkeypatch):
     assert any(key.startswith("recipe/") for key in logged[0])
     if hasattr(load_recipe(recipe), "weights"):
         assert trainer.recipe.weights == (1.0, 1.0)
+
+
+def test_with_prefkerns_head(model_path, tmp_path):
+    _, expected, their_weights = train(model_path, tmp_path, "gtpo:threshold=9.0")
+    with patch() as handle:
+        _, mine, weights = train(model_path, tmp_path / "patched", "gtpo:threshold=9.0")
+    assert handle.calls == 2
+    assert [a["grad_norm"] for a in mine] == pytest.approx([b["grad_norm"] for b in expected], rel=1e-4)
+    assert_close(weights, their_weights, rtol=1e-4, atol=2e-4)
 
 
 def test_gtpo_weights_and_metrics(model_path, tmp_path):
@@ -347,6 +356,19 @@ def test_refusals(recipe, options, message, model_path, tmp_path):
         train(model_path, tmp_path, recipe, **options)
 
 
+def test_weights_for_other_rewards(model_path, tmp_path):
+    with pytest.raises(ValueError, match="recipe 'gdpo' has 2 weights; 1 are expected, one per reward function"):
+        train(model_path, tmp_path, "gdpo:weights=(1.0, 2.0)")
+
+
+def test_models_of_images(model_path, tmp_path):
+    class Seeing(PrefkernGRPOTrainer):
+        _is_vlm = property(lambda self: True, lambda self, value: None)
+
+    with pytest.raises(ValueError, match="model is a vision-language model; PrefkernGRPOTrainer takes models of text"):
+        build("GRPO", model_path, tmp_path, trainer=Seeing, trainer_options={"recipe": "grpo"})
+
+
 def test_what_is_no_recipe(model_path, tmp_path):
     with pytest.raises(TypeError, match=r"recipe is 3; a name or a prefkern\.papers\.Recipe"):
         build("GRPO", model_path, tmp_path, trainer=PrefkernGRPOTrainer, trainer_options={"recipe": 3})
@@ -359,16 +381,26 @@ def test_what_is_no_recipe(model_path, tmp_path):
 # ------------------------------------------------------------------------------------------------------ several processes
 
 
+TRAINED = (None, "grpo:eps=1e-4,agg=token-mean", "grpo:eps=1e-4,agg=trl-grpo")
+IN_PARTS = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "num_iterations": 2,
+    "beta": 0.1,
+    "max_steps": 4,
+}
+
+
 def rollouts_of_a_rank(rank, path, output, recipes, port):
     """What this rank's trainers made of its half of two groups, which both ranks share."""
     world = dist.get_world_size()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    found = []
+    found = [dict(zip(("logged", "weights"), train(path, output, recipe, **IN_PARTS)[1:], strict=True)) for recipe in TRAINED]
     for recipe in recipes:
         trainer = build(
             "GRPO", path, output, trainer=PrefkernGRPOTrainer, trainer_options={"recipe": recipe},
-            per_device_train_batch_size=2, gradient_accumulation_steps=2, generation_kwargs={"max_new_tokens": 5 + rank},
+            per_device_train_batch_size=2, gradient_accumulation_steps=2, generation_kwargs={"max_new_tokens": 3 + 3 * rank},
         )  # fmt: skip
         assert trainer.accelerator.num_processes == world
         trainer.model.train()
@@ -392,7 +424,20 @@ def parts(model_path, tmp_path_factory):
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     ranks = run_ranks(rollouts_of_a_rank, 2, model_path, tmp_path_factory.mktemp("ranks"), STRADDLING, port, timeout=300.0)
-    return dict(zip(STRADDLING, zip(*ranks, strict=True), strict=True))
+    return dict(zip((*TRAINED, *STRADDLING), zip(*ranks, strict=True), strict=True))
+
+
+def test_two_ranks_train_as_in_trl(parts):
+    """Tokens are averaged over ranks and accumulated batches; ranks agree on weights and metrics."""
+    expected, mine = parts[None], parts[TRAINED[1]]
+    assert len(mine[0]["logged"]) == 4
+    for a, b in zip(mine[0]["logged"], expected[0]["logged"], strict=True):
+        for key in b.keys() - {"clip_ratio/low_min", "clip_ratio/high_max"}:
+            assert a[key] == pytest.approx(b[key], rel=2e-4, abs=1e-5), key
+    assert_close(mine[0]["weights"], expected[0]["weights"], rtol=1e-4, atol=2e-4)
+    for first, second in (parts[recipe] for recipe in TRAINED):
+        assert torch.equal(first["weights"], second["weights"])
+    assert parts[TRAINED[2]][0]["logged"][3]["grad_norm"] != pytest.approx(mine[0]["logged"][3]["grad_norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize("recipe", STRADDLING)

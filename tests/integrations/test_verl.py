@@ -1,10 +1,14 @@
 """Recipes under verl's names: through verl's registries, its advantage computation and its actor loss, on the CPU."""
 
+import copy
+import functools
+import importlib
 import inspect
 import os
 import re
 import subprocess
 import sys
+import types
 import warnings
 
 import numpy as np
@@ -23,10 +27,12 @@ from ranks import run_ranks
 
 pytest.importorskip("verl", minversion="0.9.1")
 import verl
-from tensordict import TensorDict
+from omegaconf import OmegaConf
+from tensordict import NonTensorData, NonTensorStack, TensorDict
 from verl.protocol import DataProto
 from verl.trainer.config import AlgoConfig
 from verl.trainer.ppo import core_algos, ray_trainer
+from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1 import utils as v1_utils
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.utils.kernel import linear_cross_entropy as kernel
@@ -121,7 +127,9 @@ def test_registering_again_changes_nothing():
     before = dict(core_algos.ADV_ESTIMATOR_REGISTRY)
     assert set(integration.register()) == {name for name in before if name.startswith("prefkern_")}
     assert all(core_algos.ADV_ESTIMATOR_REGISTRY[name] is fn for name, fn in before.items())
-    integration.register(["ngrpo:r_max=2.0"])
+    importlib.reload(integration)
+    assert all(core_algos.ADV_ESTIMATOR_REGISTRY[name] is fn for name, fn in before.items())
+    integration.register(recipes=["ngrpo:r_max=2.0"])
     once = core_algos.ADV_ESTIMATOR_REGISTRY["prefkern_ngrpo"]
     integration.register(["ngrpo:r_max=2.0"])
     integration.register()
@@ -144,6 +152,11 @@ def test_what_cannot_be_registered():
         integration.register(["ngrpo:rmax=1"])
     with pytest.raises(TypeError, match="a list of such strings"):
         integration.register("ngrpo")
+    for name in sorted(NO_ADVANTAGES):
+        with pytest.raises(ValueError, match=f"recipe '{name}' has no loss for verl"):
+            integration.register([name])
+    with pytest.raises(ValueError, match="recipe 'gtpo' has variant 'code'"):
+        integration.register(["gtpo:variant=code"])
     core_algos.ADV_ESTIMATOR_REGISTRY["prefkern_taken"] = print
     with pytest.raises(ValueError, match="prefkern_taken has already been registered"):
         integration.register({"taken": "grpo"})
@@ -157,27 +170,75 @@ def test_other_versions_are_refused_with_the_range(version, monkeypatch):
             function()
 
 
-def test_as_a_plugin_and_by_environment(tmp_path):
-    """A new process in which nobody imports prefkern but verl, that finds it by its entry point."""
+@pytest.fixture
+def as_a_plugin(tmp_path):
+    """A folder with an installed package that names this module as verl's plugin."""
     info = tmp_path / "some_plugin-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-plugin\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[verl.plugins]\nprefkern = prefkern.integrations.verl:register\n")
+    return tmp_path
+
+
+def forget():
+    """verl without our names, and our module not imported."""
+    for registry in (core_algos.ADV_ESTIMATOR_REGISTRY, core_algos.POLICY_LOSS_REGISTRY):
+        for name in [name for name in registry if name.startswith("prefkern_")]:
+            del registry[name]
+    return sys.modules.pop("prefkern.integrations.verl")
+
+
+@pytest.fixture
+def imported_anew():
+    module = forget()
+    yield
+    sys.modules["prefkern.integrations.verl"] = prefkern.integrations.verl = module
+
+
+def test_verls_loader_of_plugins(as_a_plugin, imported_anew, monkeypatch):
+    """The loader is in verl/__init__.py, which runs again."""
+    monkeypatch.syspath_prepend(str(as_a_plugin))
+    monkeypatch.setenv("PREFKERN_VERL_RECIPES", "ngrpo:r_max=3.0; strict=grpo:eps_high=0.1")
+    importlib.reload(verl)
+    assert core_algos.get_adv_estimator_fn("prefkern_ngrpo").recipe.r_max == 3.0
+    assert core_algos.get_policy_loss_fn("prefkern_strict").recipe.eps_high == 0.1
+    assert set(recipes()) == {
+        name.removeprefix("prefkern_") for name in core_algos.POLICY_LOSS_REGISTRY if name.startswith("prefkern_")
+    } - {"strict"}
+    monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", "none")
+    forget()
+    importlib.reload(verl)
+    assert "prefkern_ngrpo" not in core_algos.POLICY_LOSS_REGISTRY
+    assert "prefkern.integrations.verl" not in sys.modules
+
+
+@pytest.mark.slow
+def test_verls_loader_of_plugins_in_a_new_process(as_a_plugin):
+    """Where nobody imports prefkern but verl, in the middle of its own import."""
     code = (
+        "from integrations import serving\n"
         "from verl.trainer.ppo.core_algos import get_adv_estimator_fn as adv, get_policy_loss_fn as loss\n"
         "print(adv('prefkern_ngrpo').recipe.r_max, loss('prefkern_strict').recipe.eps_high, loss('prefkern_gpg').name)\n"
+        "from verl.trainer.ppo.v1 import trainer_base, utils\n"
+        "from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy as head\n"
+        "wrapped = (utils.compute_advantage, trainer_base.PPOTrainer._compute_advantage)\n"
+        "print(*(f.__wrapped__.__name__ for f in wrapped), head.__module__)\n"
     )
     environment = os.environ | {
-        "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "PYTHONPATH": os.pathsep.join([str(as_a_plugin), str(DOCS.parents[1] / "tests"), os.environ.get("PYTHONPATH", "")]),
         "PREFKERN_VERL_RECIPES": "ngrpo:r_max=3.0; strict=grpo:eps_high=0.1",
+        integration.BATCH_VARIABLE: "1",
+        integration.HEAD_VARIABLE: "1",
     }
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=180, check=False
     )
-    assert done.stdout.splitlines()[-1:] == ["3.0 0.1 prefkern_gpg"], done.stderr
+    first, second = done.stdout.splitlines()[-2:]
+    assert first == "3.0 0.1 prefkern_gpg", done.stderr
+    assert second == "compute_advantage _compute_advantage prefkern.integrations._heads", done.stderr
 
 
-def test_the_batch_is_passed_where_the_environment_says_so(monkeypatch):
+def test_the_environment_switches_batch_and_head_on(monkeypatch):
     original = ray_trainer.compute_advantage
     monkeypatch.setenv("PREFKERN_VERL_PASS_BATCH", "0")
     integration._from_environment()
@@ -189,20 +250,19 @@ def test_the_batch_is_passed_where_the_environment_says_so(monkeypatch):
         assert ray_trainer.compute_advantage.__wrapped__ is original
     integration.unpass_batch()
     assert ray_trainer.compute_advantage is v1_utils.compute_advantage is original
+    monkeypatch.delenv("PREFKERN_VERL_PASS_BATCH")
+    monkeypatch.setenv("PREFKERN_VERL_PATCH_HEAD", "1")
+    integration._from_environment()
+    assert kernel.linear_cross_entropy is integration.linear_cross_entropy
+    integration.unpatch_head()
+    assert kernel.linear_cross_entropy is not integration.linear_cross_entropy
 
 
-def test_by_verls_list_of_modules():
+def test_by_verls_list_of_modules(imported_anew):
     from verl.utils.import_utils import import_external_libs
 
-    for registry in (core_algos.ADV_ESTIMATOR_REGISTRY, core_algos.POLICY_LOSS_REGISTRY):
-        for name in [name for name in registry if name.startswith("prefkern_")]:
-            del registry[name]
-    module = sys.modules.pop("prefkern.integrations.verl")
-    try:
-        import_external_libs(["prefkern.integrations.verl"])
-        assert "prefkern_ngrpo" in core_algos.POLICY_LOSS_REGISTRY
-    finally:
-        sys.modules["prefkern.integrations.verl"] = prefkern.integrations.verl = module
+    import_external_libs(["prefkern.integrations.verl"])
+    assert "prefkern_ngrpo" in core_algos.POLICY_LOSS_REGISTRY
 
 
 def test_a_wrong_environment_is_heard_of(monkeypatch):
@@ -274,6 +334,9 @@ def test_what_is_not_in_the_batch_is_said(whole_batch):
     for name, missing in (("gtpo", "token entropies"), ("gdpo", "algorithm.gdpo_reward_keys")):
         with pytest.raises(ValueError, match=missing):
             ray_trainer.compute_advantage(data, adv_estimator=f"prefkern_{name}", config=AlgoConfig())
+    data.non_tensor_batch["scores"] = np.array([0.5, None] * 4, dtype=object)
+    with pytest.raises(ValueError, match=r"scores of verl's batch is \[0\.5, None.*a number for every completion"):
+        ray_trainer.compute_advantage(data, adv_estimator="prefkern_dagrpo", config=AlgoConfig())
     del data.non_tensor_batch["scores"]
     with pytest.raises(ValueError, match="recipe 'dagrpo' needs 'scores', which is not in verl's batch"):
         ray_trainer.compute_advantage(data, adv_estimator="prefkern_dagrpo", config=AlgoConfig())
@@ -296,6 +359,20 @@ def test_gtpo_without_entropies(whole_batch):
     assert_close(actual[1], expected[1], rtol=1e-7, atol=1e-9)
 
 
+def test_a_group_of_one_has_no_advantage():
+    """verl's own has its reward."""
+    rewards, mask = torch.tensor([0.3, 1, 0], dtype=F64), torch.ones(3, 2)
+    arguments = {
+        "token_level_rewards": at_the_end(rewards, mask.long()),
+        "response_mask": mask,
+        "index": np.array(["a", "b", "b"]),
+    }
+    ours, theirs = (core_algos.get_adv_estimator_fn(name)(**arguments)[0] for name in ("prefkern_grpo", "grpo"))
+    assert ours[0].tolist() == [0, 0]
+    assert_close(theirs[0], torch.tensor([0.3, 0.3], dtype=F64), rtol=1e-5, atol=0)
+    assert_close(ours[1:], theirs[1:])
+
+
 def test_groups_that_dapo_drops_have_no_advantage():
     """Where all are right, the punishment of a long one must not become a signal."""
     rollout, _, _ = make()
@@ -307,6 +384,98 @@ def test_groups_that_dapo_drops_have_no_advantage():
     assert (advantages[:4] == 0).all()
     assert_close(advantages[5:, 0], torch.tensor([0, -1, 1], dtype=F64) * advantages[7, 0])
     assert advantages[7, 0] > 1
+
+
+class Queue:
+    """verl's queue of transfers between its processes: ragged rows of every field, by key."""
+
+    def __init__(self, rollout, entropy, columns):
+        lengths = rollout.mask.sum(1).tolist()
+        padded = {
+            "response_mask": rollout.mask.long(), "rm_scores": at_the_end(rollout.rewards, rollout.mask),
+            "rollout_log_probs": rollout.old_logp, "old_log_probs": rollout.old_logp, "ref_log_prob": rollout.ref_logp,
+            "values": rollout.extra["values"], "responses": rollout.tokens, "entropy": entropy,
+        }  # fmt: skip
+        self.fields = {
+            name: torch.nested.as_nested_tensor([row[:n] for row, n in zip(rows, lengths, strict=True)], layout=torch.jagged)
+            for name, rows in padded.items()
+        }
+        self.others = {
+            "uid": uids(rollout.group).tolist(),
+            "extra_fields": [{"reward_extra_info": {k: v[i].item() for k, v in columns.items()}} for i in range(len(lengths))],
+        }
+        self.asked = []
+
+    def kv_batch_get(self, *, keys, partition_id, select_fields):
+        self.asked.append(select_fields)
+        data = TensorDict({name: self.fields[name] for name in select_fields if name in self.fields}, batch_size=len(keys))
+        for name in set(select_fields) & set(self.others):
+            data[name] = NonTensorStack(*[NonTensorData(value) for value in self.others[name]])
+        return data
+
+    def kv_batch_put(self, *, keys, partition_id, fields):
+        self.fields |= dict(fields.items())
+        return keys
+
+
+class Keys(list):
+    """What the trainer holds of a batch."""
+
+    def __init__(self):
+        super().__init__(f"uid{i}_0_0" for i in range(8))
+        self.keys, self.partition_id = list(self), "train"
+
+
+def in_the_new_trainer(monkeypatch, recipe, entropy=None, columns=None, **algorithm):
+    """(advantages, fields asked for) of its method, on a queue that has what it keeps."""
+    rollout, _, high = make()
+    queue = Queue(rollout, high if entropy is None else entropy, columns or {})
+    monkeypatch.setattr(trainer_base, "tq", queue)
+    integration.register([recipe])
+    algorithm = {"adv_estimator": f"prefkern_{recipe.partition(':')[0]}", "gamma": 1.0, "lam": 1.0, "use_kl_in_reward": False,
+                 **algorithm}  # fmt: skip
+    config = OmegaConf.create({"algorithm": algorithm, "actor_rollout_ref": {"rollout": {"n": 4}}})
+    trainer_base.PPOTrainer._compute_advantage(types.SimpleNamespace(config=config), Keys(), {})
+    return queue.fields["advantages"].to_padded_tensor(0.0), queue.asked
+
+
+@pytest.mark.parametrize("name", ["grpo", "ngrpo", "opo", "reg_grpo", "reinforce_pp"])
+def test_the_new_trainer(name, monkeypatch):
+    advantages, asked = in_the_new_trainer(monkeypatch, name)
+    rollout, _, _ = make()
+    expected = recipes()[name].advantages(rollout)
+    assert_close(advantages, (expected if expected.dim() == 2 else expected[:, None]) * MASK)
+    assert len(asked) == 1
+
+
+def test_the_new_trainer_passes_what_it_keeps(monkeypatch, whole_batch):
+    """Token ids, entropies, rewards by name and columns that its own method does not ask for."""
+    rollout, logp, entropy = make()
+    columns = {"a": rollout.rewards, "b": rollout.rewards.flip(0)} | {
+        key: value for key, value in rollout.extra.items() if value.dim() == 1
+    }
+    for text, options, fields in (
+        ("gtpo", {}, ["responses", "entropy"]),
+        ("gtpo:gamma=0,threshold=1e9", {}, ["responses"]),
+        ("gdpo", {"gdpo_reward_keys": ["a", "b"]}, ["extra_fields"]),
+        ("otc:c=3.0", {}, ["extra_fields"]),
+        ("dagrpo", {}, ["extra_fields"]),
+        ("gigpo", {}, ["extra_fields"]),
+        ("cgpo:kl_max=5.0", {}, ["extra_fields"]),
+        ("ppo", {}, None),
+        ("grpo", {}, None),
+    ):
+        advantages, asked = in_the_new_trainer(monkeypatch, text, columns=columns, **options)
+        assert asked[:-1] == ([] if fields is None else [fields])
+        recipe, mine = load_recipe(text), rollout
+        if text == "gdpo":
+            mine = type(rollout)(**{**vars(rollout), "rewards": torch.stack([columns["a"], columns["b"]], 1)})
+        prepared = recipe.prepare(mine)
+        expected = value_and_gradient(lambda leaf, r=recipe, p=prepared: r.loss(leaf, p, entropy=entropy), logp)
+        own = token_loss(recipe, "verl")
+        actual = losses(f"prefkern_{recipe.name}", rollout, advantages, logp, agg=own.agg)
+        assert expected[1].abs().max() > 1e-4
+        assert_close(actual[1], expected[1], rtol=1e-6, atol=1e-8)
 
 
 # ------------------------------------------------------------------------------------------------- against verl's own
@@ -432,7 +601,7 @@ def test_losses_of_whole_completions_refuse_token_advantages():
     rollout, logp, _ = make()
     for name in ("gmpo", "rloo", "gspo"):
         with pytest.raises(ValueError, match="one value for all tokens of a row"):
-            losses(f"prefkern_{name}", rollout, logp, logp)
+            losses(f"prefkern_{name}", rollout, logp, logp, agg="seq-mean-token-mean")
 
 
 # ------------------------------------------------------------------------------------------------------ settings of both
@@ -488,11 +657,14 @@ def test_several_ranks_need_the_size_of_the_global_batch():
 
 def test_a_kl_is_verls_to_add():
     rollout, logp, _ = make()
-    integration.register(["grpo:beta=0.04"])
+    for text in ("grpo:beta=0.04", "rloo:beta=0.05"):
+        with pytest.raises(ValueError, match=rf"recipe '{text[:4]}' has beta 0\.0.; verl adds the KL"):
+            integration.register([text])
+    recipe = load_recipe("grpo", beta=0.04)
     with pytest.raises(ValueError, match=r"recipe 'grpo' has beta 0\.04: verl's loss hook does not receive the reference's"):
-        losses("prefkern_grpo", rollout, rollout.old_logp, logp)
+        integration.PolicyLoss("mine", recipe)(rollout.old_logp, logp, rollout.old_logp, MASK)
     with pytest.raises(ValueError, match=r"recipe 'grpo' has beta 0\.04; verl adds the KL"):
-        ray_trainer.compute_advantage(proto(rollout), adv_estimator="prefkern_grpo", config=AlgoConfig())
+        integration.Estimator("mine", recipe)(logp, MASK, index=uids(rollout.group))
 
 
 def test_settings_of_the_algorithm_that_contradict_the_recipe():
@@ -761,7 +933,9 @@ def test_a_group_of_one_process(head, tmp_path):
 
 @pytest.mark.skipif("group" not in inspect.signature(prefkern.linear_logprobs).parameters, reason="no group= yet")
 def test_a_weight_in_shards():
+    """Of one size, as Megatron pads them."""
     hidden, weight, labels = head_inputs()
+    weight, labels = weight.detach()[:36].requires_grad_(), labels.clamp_max(35)
     expected = definition(hidden, weight, labels, 0.7)
     gradients = torch.autograd.grad(expected[0].sum() + 0.1 * expected[1].sum(), (hidden, weight))
     results = run_ranks(sharded_head, 2, hidden.detach(), weight.detach(), labels)
@@ -775,17 +949,29 @@ def test_a_weight_in_shards():
 # -------------------------------------------------------------------------------------------------- configuration, docs
 
 
-def whole_configuration(*overrides):
-    """verl's own, from its file, with overrides as on its command line."""
-    from omegaconf import OmegaConf
-
+@functools.cache
+def verls_configuration():
     path = os.path.join(os.path.dirname(verl.__file__), "trainer", "config", "_generated_ppo_trainer.yaml")
-    config = OmegaConf.load(path)
-    for override in overrides:
-        key, value = override.split("=")
-        assert OmegaConf.select(config, key, default="absent") != "absent", f"verl has no setting {key}"
-        OmegaConf.update(config, key, value)
-    return config
+    return OmegaConf.load(path)
+
+
+def whole_configuration(*overrides, sections=None):
+    """verl's own, or some sections of it, from its file, with overrides as on its command line."""
+    config = verls_configuration()
+    given = OmegaConf.from_dotlist(list(overrides))
+    for path in flat(given):
+        assert OmegaConf.select(config, path, default="absent") != "absent", f"verl has no setting {path}"
+    whole = config if sections is None else OmegaConf.masked_copy(config, sections)
+    return OmegaConf.merge(copy.deepcopy(whole), given)
+
+
+def flat(config, before=""):
+    """The paths of all values."""
+    return [
+        path
+        for key, value in config.items()
+        for path in (flat(value, f"{before}{key}.") if hasattr(value, "items") else [f"{before}{key}"])
+    ]
 
 
 def test_through_verls_configuration():
@@ -812,6 +998,65 @@ def test_through_verls_configuration():
     assert metrics["actor/pg_loss"].aggregate() == pytest.approx(loss.item())
 
 
+def selection(estimator, mode, *, whole=False, **settings):
+    """A configuration that selects these, as verl's command line makes it."""
+    keys = {"adv_estimator": "algorithm.", "gamma": "algorithm.", "use_v1": "trainer."}
+    given = {"adv_estimator": f"prefkern_{estimator}", **settings}
+    overrides = [f"{keys.get(key, 'actor_rollout_ref.actor.')}{key}={value}" for key, value in given.items()]
+    overrides.append(f"actor_rollout_ref.actor.policy_loss.loss_mode=prefkern_{mode}")
+    config = whole_configuration(*overrides, sections=None if whole else ["algorithm", "actor_rollout_ref", "trainer"])
+    for section, key in ((config.actor_rollout_ref.actor, "ppo_micro_batch_size_per_gpu"),
+                         (config.actor_rollout_ref.rollout, "log_prob_micro_batch_size_per_gpu")):  # fmt: skip
+        section[key] = 1
+    return config
+
+
+def test_selections_are_refused_before_anything_starts():
+    """By verl's own validation of its configuration."""
+    from verl.utils import config as verl_config
+
+    def start(*args, **settings):
+        integration.validate(selection(*args, **settings))
+
+    def start_verl(*args, **settings):
+        config = selection(*args, whole=True, **settings)
+        verl_config.validate_config(config, use_reference_policy=False, use_critic=False)
+
+    start_verl("grpo", "gspo", loss_agg_mode="seq-mean-token-mean")
+    with pytest.raises(ValueError, match="recipe 'trpa' has no loss for verl"):
+        start_verl("grpo", "trpa")
+    start("ngrpo", "ngrpo")
+    start("reinforce_pp", "ppo")
+    start("dgpo", "dgpo")
+    start("gtpo", "gtpo", loss_agg_mode="seq-mean-token-mean", use_v1="false")
+    for arguments, settings, message in (
+        (("grpo", "trpa"), {}, "recipe 'trpa' has no loss for verl: its loss compares the completions of a group"),
+        (("reg_grpo", "reg_grpo"), {}, "recipe 'reg_grpo' has no loss for verl"),
+        (("grpo", "etr"), {}, "recipe 'etr' has no loss for verl: its clip bounds"),
+        (("copg", "grpo"), {}, "recipe 'copg' has no loss for verl"),
+        (("grpo", "ngrop"), {}, "loss_mode is 'prefkern_ngrop', which is not registered; did you mean 'prefkern_ngrpo'"),
+        (("ngrop", "grpo"), {}, "adv_estimator is 'prefkern_ngrop', which is not registered; did you mean 'prefkern_ngrpo'"),
+        (("gtpo", "gtpo"), {}, "recipe 'gtpo' needs responses, entropy of the batch for its advantages"),
+        (("gdpo", "gdpo"), {}, "recipe 'gdpo' needs several rewards: name them in algorithm.gdpo_reward_keys"),
+        (("otc", "otc"), {}, "recipe 'otc' needs extra_fields of the batch for its advantages"),
+        (("ppo", "ppo"), {}, "recipe 'ppo' needs values of the batch for its advantages"),
+        (("grpo", "grpo"), {"clip_ratio_high": "0.28"}, "actor.clip_ratio_high is 0.28, but prefkern_grpo uses 0.2"),
+        (("reinforce_pp", "grpo"), {"gamma": "0.9"}, "algorithm.gamma is 0.9, but prefkern_reinforce_pp has gamma 1.0"),
+    ):
+        with warnings.catch_warnings(), pytest.raises(ValueError, match=re.escape(message)):
+            warnings.simplefilter("ignore")
+            start(*arguments, **settings)
+    integration.register(["dr_grpo:max_length=100"])
+    options = {"loss_agg_mode": "seq-mean-token-sum-norm"}
+    start("dr_grpo", "dr_grpo", loss_scale_factor="100", **options)
+    with pytest.raises(ValueError, match=r"actor\.loss_scale_factor is None"):
+        start("dr_grpo", "dr_grpo", **options)
+    config = selection("grpo", "grpo")
+    config.algorithm.adv_estimator = config.actor_rollout_ref.actor.policy_loss.loss_mode = "vanilla"
+    config.actor_rollout_ref.actor.clip_ratio_high = 0.3
+    integration.validate(config)
+
+
 def test_the_page(monkeypatch):
     (command, exported) = blocks("verl.md", "bash")
     whole_configuration(*re.findall(r"[\w.]+=[\w-]+(?= |$)", command.split("main_ppo")[1].replace("\\\n", " "), re.MULTILINE))
@@ -833,7 +1078,7 @@ def test_the_page(monkeypatch):
     for path in paths("verl.md") - {"prefkern.integrations.verl"}:
         assert hasattr(integration, path.rpartition(".")[2])
     text = (DOCS / "verl.md").read_text()
-    assert integration.BATCH_VARIABLE in text
+    assert integration.BATCH_VARIABLE in text and integration.HEAD_VARIABLE in text
     assert {f"prefkern_{name}" for name in ("ngrpo", "grpo", "ppo", "strict")} <= set(re.findall(r"prefkern_\w+", text))
     for name in REFUSED:
         assert name in text

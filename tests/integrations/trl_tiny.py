@@ -32,7 +32,9 @@ def save_model(path, dtype=torch.float32, **config):
     }  # fmt: skip
     family = config.pop("family", "Llama")
     configuration = getattr(transformers, f"{family}Config")(**options | config)
-    getattr(transformers, f"{family}ForCausalLM")(configuration).to(dtype).save_pretrained(path)
+    model = getattr(transformers, f"{family}ForCausalLM")(configuration).to(dtype)
+    model.generation_config.eos_token_id = [1, *range(20, 30)]  # so that lengths of completions vary
+    model.save_pretrained(path)
     return str(path)
 
 
@@ -58,8 +60,8 @@ def dataset(kind, rows=16):
 
 
 def rewards(completions, **_):
-    """Any function of the text that varies within a group."""
-    return [sum(map(ord, text)) % 97 / 97 for text in completions]
+    """Any function that varies within a group, of equal texts too: TRL's advantages of equal rewards are rounding over eps."""
+    return [(sum(map(ord, text)) % 97 + 0.37 * (i % 4)) / 97 for i, text in enumerate(completions)]
 
 
 def build(kind, path, output, *, trainer=None, reward_funcs=rewards, data=None, trainer_options=None, **options):

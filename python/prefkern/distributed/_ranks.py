@@ -40,28 +40,26 @@ class Ranks(NamedTuple):
         return message
 
 
-def ranks_of(process_group: ProcessGroup) -> Ranks | None:
-    """The ranks that take part; None if this process is alone and there is nothing to send."""
+def ranks_of(process_group: ProcessGroup, name: str = "process_group") -> Ranks | None:
+    """The ranks that take part; None if this process is alone and there is nothing to send. `name` is that of the argument."""
     if process_group is None:
         return None
     if process_group == "world":
         if not (dist.is_available() and dist.is_initialized()):
             raise ValueError(
-                "process_group is 'world' but torch.distributed is not initialised; call torch.distributed.init_process_group "
+                f"{name} is 'world' but torch.distributed is not initialised; call torch.distributed.init_process_group "
                 "first, or pass None for one process"
             )
         process_group = dist.group.WORLD
         assert process_group is not None
     elif process_group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("process_group is one that this rank does not belong to; only its members may call")
+        raise ValueError(f"{name} is one that this rank does not belong to; only its members may call")
     elif not isinstance(process_group, dist.ProcessGroup):
         hint = "; of a DeviceMesh, pass mesh.get_group()" if type(process_group).__name__ == "DeviceMesh" else ""
-        raise TypeError(
-            f"process_group is {process_group!r}; 'world', a process group of torch.distributed or None is expected{hint}"
-        )
+        raise TypeError(f"{name} is {process_group!r}; 'world', a process group of torch.distributed or None is expected{hint}")
     rank = dist.get_rank(process_group)
     if rank < 0:
-        raise ValueError("process_group is one that this rank does not belong to; only its members may call")
+        raise ValueError(f"{name} is one that this rank does not belong to; only its members may call")
     size = dist.get_world_size(process_group)
     return None if size == 1 else Ranks(process_group, rank, size)
 

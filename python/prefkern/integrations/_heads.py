@@ -20,17 +20,19 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """verl's function of that name: log-probs (not their negatives) and entropies, float32, flat [N].
 
-    hidden: [..., H], N rows. weight: [V, H], or with a group this rank's shard. labels: [...], N of them, ids of the whole
-    vocabulary. reduction: "none", or "sum" or "mean" of the log-probs, 0-d.
+    hidden: [..., H], N rows. weight: [V, H], or with a group this rank's shard, of one size on all. labels: [...], N of them,
+    ids of the whole vocabulary. reduction: "none", or "sum" or "mean" of the log-probs, 0-d.
     """
     if reduction.lower() not in ("none", "sum", "mean"):
         raise ValueError(f"reduction is {reduction!r}; accepted: 'none', 'sum', 'mean'")
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     options: dict[str, Any] = {}
-    if dist_process_group is not None and torch.distributed.get_world_size(dist_process_group) > 1:
+    ranks = 1 if dist_process_group is None else torch.distributed.get_world_size(dist_process_group)
+    if ranks > 1:
         # Callers sum the gradients of hidden over the ranks, as verl's kernel leaves them partial; ours is the whole on each.
-        rows = _Shared.apply(rows, torch.distributed.get_world_size(dist_process_group))
-        options["group"] = dist_process_group
+        rows = _Shared.apply(rows, ranks)
+        rank, size = torch.distributed.get_rank(dist_process_group), weight.shape[0]
+        options = {"group": dist_process_group, "vocab_offset": rank * size, "vocab": ranks * size}
     out = linear_logprobs(rows, weight, targets, temperature=temperature, outputs=("entropy",), **options)
     assert out.entropy is not None
     if reduction.lower() == "none":

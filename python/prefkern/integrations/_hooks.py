@@ -97,15 +97,15 @@ def token_loss(recipe: Recipe, trainer: str, *, reference: bool = False) -> Toke
     reference: whether the hook receives the reference's log-probs, so that the recipe's KL can be in its loss.
     """
     name = recipe.name
-    instead = f"; with {trainer} use its advantages with the loss of another recipe, or the recipe from a loop of your own"
+    loop = f"prefkern.papers.load_recipe({name!r})"
     if recipe.whole_groups:
         raise ValueError(
             f"recipe {name!r} has no loss for {trainer}: its loss compares the completions of a group, but {trainer}'s "
-            f"loss hook receives neither groups nor rewards, and splits groups over micro-batches; call "
-            f"prefkern.papers.load_recipe({name!r}).loss from a loop that keeps groups whole"
+            f"loss hook receives neither groups nor rewards, and splits groups over micro-batches; call {loop}.loss from a "
+            "loop that keeps groups whole"
         )
     if name in _NO_LOSS:
-        raise ValueError(f"recipe {name!r} has no loss for {trainer}: {_NO_LOSS[name]}{instead}")
+        raise ValueError(f"recipe {name!r} has no loss for {trainer}: {_NO_LOSS[name]}; use {loop} from a loop of your own")
     if not reference and (beta := kl_in_loss(recipe)) != 0:
         raise ValueError(
             f"recipe {name!r} has beta {beta}: {trainer}'s loss hook does not receive the reference's log-probs; set the KL in "

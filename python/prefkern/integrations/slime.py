@@ -73,12 +73,7 @@ def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
     device = like[0].device
     if _needs_rows_only(recipe) and "prefkern_rewards" not in rollout_data:
         rewards = torch.tensor([float(r) for r in rollout_data["raw_reward"]], device=device)
-        if len(rewards) % args.n_samples_per_prompt:
-            raise ValueError(
-                f"raw_reward has {len(rewards)} rewards, no multiple of n_samples_per_prompt, {args.n_samples_per_prompt}: "
-                "which of them belong to one prompt cannot be told"
-            )
-        group = torch.arange(len(rewards), device=device) // args.n_samples_per_prompt
+        group = _groups(args, torch.arange(len(rewards), device=device), len(rewards))
         here = torch.as_tensor(list(rollout_data["partition"]), device=device)
         rows, second = (None if x is None else x[here] for x in _row_advantages(recipe, Rollout(rewards, group)))
         assert rows is not None
@@ -100,6 +95,18 @@ def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
                 prepared["weights"], rollout_data["total_lengths"], rollout_data["response_lengths"], strict=True
             )
         ]
+
+
+def _groups(args: Any, places: Tensor, total: int) -> Tensor:
+    """The groups of completions by their places in the rollout batch, where those of a prompt stand together."""
+    samples = args.n_samples_per_prompt
+    prompts = getattr(args, "rollout_batch_size", None)
+    if total % samples or (prompts is not None and total != prompts * samples):
+        raise ValueError(
+            f"raw_reward has {total} rewards, but rollout_batch_size is {prompts} and n_samples_per_prompt {samples}: which of "
+            "them belong to one prompt cannot be told"
+        )
+    return places // samples
 
 
 def _check_advantages(args: Any, recipe: Recipe) -> None:
@@ -144,7 +151,7 @@ def _row_advantages(recipe: Recipe, rollout: Rollout) -> tuple[Tensor, Tensor | 
 def _local_rollout(args: Any, recipe: Recipe, data: Mapping[str, Any], device: torch.device) -> Rollout:
     """The completions of this rank, padded; ValueError if it has parts of groups only."""
     places = torch.as_tensor(list(data["partition"]))
-    group = places // args.n_samples_per_prompt
+    group = _groups(args, places, len(data["raw_reward"]))
     _, sizes = group.unique(return_counts=True)
     if not bool((sizes == args.n_samples_per_prompt).all()):
         raise ValueError(
@@ -220,8 +227,11 @@ def loss(
         entropy=_padded(out["entropy"]),
         tis=None if tis is None else _padded(tis.split([len(row) for row in logp])),
     )
-    value, clipped = _recipe_loss(args, recipe, rows, batch)
     flat_logp, flat_entropy = torch.cat(logp), torch.cat(out["entropy"])
+    if flat_logp.numel() == 0:  # a context-parallel rank may have nothing but prompts; the gradient must flow all the same
+        value, clipped = 0 * logits.sum(), torch.zeros((), device=logits.device)
+    else:
+        value, clipped = _recipe_loss(args, recipe, rows, batch)
     reported = {"pg_loss": value.detach(), "pg_clipfrac": clipped}
     reported["ppo_kl"] = sum_of_sample_mean(torch.cat(list(old)) - flat_logp).detach()
     entropy = sum_of_sample_mean(flat_entropy)
@@ -241,8 +251,6 @@ def loss(
         reported["train_rollout_logprob_abs_diff"] = sum_of_sample_mean(away).detach()
     if tis is not None:
         reported["ois"] = sum_of_sample_mean(torch.exp(flat_logp - torch.cat(list(old)))).detach()
-    if flat_logp.numel() == 0:
-        total = total + 0 * logits.sum()
     reported |= {key: sum_of_sample_mean(metric).detach() for key, metric in metrics.items()}
     return total, {"loss": total.detach(), **reported}
 
@@ -330,7 +338,7 @@ def _check_loss(args: Any, recipe: Recipe, options: Mapping[str, Any]) -> None:
     ):
         if getattr(args, setting, None):
             raise ValueError(f"--{setting.replace('_', '-')} is set; {instead}, so leave it out")
-    if recipe.name in _WHOLE_COMPLETIONS:
+    if recipe.name in _WHOLE_COMPLETIONS and getattr(recipe, "level", "sequence") == "sequence":
         _no_context_parallel(args, recipe)
         if args.calculate_per_token_loss and recipe.name != "gspo":
             raise ValueError(

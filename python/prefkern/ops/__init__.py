@@ -1,5 +1,6 @@
 """Typed, documented functions over ``torch.ops.prefkern``. One module per room of ``csrc``."""
 
+from . import _linear_shard as _linear_shard  # fakes
 from ._call import set_validation, validation
 from .advantages import (
     batch_moments,

@@ -15,6 +15,11 @@ def check_tensors(**tensors: Any) -> None:
             raise TypeError(f"{name} is a {type(value).__name__}; a torch.Tensor is expected")
 
 
+def is_dtensor(t: Any) -> bool:
+    """Whether `t` is a DTensor, asked of every call: torch.distributed.tensor need not be imported for it."""
+    return type(t) is not Tensor and type(t) is not torch.nn.Parameter and hasattr(t, "device_mesh") and isinstance(t, Tensor)
+
+
 def number(name: str, value: Any, accepted: str = "a number") -> float:
     """A number as a float, or a TypeError that names the argument."""
     if isinstance(value, float):  # first: under dynamic shapes a compiler's symbolic floats know nothing but this

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _C
 from .._names import nearest_hint
-from ._arguments import accumulator, check_tensors, integer, number, positive_int, same_device
+from ._arguments import accumulator, check_tensors, integer, is_dtensor, number, positive_int, same_device
 from ._call import call, no_double_backward, validation
 from .types import LinearLogprobs
 
@@ -51,6 +51,9 @@ def linear_logprobs(
     lora: tuple[Tensor, Tensor, float] | None = None,
     logits_dtype: str | None = None,
     chunk_bytes: int | None = None,
+    group: Any = None,
+    vocab_offset: int | None = None,
+    vocab: int | None = None,
 ) -> LinearLogprobs:
     r"""Log-probability of each target under the softmax of a linear head, without the logits.
 
@@ -86,6 +89,7 @@ def linear_logprobs(
             stay as they are accumulated. Rounding is for float32, bfloat16 and float16 inputs.
         chunk_bytes: workspace budget in bytes; None for the default (see ``prefkern.plan_chunks``). Results do not depend
             on it beyond rounding; equal calls give equal bits.
+        group, vocab_offset, vocab: see below.
 
     Returns:
         LinearLogprobs with fields shaped like ``targets``, float32 (float64 for float64 input, is_top1 bool), None where
@@ -100,7 +104,38 @@ def linear_logprobs(
 
     Memory: one block of logits plus converted operands, O(chunk_bytes), and O((N + V) H) for gradients; with ``lora``
         also ``[N, r]``, twice in the backward.
+
+    A vocabulary over several processes: ``group`` is a process group of ``torch.distributed``, or ``"world"`` (gloo for tensors
+    on the CPU, NCCL on GPUs), whose processes hold the weight's rows, and the bias, in ranges ``[V_r, H]`` one after the other
+    in the order of their ranks; of any sizes, 0 too. All of them call with the same hidden, targets (ids in the whole
+    vocabulary) and options, get the same bits, and compute the same loss from them. As with a column-parallel linear layer and
+    a vocabulary-parallel cross entropy, each process's hidden gradient is then that of the whole head, summed over the ranges
+    in float32 and equal on all; the gradients of weight and bias are those of its own range. Messages: one all-gather of
+    28 N + 28 bytes per process in the forward, one all-reduce of 4 N H bytes in the backward if hidden requires a gradient
+    (float64: twice that).
+
+    ``vocab_offset``, the token of the range's first row, and ``vocab``, the V of all ranges, are gathered by a second message
+    if they are not given, which the host waits for; ``prefkern.distributed.vocab_shard`` gives them once for many calls. Give
+    both on every process or on none. With ``vocab`` alone the ranges must sum to it. Processes that disagree in rows, dtypes,
+    options or ranges raise ValueError, all of them, and RuntimeError where another one refuses its arguments; on CUDA, with
+    the ranges given and without ``prefkern.set_validation(True)``, they get NaN instead. What cannot be told so, as messages
+    of two lengths, ends with an error of the backend or the group's timeout. Such a call cannot be compiled: put it under
+    ``torch.compiler.disable``, and it takes no ``keep``, ``lora`` or ``logits_dtype``.
+
+    A DTensor as weight means its whole, gathered by ``full_tensor()``: each process has rows of its own, as in FSDP2, and the
+    weight's gradient, a DTensor of the same placements, is the mean over the processes of its mesh
+    (``prefkern.distributed.gathered`` says how else). With ``group`` the processes have the same rows: a weight in ``Shard(0)``
+    on a mesh of those processes is used in place, each process its own part, whose place in the vocabulary is known; one in
+    other placements is gathered, and every process computes the whole head.
     """
+    if group is not None or vocab_offset is not None or vocab is not None or is_dtensor(weight):
+        from ..distributed import vocab_parallel
+
+        return vocab_parallel.linear_logprobs(
+            hidden, weight, targets, group=group, vocab_offset=vocab_offset, vocab=vocab, bias=bias, keep=keep, lora=lora,
+            logits_dtype=logits_dtype, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+            ignore_index=ignore_index, outputs=outputs, chunk_bytes=chunk_bytes,
+        )  # fmt: skip
     check_tensors(hidden=hidden, weight=weight, targets=targets)
     if bias is not None:
         check_tensors(bias=bias)

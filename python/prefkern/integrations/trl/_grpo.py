@@ -75,6 +75,11 @@ class PrefkernGRPOTrainer(GRPOTrainer):
         if getattr(self.recipe, "max_length", 0) is None and self.recipe.name == "dr_grpo":
             self.recipe = replace(self.recipe, max_length=self.max_completion_length)  # type: ignore[call-arg]
         weights = getattr(self.recipe, "weights", None)
+        if weights is not None and len(weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"recipe {self.recipe.name!r} has {len(weights)} weights; {len(self.reward_funcs)} are expected, one per "
+                "reward function"
+            )
         if weights is not None:
             self.reward_weights = torch.tensor(weights, dtype=torch.float32)
         elif hasattr(self.recipe, "weights"):
