@@ -69,6 +69,27 @@ def test_loss_and_gradients_are_the_models_own(name) -> None:
         assert_close(grad, expected[parameter], rtol=1e-4, atol=2e-6, msg=lambda m, p=parameter: f"{p}: {m}")
 
 
+def test_a_model_that_sees_images() -> None:
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    config = transformers.LlavaConfig(text_config=make_model("llama").config, vision_config=vision, image_token_index=90)
+    model, batch = transformers.LlavaForConditionalGeneration(config).eval(), make_batch()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.normal_(0, 0.2)
+    batch["input_ids"] %= 90
+    batch["input_ids"][:, 1:5], batch["labels"][:, 1:5] = 90, -100  # the four patches of an image
+    batch["pixel_values"] = torch.randn(3, 3, 16, 16)
+    batch["labels"] = batch["labels"].where(batch["labels"] < 0, batch["input_ids"])
+    own = model(**batch)
+    logp, _ = expected_logprobs(own.logits, batch["labels"])
+    assert_close(token_logprobs(model, **batch).logp, logp, rtol=0, atol=3e-6)
+    enable(model)
+    found = model(**batch)
+    assert found.logits is None
+    assert_close(found.loss, own.loss, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe"])
 def test_router_losses_are_kept(name) -> None:
     model, batch = make_model(name), make_batch()
@@ -239,6 +260,7 @@ def test_calls_without_labels_are_untouched() -> None:
     assert_close(found.logits, own.logits, rtol=0, atol=0)
     assert torch.equal(model.generate(**prompt), tokens)
     assert inspect.signature(model.forward) == inspect.signature(make_model("qwen2").forward)
+    assert [*model.state_dict()] == [*make_model("qwen2").state_dict()]
 
 
 def test_arguments_by_position() -> None:
@@ -344,10 +366,12 @@ def test_another_head_is_found() -> None:
 def test_hooks_on_the_head_run() -> None:
     """What brings a weight into place: here it is gone before and after, and the gradient goes through the hook too."""
     model, batch = make_model("llama"), make_batch()
+    batch["labels"][2, 5] = model(**batch).logits[2, 4].argmax()
     own = model(**batch)
     expected = gradients(model, own.loss)
     weight, log = model.lm_head.weight.detach().clone(), []
-    enable(model)
+    enable(model, outputs=OUTPUTS)
+    without_hooks = model(**batch)
 
     def bring(module, _):
         module.weight.data = weight
@@ -365,6 +389,9 @@ def test_hooks_on_the_head_run() -> None:
     found = model(**batch)
     assert_close(found.loss, own.loss, rtol=1e-6, atol=1e-6)
     assert log == ["bring", "take"]
+    for statistic in OUTPUTS:
+        assert_close(found[statistic], without_hooks[statistic], rtol=0, atol=0)
+    assert found.is_top1[2, 4]
     grads = gradients(model, found.loss)
     assert log == ["bring", "take", "bring", "backward"]
     for name, grad in grads.items():

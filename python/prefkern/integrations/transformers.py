@@ -141,7 +141,7 @@ def enable(
             DDP, FSDP2 or ``torch.compile``; before or after it is wrapped. Changed in place.
         outputs: further statistics per token, any of ``"entropy"``, ``"lse"``, ``"sum_sq_probs"``, ``"mean_logit"``,
             ``"is_top1"``, as of :func:`prefkern.linear_logprobs`.
-        temperature: above 0. Logits are divided by it, for the loss too.
+        temperature: above 0. Logits are divided by it, for the loss too, unless the model computes that itself.
         logits_dtype: ``"bfloat16"`` or ``"float16"`` rounds the head's product to that, as a sampler whose head writes it; see
             :func:`prefkern.linear_logprobs`. None: it stays as it is accumulated. (Logits that the model has to make have the
             model's precision.)
@@ -357,8 +357,9 @@ def _forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
 
 @functools.partial(torch.compiler.disable, recursive=False)
 def _forward(model: Any, state: _State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
-    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    if args:
+        names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     if all(kwargs.get(name) is None for name in _LABELS):
         return state.inner(**kwargs)
     return_dict = kwargs.pop("return_dict", None)
