@@ -229,6 +229,18 @@ def measure(dtype: str, path: str, options: argparse.Namespace) -> list[dict[str
     return rows
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| model | head | a step | ratio | extra MiB | max error of log-probs |", "| --- | --- | --- | --- | --- | --- |"]
+    first = rows[0]["peer"]
+    for row in rows:
+        lines.append(
+            f"| {row['dtype']} | {row['peer']} | {row['time_ms']:.0f} ms | {row[f'ratio_{first}']:.2f}x | "
+            f"{row['peak_mib']:.0f} | {row['max_error']:.1e} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=4)
@@ -255,13 +267,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as path:
         save_model(path, options)
         rows = [row for dtype in options.dtypes for row in measure(dtype, path, options)]
-    first = options.variants[0]
-    print(f"{'':24} {'step':>9} {'ratio':>7} {'CPU':>6} {'extra MiB':>10} {'max error':>10}")
-    for row in rows:
-        print(
-            f"{row['dtype']} {row['peer']:19} {row['time_ms']:7.0f}ms {row[f'ratio_{first}']:6.2f}x "
-            f"{row[f'cpu_ratio_{first}']:5.2f}x {row['peak_mib']:10.0f} {row['max_error']:10.1e}"
-        )
+    print(table(rows))
     if options.json:
         command = " ".join(["python benchmarks/trl_step.py", *sys.argv[1:]])
         report.save(report.results(rows, surroundings, command), options.json)

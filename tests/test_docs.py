@@ -1,13 +1,17 @@
 """What docs/ states is executed or compared with where it comes from."""
 
+import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from prefkern.bench.report import markdown_table
 from prefkern.cli import app
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -15,15 +19,33 @@ PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 
 
 def test_the_list_of_papers_is_the_registry() -> None:
-    stated = re.search(r"<!-- papers: begin -->\n(.*?)\n<!-- papers: end -->", (DOCS / "papers.md").read_text(), re.DOTALL)
-    assert stated
-    assert stated[1].strip() == CliRunner().invoke(app, ["papers", "--markdown"]).output.strip()
+    found = re.search(r"<!-- papers: begin -->\n(.*?)\n<!-- papers: end -->", (DOCS / "papers.md").read_text(), re.DOTALL)
+    assert found
+    assert found[1].strip() == CliRunner().invoke(app, ["papers", "--markdown"]).output.strip()
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "/" not in page])  # tests/integrations has the others
 def test_its_examples_run(page: str) -> None:
     for code in re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL):
         subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True)
+
+
+def measured(name: str) -> dict[str, Any]:
+    results: dict[str, Any] = json.loads((DOCS.parent / "benchmarks/results" / name).read_text())
+    return results
+
+
+def stated(page: str, table: str) -> str:
+    found = re.search(rf"<!-- table: {table} -->\n(.*?)\n<!-- table: end -->", (DOCS / page).read_text(), re.DOTALL)
+    assert found
+    return found[1].strip()
+
+
+def test_the_tables_are_those_of_the_committed_measurements() -> None:
+    step = runpy.run_path(str(DOCS.parent / "benchmarks/trl_step.py"))
+    assert stated("integrations/trl.md", "trl step") == step["table"](measured("cpu-epyc-trl-step.json")["rows"])
+    shared = markdown_table(measured("cpu-epyc-vocab-parallel.json"), ["linear_logprobs"])
+    assert stated("scaling.md", "vocabulary") == shared.strip()
 
 
 @pytest.mark.parametrize("page", PAGES)
