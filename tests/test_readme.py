@@ -54,6 +54,18 @@ def test_the_tables_are_those_of_the_committed_measurements() -> None:
         assert stated.strip() == markdown_table(json.loads((ROOT / source).read_text()), ops.split(",")).strip(), source
 
 
+def test_what_it_says_of_a_step_of_trl_was_measured() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/cpu-epyc-trl-step.json").read_text())["rows"]
+    ours, theirs = ({r["dtype"]: r for r in rows if r["peer"] == peer} for peer in ("prefkern", "trl"))
+    single, half = (f"{ours[dtype]['ratio_trl']:.2f}x" for dtype in ("fp32", "bf16"))
+    memory = [f"{of[dtype]['peak_mib']:.0f}" for of in (ours, theirs) for dtype in ("fp32", "bf16")]
+    errors = [f"{of['bf16']['max_error']:.0e}".replace("e-0", "e-") for of in (ours, theirs)]
+    said = " ".join(README.split())
+    assert f"takes {single} of its time with its own head in float32 and {half} in bfloat16" in said
+    assert "with {} and {} MiB where that takes {} and {}".format(*memory) in said
+    assert "that are {} from float64 where those are {}".format(*errors) in said
+
+
 def test_the_papers_it_lists_are_all_there_are() -> None:
     from prefkern.papers import about
 
