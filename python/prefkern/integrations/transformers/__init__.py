@@ -17,28 +17,48 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib
 import inspect
-import math
-import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
-from .. import ops
-from ..ops import LinearLogprobs
-from ..ops._arguments import integer, number
-from ..ops.logprobs import OUTPUTS, _keep, _logits_dtype, _output_bits
-from ._version import check_version
+from ... import ops
+from ...ops import LinearLogprobs
+from ...ops._arguments import integer, number
+from ...ops.logprobs import OUTPUTS
+from .._version import check_version
+from ._arguments import (
+    IGNORED,
+    accepts,
+    causal_lm,
+    labels_of,
+    mean,
+    names_of,
+    positive,
+    rounding,
+    shift,
+    spread,
+    spread_rows,
+    unwrap,
+)
+from ._head import KNOWN, InsteadOfProduct, Product, StandIn, Unfit, called, product_of, scale_and_softcap
+
+__all__ = [
+    "SUPPORTED",
+    "CausalLMLogprobs",
+    "Enabled",
+    "ShiftLabels",
+    "causal_lm_loss",
+    "disable",
+    "enable",
+    "token_logprobs",
+]
 
 SUPPORTED = ((5, 0), (6,))
 """From which version of transformers, and to before which, this is tested."""
@@ -46,7 +66,6 @@ SUPPORTED = ((5, 0), (6,))
 _ATTRIBUTE = "_prefkern"
 _NAMES = ("log_probs", *OUTPUTS)
 _LABELS = ("labels", "shift_labels")
-_IGNORED = -100  # what transformers ignores
 
 check_version("transformers", *SUPPORTED)
 
@@ -86,10 +105,6 @@ class _Options(NamedTuple):
     keep: tuple[Tensor, Tensor] | None = None
 
 
-class _Unfit(Exception):
-    """Why a model has to make its logits."""
-
-
 class _State:
     """What :func:`enable` leaves on a model."""
 
@@ -98,7 +113,7 @@ class _State:
         self.forward: Any = None  # ours, bound: one object, so that a compiler's guards find it again
         self.inner: Any = None  # the forward that was there before
         self.installed = False  # also where another has wrapped ours since
-        self.stand_in = _StandIn()
+        self.stand_in = StandIn()
         self.places: list[tuple[nn.Module, str]] = []  # where the head hangs
         self.unfit: tuple[nn.Module, str] | None = None  # a head, and why its logits have to be made
         self.warned: set[str] = set()
@@ -160,16 +175,16 @@ def enable(
     Under ``torch.compile`` the layers are compiled and the head runs as it is, between two graphs, so ``fullgraph=True`` is not
     supported. Nor is ``nn.DataParallel``, whose replicas share a forward.
     """
-    inner = _causal_lm(model)
+    inner = causal_lm(model)
     if isinstance(temperature, Tensor) or not hasattr(temperature, "__float__"):
         raise TypeError(f"temperature is {temperature!r}; a number is expected")
-    options = _Options(_names(outputs), _positive(float(temperature)), _rounding(logits_dtype), chunk_bytes)
+    options = _Options(names_of(outputs), positive(float(temperature)), rounding(logits_dtype), chunk_bytes)
     return Enabled(inner, _set_options(inner, options))
 
 
 def disable(model: nn.Module) -> None:
     """Give a model its own forward back. Nothing happens to one that is not enabled."""
-    _set_options(_unwrap(model), None)
+    _set_options(unwrap(model), None)
 
 
 def _set_options(model: nn.Module, options: _Options | None) -> _Options | None:
@@ -246,14 +261,14 @@ def token_logprobs(
     Like :func:`enable` it falls back to logits, with a warning, where it has to; with ``keep`` that is a ValueError. With
     ``torch.compile`` enable the model first.
     """
-    inner = _causal_lm(model)
-    names = _names(outputs)
+    inner = causal_lm(model)
+    names = names_of(outputs)
     if labels is not None and shift_labels is not None:
         raise ValueError("labels and shift_labels are both given; one of them is expected")
     if labels is None and shift_labels is None:
         if input_ids is None:
             raise ValueError("input_ids is None; without them labels or shift_labels are expected")
-        labels = _labels_of(input_ids, attention_mask, position_ids)
+        labels = labels_of(input_ids, attention_mask, position_ids)
     given = shift_labels if labels is None else labels
     assert given is not None
     if given.dim() != 2 or (input_ids is not None and given.shape != input_ids.shape):
@@ -266,19 +281,19 @@ def token_logprobs(
             raise ValueError(f"logits_to_keep is {logits_to_keep}; at least 1 is expected, or None for all")
         width = min(width, logits_to_keep)
     if isinstance(temperature, Tensor):
-        temperature = _spread(temperature, given.shape[0], width, labels is not None)
+        temperature = spread(temperature, given.shape[0], width, labels is not None)
     else:
-        temperature = _positive(number("temperature", temperature, "a number or a tensor"))
+        temperature = positive(number("temperature", temperature, "a number or a tensor"))
     if keep is not None:
-        keep = _spread_rows(keep, given.shape[0], width, labels is not None)
-    options = _Options(names, temperature, _rounding(logits_dtype), chunk_bytes, width, keep)
+        keep = spread_rows(keep, given.shape[0], width, labels is not None)
+    options = _Options(names, temperature, rounding(logits_dtype), chunk_bytes, width, keep)
     arguments = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "position_ids": position_ids,
         "labels": labels,
         "shift_labels": shift_labels,
-        "use_cache": False if _accepts(type(inner), "use_cache") else None,
+        "use_cache": False if accepts(type(inner), "use_cache") else None,
     }
     inputs.update({name: value for name, value in arguments.items() if value is not None})
     before = _set_options(inner, options)
@@ -320,9 +335,9 @@ def causal_lm_loss(
     if logits is None or labels is None:
         missing = "labels is None" if labels is None else "outputs has no logits"
         raise ValueError(f"{missing}; labels and outputs with logits are expected, or outputs with a loss")
-    targets = _shift(labels).to(logits.device)
+    targets = shift(labels).to(logits.device)
     logp = ops.logits_logprobs(logits, targets, inplace_backward=inplace_backward).logp
-    loss = _mean(logp, targets, num_items_in_batch, _IGNORED)
+    loss = mean(logp, targets, num_items_in_batch, IGNORED)
     aux = outputs.get("aux_loss")
     return loss if aux is None or aux_loss_coef == 0 else loss + aux_loss_coef * aux.to(loss.device)
 
@@ -335,7 +350,7 @@ class ShiftLabels:
 
     def __call__(self, features: Any) -> Any:
         batch = self.collator(features)
-        batch["shift_labels"] = _shift(batch["labels"]).contiguous()
+        batch["shift_labels"] = shift(batch["labels"]).contiguous()
         return batch
 
 
@@ -373,19 +388,19 @@ def _labelled(model: Any, state: _State, kwargs: dict[str, Any]) -> CausalLMLogp
     head = model.get_output_embeddings()
     try:
         if head is None:
-            raise _Unfit("it has no output embeddings")
+            raise Unfit("it has no output embeddings")
         if state.unfit is not None and state.unfit[0] is head:
-            raise _Unfit(state.unfit[1])
+            raise Unfit(state.unfit[1])
         if model.loss_function is not ForCausalLMLoss:
-            raise _Unfit(f"its loss function is {_called(model.loss_function)}, not transformers' ForCausalLMLoss")
-        product = _product_of(head)
-    except _Unfit as unfit:
+            raise Unfit(f"its loss function is {called(model.loss_function)}, not transformers' ForCausalLMLoss")
+        product = product_of(head)
+    except Unfit as unfit:
         reason = str(unfit)
     else:
         try:
             call = _WithoutLogits(state, head, product)
             return call.output(_run(model, state, call, kwargs))
-        except _Unfit as unfit:
+        except Unfit as unfit:
             reason = str(unfit)
             state.unfit = head, reason
     if state.options is not None and state.options.keep is not None:
@@ -416,7 +431,7 @@ class _Call:
         labels: Tensor,
         vocab_size: int,
         num_items_in_batch: Tensor | int | None = None,
-        ignore_index: int = _IGNORED,
+        ignore_index: int = IGNORED,
         shift_labels: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
@@ -424,11 +439,11 @@ class _Call:
         self.entered = True
         self.score(logits, labels, shift_labels, vocab_size, ignore_index)
         assert self.result is not None
-        return _mean(self.result.logp, self.targets, num_items_in_batch, ignore_index)
+        return mean(self.result.logp, self.targets, num_items_in_batch, ignore_index)
 
     def score(self, logits: Tensor, labels: Any, shift_labels: Tensor | None, vocab: int | None, ignored: int) -> None:
         self.shifted = shift_labels is not None
-        targets = _shift(labels, ignored) if shift_labels is None else shift_labels
+        targets = shift(labels, ignored) if shift_labels is None else shift_labels
         source = self.source(logits)
         if source.shape[:-1] != targets.shape:
             raise ValueError(
@@ -468,7 +483,7 @@ class _Call:
 class _WithoutLogits(_Call):
     """With a stand-in for the head."""
 
-    def __init__(self, state: _State, head: nn.Module, product: _Product) -> None:
+    def __init__(self, state: _State, head: nn.Module, product: Product) -> None:
         super().__init__(state)
         self.state, self.head, self.product = state, head, product
 
@@ -483,38 +498,38 @@ class _WithoutLogits(_Call):
         try:
             with _loss_function(model, self.loss):
                 yield
-        except _Unfit:
+        except Unfit:
             raise
         except Exception as error:
             in_here = self.entered and self.result is None
             if stand_in.hidden is None or in_here or isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise _Unfit(f"its forward needs them itself ({error})") from error
+            raise Unfit(f"its forward needs them itself ({error})") from error
         finally:
             for parent, name in places:
                 parent._modules[name] = self.head
             stand_in.take_the_place_of(None)
         if self.result is None:
-            raise _Unfit("it does not hand them from its output head to its loss function")
+            raise Unfit("it does not hand them from its output head to its loss function")
 
     def source(self, logits: Tensor) -> Tensor:
         hidden = self.state.stand_in.hidden
-        if hidden is None or logits.shape != (*hidden.shape[:-1], len(_KNOWN)):
-            raise _Unfit("its loss does not see them as its output head makes them")
+        if hidden is None or logits.shape != (*hidden.shape[:-1], len(KNOWN)):
+            raise Unfit("its loss does not see them as its output head makes them")
         return hidden
 
     def logprobs(self, source: Tensor, logits: Tensor, vocab: int | None, options: dict[str, Any]) -> LinearLogprobs:
-        scale, softcap = _scale_and_softcap(logits)
+        scale, softcap = scale_and_softcap(logits)
         options.update(logit_scale=scale, softcap=softcap)
         options.update(logits_dtype=self.options.logits_dtype, chunk_bytes=self.options.chunk_bytes)
         product = self.product
 
-        if vocab == len(_KNOWN):
-            raise _Unfit("its forward takes the size of the vocabulary from them")
+        if vocab == len(KNOWN):
+            raise Unfit("its forward takes the size of the vocabulary from them")
 
         def head(x: Tensor, weight: Tensor, bias: Tensor | None) -> LinearLogprobs:
             if x.shape[:-1] != self.targets.shape:
-                raise _Unfit(f"its output head, {_called(self.head)}, changes the shape of what it is given")
+                raise Unfit(f"its output head, {called(self.head)}, changes the shape of what it is given")
             here: dict[str, Any] = {
                 "targets": self.targets.to(x.device),
                 "lora": product.factors(x.dtype),
@@ -526,15 +541,15 @@ class _WithoutLogits(_Call):
                 here["temperature"] = self.options.temperature.to(x.device)
             return ops.linear_logprobs(x, weight, **{**options, **here})
 
-        with _InsteadOfProduct(vocab, head) as instead:
+        with InsteadOfProduct(vocab, head) as instead:
             try:
                 out = product.module(source)
             except Exception as error:
-                if instead.result is None or isinstance(error, _Unfit):
+                if instead.result is None or isinstance(error, Unfit):
                     raise
-                raise _Unfit(f"its output head, {_called(self.head)}, works on after its product ({error})") from error
+                raise Unfit(f"its output head, {called(self.head)}, works on after its product ({error})") from error
         if instead.result is None:
-            raise _Unfit(f"its output head, {_called(self.head)}, does not make them by nn.functional.linear with [V, H]")
+            raise Unfit(f"its output head, {called(self.head)}, does not make them by nn.functional.linear with [V, H]")
         return instead.handed_over(out, product.module, self.head)
 
 
@@ -555,7 +570,7 @@ class _WithLogits(_Call):
 
     def output(self, out: Any) -> CausalLMLogprobs:
         if self.result is None:  # a loss of the model's own; it stays as it is
-            self.score(out.logits, self.given["labels"], self.given["shift_labels"], None, _IGNORED)
+            self.score(out.logits, self.given["labels"], self.given["shift_labels"], None, IGNORED)
         found = super().output(out)
         found.logits = out.logits
         return found
@@ -585,262 +600,3 @@ def _output_type(own: Any) -> type[CausalLMLogprobs]:
     ours = {field.name for field in dataclasses.fields(CausalLMLogprobs)}
     further = [(field.name, Any, None) for field in dataclasses.fields(own) if field.name not in ours]
     return dataclasses.make_dataclass(f"{CausalLMLogprobs.__name__}Of{own.__name__}", further, bases=(CausalLMLogprobs,))
-
-
-# ---- the head
-
-# What the stand-in answers in place of logits. The smallest gives the scale of capped logits, the largest the cap.
-# Powers of two, which no floating dtype rounds.
-_SMALL, _LARGE = 2.0**-13, 2.0**100
-_KNOWN = torch.tensor([0.0, _SMALL, 1.0, -1.0, 4.0, -32.0, 256.0, _LARGE], dtype=torch.float64, device="cpu")
-
-
-class _StandIn(nn.Module):
-    """In the place of an output head: keeps the hidden states and answers with known numbers, on the CPU, where to read them
-    is to wait for nothing."""
-
-    hidden: Tensor | None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.take_the_place_of(None)
-
-    def take_the_place_of(self, head: nn.Module | None) -> None:
-        self.__dict__.update(head=head, hidden=None)  # no module of this one
-
-    def __getattr__(self, name: str) -> Any:
-        head = self.__dict__.get("head")
-        if head is None:
-            return super().__getattr__(name)
-        return getattr(head, name)
-
-    @torch.compiler.disable
-    def forward(self, hidden: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-        if self.hidden is not None:
-            raise _Unfit("its forward applies its output head more than once")
-        self.__dict__["hidden"] = hidden
-        return _KNOWN.expand(*hidden.shape[:-1], -1)
-
-
-def _scale_and_softcap(answer: Tensor) -> tuple[float, float | None]:
-    """s and c (or None) if `answer` is c tanh(s x / c), or s x, of the known numbers x, in every row."""
-    rows = answer.detach().reshape(-1, len(_KNOWN)).to("cpu", torch.float64)
-    if not len(rows):
-        return 1.0, None
-    found = dict(zip(_KNOWN.tolist(), rows[0].tolist(), strict=True))
-    limit = found[_LARGE]
-    softcap = limit if abs(limit) < 2.0**50 else None
-    scale = found[1.0] if softcap is None else found[_SMALL] / _SMALL
-    expected = [scale * x if softcap is None else softcap * math.tanh(scale * x / softcap) for x in found] if limit else []
-    right = torch.tensor(expected, dtype=torch.float64)
-    if not (scale > 0 and limit > 0 and torch.allclose(rows, right.expand_as(rows), rtol=1e-5, atol=1e-9)):
-        raise _Unfit("it changes them by more than a factor and a soft cap")
-    return (1.0 if abs(scale - 1) < 1e-6 else scale), softcap
-
-
-class _Adapter(NamedTuple):
-    """One LoRA adapter of a head: W + scale B A, with the bias that B may have."""
-
-    a: Any  # linear modules without their forward
-    b: Any
-    scale: float
-
-
-class _Product(NamedTuple):
-    """What to call so that a head's product happens, and what is to be added to its weight."""
-
-    module: nn.Module
-    adapters: tuple[_Adapter, ...] = ()
-
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float] | None:
-        """All adapters as one: their ranks add up."""
-        pairs = [(adapter.a.weight.to(dtype), adapter.b.weight.to(dtype), adapter.scale) for adapter in self.adapters]
-        if len(pairs) < 2:
-            return pairs[0] if pairs else None
-        return torch.cat([a for a, _, _ in pairs]), torch.cat([b * scale for _, b, scale in pairs], 1), 1.0
-
-    def bias(self, bias: Tensor | None) -> Tensor | None:
-        for adapter in self.adapters:
-            if adapter.b.bias is not None:
-                further = adapter.b.bias * adapter.scale
-                bias = further if bias is None else bias + further
-        return bias
-
-
-class _InsteadOfProduct(TorchFunctionMode):
-    """Log-probs in the place of ``linear(x, weight)`` with a weight of V rows. A head is called under it, so that what brings
-    its weight into place does so, for the backward too: the log-probs come out of the head packed, ``[..., n]``."""
-
-    def __init__(self, vocab: int | None, logprobs: Callable[[Tensor, Tensor, Tensor | None], LinearLogprobs]) -> None:
-        super().__init__()
-        self.vocab, self.logprobs = vocab, logprobs
-        self.result: LinearLogprobs | None = None
-        self.packed: Tensor
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not functional.linear:
-            return func(*args, **kwargs)
-        x, weight, bias = _linear_arguments(*args, **kwargs)
-        if weight.shape[0] != self.vocab:
-            return func(*args, **kwargs)
-        if type(weight) not in (Tensor, nn.Parameter):
-            raise _Unfit(f"its output head's weight is a {type(weight).__name__}")
-        self.result = self.logprobs(x, weight, bias)
-        fields = [t for t in self.result if t is not None]
-        self.packed = torch.stack([t.to(fields[0].dtype) for t in fields], -1)
-        return self.packed
-
-    def handed_over(self, out: Any, module: nn.Module, head: nn.Module) -> LinearLogprobs:
-        """The result as `out`, which `module` returned, hands it over."""
-        assert self.result is not None
-        if out is not self.packed and not (
-            isinstance(out, Tensor) and out.shape == self.packed.shape and torch.equal(out, self.packed)
-        ):
-            raise _Unfit(f"its output head, {_called(head)}, works on after its product")
-        if out is self.packed and not any(_hooked(m) for m in module.modules()):
-            return self.result
-        # A hook may hang on the tensor that came out: the gradient has to come by it.
-        fields = iter(out.unbind(-1))
-        return LinearLogprobs(next(fields), *(None if t is None else next(fields).to(t.dtype) for t in self.result[1:]))
-
-
-def _linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    return input, weight, bias
-
-
-def _hooked(module: nn.Module) -> bool:
-    return "forward" in module.__dict__ or any(
-        (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    )
-
-
-def _product_of(head: nn.Module) -> _Product:
-    """How to have the product of a head. Only LoRA needs to be known, which adds a second product; all others are called as
-    they are, whatever they put in front of the product: merged or disabled adapters, copies of the head that are trained."""
-    if "peft" not in sys.modules:
-        return _Product(head)
-    lora: Any = importlib.import_module("peft.tuners.lora")
-    if not isinstance(head, lora.LoraLayer) or head.disable_adapters or head.merged:
-        return _Product(head)
-    names = [name for name in head.active_adapters if name in head.lora_A]
-    if not names:
-        return _Product(head)
-    if type(head) is not lora.Linear or head.fan_in_fan_out:
-        raise _Unfit(f"its output head is a LoRA layer of {_called(head.get_base_layer())}")
-    for name in names:
-        variant, dropout = head.lora_variant.get(name), head.lora_dropout[name]
-        if variant is not None:
-            raise _Unfit(f"the LoRA adapter {name!r} of its output head is {_called(variant)}")
-        if dropout.training and getattr(dropout, "p", 0.0) > 0:
-            raise _Unfit(f"the LoRA adapter {name!r} of its output head has a dropout of {dropout.p}")
-        for part in (head.lora_A[name], head.lora_B[name]):
-            if type(part.weight) is not nn.Parameter or not part.weight.numel():
-                raise _Unfit(f"the LoRA adapter {name!r} of its output head is not in one piece")
-    if _hooked(head):  # a batch that mixes adapters, for one
-        raise _Unfit("its output head is a LoRA layer with hooks")
-    adapters = (_Adapter(head.lora_A[name], head.lora_B[name], head.scaling[name]) for name in names)
-    return _Product(head.base_layer, tuple(adapters))
-
-
-# ---- arguments
-
-
-def _unwrap(model: Any) -> Any:
-    """The transformers model inside of what trains it."""
-    while True:
-        if isinstance(model, nn.DataParallel):
-            raise ValueError("model is a DataParallel, whose replicas share a forward; DistributedDataParallel is expected")
-        if hasattr(model, "get_base_model"):  # PEFT
-            model = model.get_base_model()
-            continue
-        for name in ("_orig_mod", "_fsdp_wrapped_module", "module"):
-            inside = getattr(model, name, None)
-            if isinstance(inside, nn.Module) and not isinstance(model, transformers.PreTrainedModel):
-                model = inside
-                break
-        else:
-            return model
-
-
-def _causal_lm(model: Any) -> Any:
-    inner = _unwrap(model)
-    if not isinstance(inner, transformers.PreTrainedModel):
-        raise TypeError(f"model is a {type(inner).__name__}; a model of transformers is expected, or one inside of a wrapper")
-    if inner.config.is_encoder_decoder or not inner.can_generate():
-        kind = "has an encoder" if inner.config.is_encoder_decoder else "cannot generate"
-        raise ValueError(f"model is a {type(inner).__name__}, which {kind}; a causal language model is expected")
-    return inner
-
-
-def _names(outputs: Iterable[str]) -> tuple[str, ...]:
-    outputs = outputs if isinstance(outputs, str) else tuple(outputs)
-    _output_bits(outputs)
-    return tuple(outputs)
-
-
-def _rounding(logits_dtype: str | None) -> str | None:
-    if logits_dtype is not None:
-        _logits_dtype(logits_dtype)
-    return logits_dtype
-
-
-def _positive(temperature: float) -> float:
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; it must be positive and finite")
-    return temperature
-
-
-def _spread(temperature: Tensor, rows: int, width: int, padded: bool) -> Tensor:
-    """One temperature for each position that the head sees, of one for each column of the result."""
-    try:
-        temperature = temperature.expand(rows, width)
-    except RuntimeError:
-        raise ValueError(
-            f"temperature has shape {list(temperature.shape)}; a number is expected, or what broadcasts to {[rows, width]}"
-        ) from None
-    return functional.pad(temperature, (0, int(padded)), value=1.0)
-
-
-def _spread_rows(keep: Any, rows: int, width: int, padded: bool) -> tuple[Tensor, Tensor]:
-    """`keep` for each position that the head sees, of what it is for each element of the result; nothing at the last."""
-    offsets, ids = _keep(keep)
-    if offsets.shape != (rows * width + 1,):
-        raise ValueError(
-            f"keep's offsets has shape {list(offsets.shape)}; the result has {rows} x {width} elements, so "
-            f"[{rows * width + 1}] is expected"
-        )
-    if padded:
-        starts, ends = (t.reshape(rows, width) for t in (offsets[:-1], offsets[1:]))
-        offsets = torch.cat([torch.cat([starts, ends[:, -1:]], 1).flatten(), offsets[-1:]])
-    return offsets, ids
-
-
-def _labels_of(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
-    labels = input_ids
-    if attention_mask is not None and attention_mask.shape == input_ids.shape:
-        counts = attention_mask.bool()
-        counts = counts & functional.pad(counts[:, :-1], (1, 0), value=True)
-        labels = labels.masked_fill(~counts, _IGNORED)
-    if position_ids is not None and position_ids.shape == input_ids.shape:
-        labels = labels.masked_fill(position_ids == 0, _IGNORED)
-    return labels
-
-
-def _shift(labels: Tensor, ignored: int = _IGNORED) -> Tensor:
-    return functional.pad(labels, (0, 1), value=ignored)[..., 1:]
-
-
-def _mean(logp: Tensor, targets: Tensor, items: Tensor | int | None, ignored: int) -> Tensor:
-    if items is None:
-        items = (targets != ignored).sum()
-    return -logp.sum() / (items.to(logp.device) if isinstance(items, Tensor) else items)
-
-
-def _accepts(kind: type[nn.Module], name: str) -> bool:
-    parameters = inspect.signature(kind.forward).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-def _called(thing: Any) -> str:
-    return getattr(thing, "__name__", None) or f"a {type(thing).__name__}"
