@@ -34,8 +34,8 @@ def test_results_by_rank() -> None:
 def test_a_failure_is_one_and_ends_the_others() -> None:
     start = time.monotonic()
     with pytest.raises(AssertionError, match=r"rank 1: Traceback[\s\S]*ValueError: no luck"):
-        run_ranks(rank_one_raises, 2, timeout=20)
-    assert time.monotonic() - start < 15
+        run_ranks(rank_one_raises, 2, timeout=90)
+    assert time.monotonic() - start < 60
 
 
 def test_who_does_not_answer_is_named() -> None:

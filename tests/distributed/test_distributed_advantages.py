@@ -259,7 +259,7 @@ def refused(rank: int) -> list[str]:
 
 
 def test_a_bad_argument_is_an_error_on_every_rank() -> None:
-    ranks = run_ranks(refused, 3, timeout=30)
+    ranks = run_ranks(refused, 3)
     for i, (what, (on_rank_1, on_others)) in enumerate(REFUSED.items()):
         for rank, heard in enumerate(ranks):
             expected = on_rank_1 if rank == 1 or on_others is None else on_others

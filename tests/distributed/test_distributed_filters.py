@@ -154,7 +154,7 @@ def test_a_bad_argument_is_an_error_on_every_rank() -> None:
         ("ValueError: interpolation is 'cubic'; accepted: 'linear'", "ValueError: interpolation is 'cubic'"),
         ("returned 0", "returned [30]"),
     ]
-    ranks = run_ranks(refused, 3, timeout=30)
+    ranks = run_ranks(refused, 3)
     for i, (on_rank_1, on_others) in enumerate(expected):
         for rank, heard in enumerate(ranks):
             pattern = (

@@ -213,7 +213,7 @@ def test_a_bad_argument_is_an_error_on_every_rank() -> None:
         ("returned 2100.0", "returned 2100.0"),
         (r"returned \[9.0, 9.0, 9.0, 9.0\]", r"returned \[9.0, 9.0, 9.0, 9.0\]"),
     ]
-    ranks = run_ranks(refused, 3, timeout=30)
+    ranks = run_ranks(refused, 3)
     for i, (on_rank_1, on_others) in enumerate(expected):
         for rank, heard in enumerate(ranks):
             assert re.search(on_rank_1 if rank == 1 else on_others, heard[i]), (i, rank, heard[i])

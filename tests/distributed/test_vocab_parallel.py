@@ -448,7 +448,7 @@ def raises_between(rank):
 
 @pytest.mark.parametrize("function", [raises_before_the_call, raises_between])
 def test_a_rank_that_raises_does_not_hang_the_others(function):
-    (good0, first), (good1, second) = rank_outcomes(function, 2, timeout=20)
+    (good0, first), (good1, second) = rank_outcomes(function, 2, timeout=60)
     assert not good1
     assert "ValueError: no luck" in second
     assert not good0
@@ -508,10 +508,11 @@ def test_validation_looks_before_the_state_is_sent():
 
 
 def one_stays_away(rank):
-    group = dist.new_group(timeout=timedelta(seconds=1))
+    group = dist.new_group(timeout=timedelta(seconds=4))
+    dist.barrier()
     start = time.monotonic()
     if rank == 1:
-        time.sleep(3)
+        time.sleep(9)
         return None
     with pytest.raises(RuntimeError):
         linear_logprobs(H, W, T, group=group)
@@ -520,7 +521,7 @@ def one_stays_away(rank):
 
 def test_the_timeout_of_the_group_ends_the_wait_for_a_rank_that_does_not_come():
     waited, _ = run_ranks(one_stays_away, 2)
-    assert 0.9 < waited < 2.9
+    assert 3 < waited < 8.5
 
 
 def test_what_is_wrong_without_a_group():
