@@ -17,6 +17,7 @@
 //
 // V is float, double, or a vector of float, for which comparisons and ?: work lane by lane.
 #pragma once
+#include "core/elementary_more.h"
 #include "math/exponential.h"
 
 namespace prefkern {
@@ -54,20 +55,6 @@ enum RowMetric : int { kMetricCount, kMetricFirst, kMetricSecond, kRowMetrics };
 
 inline namespace PK_ISA {
 
-#if !defined(__CUDACC__) && !defined(PK_SIMT)
-PK_HD VecF list_exp2(VecF x) { return exp2_flush(vmin(splat<VecF>(126.0f), vmax(splat<VecF>(kFlushExponent), x))); }
-PK_HD VecF list_sqrt(VecF x) {
-  VecF r;
-  for (int i = 0; i < kLanes; i++) r[i] = __builtin_sqrtf(x[i]);
-  return r;
-}
-PK_HD double list_exp2(double x) { return __builtin_exp2(x); }
-#else
-PK_HD float list_exp2(float x) { return exp2f(x); }
-PK_HD float list_sqrt(float x) { return sqrtf(x); }
-#endif
-PK_HD double list_sqrt(double x) { return vsqrt(x); }
-
 template <class V> PK_HD V magnitude(V x) { return vmax(x, -x); }
 
 // ---- lists ------------------------------------------------------------------------------------------------------------
@@ -82,7 +69,7 @@ PK_HD bool label_valid(const ListRule& r, double label) {
 // One of an item that does not count: it compares to nothing.
 PK_HD float no_label() { return __builtin_nanf(""); }
 
-template <class V> PK_HD V list_gain(ListGain gain, V label) { return gain == ListGain::exp2 ? list_exp2(label) - 1 : label; }
+template <class V> PK_HD V list_gain(ListGain gain, V label) { return gain == ListGain::exp2 ? exp2_any(label) - 1 : label; }
 PK_HD double list_discount(double rank) { return 1 / vlog(1 + rank); }
 
 // Of an ordered pair: loss nll, and p what it falls by per margin.
@@ -198,26 +185,13 @@ PK_HD GroupPreference<V> group_preference(const GroupPreferenceRule& r, V winner
 // 1 / max(length, 1e-12), or 1, from the sum of squares; and whether the length has a derivative.
 template <class V, class S> PK_HD V inverse_length(bool normalize, V sum_sq) {
   const V floor = splat<V>(S(1e-12)), one = splat<V>(1);
-  return normalize ? one / vmax(floor, list_sqrt(sum_sq)) : one;
+  return normalize ? one / vmax(floor, sqrt_any(sum_sq)) : one;
 }
 template <class V, class S> PK_HD auto has_length(bool normalize, V sum_sq) {
   const V floor = splat<V>(normalize ? S(1e-12) : S(__builtin_inf()));
-  return list_sqrt(sum_sq) > floor;
+  return sqrt_any(sum_sq) > floor;
 }
-// Products are rounded before one is subtracted from the other: with a fused one, a over b would not be minus b over a.
-#if defined(__CUDA_ARCH__)
-PK_HD float rounded_product(float a, float b) { return __fmul_rn(a, b); }
-#else
-template <class V> PK_HD V rounded_product(V a, V b) {
-  V product = a * b;
-#if defined(__x86_64__)
-  __asm__("" : "+x"(product));
-#elif defined(__aarch64__)
-  __asm__("" : "+w"(product));
-#endif
-  return product;
-}
-#endif
+// Rounded products: with a fused one, a over b would not be minus b over a.
 template <class V> PK_HD V skew_block(V a0, V a1, V b0, V b1) { return rounded_product(a0, b1) - rounded_product(a1, b0); }
 
 // ---- reduction --------------------------------------------------------------------------------------------------------

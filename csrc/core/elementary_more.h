@@ -1,0 +1,39 @@
+// What few formulas need beside elementary.h, chosen by the same rule.
+#pragma once
+#include "core/elementary.h"
+
+namespace prefkern {
+inline namespace PK_ISA {
+
+// 2^x with results over the whole range, and square roots.
+#if !defined(__CUDACC__) && !defined(PK_SIMT)
+PK_HD VecF exp2_any(VecF x) { return exp2_flush(vmin(splat<VecF>(126.0f), vmax(splat<VecF>(kFlushExponent), x))); }
+PK_HD VecF sqrt_any(VecF x) {
+  VecF r;
+  for (int i = 0; i < kLanes; i++) r[i] = __builtin_sqrtf(x[i]);
+  return r;
+}
+PK_HD double exp2_any(double x) { return __builtin_exp2(x); }
+#else
+PK_HD float exp2_any(float x) { return exp2f(x); }
+PK_HD float sqrt_any(float x) { return sqrtf(x); }
+#endif
+PK_HD double sqrt_any(double x) { return vsqrt(x); }
+
+// a b, rounded by itself: never part of a fused multiply-add with what is done to it next.
+#if defined(__CUDA_ARCH__)
+PK_HD float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+#else
+template <class V> PK_HD V rounded_product(V a, V b) {
+  V product = a * b;
+#if defined(__x86_64__)
+  __asm__("" : "+x"(product));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(product));
+#endif
+  return product;
+}
+#endif
+
+}  // namespace PK_ISA
+}  // namespace prefkern
