@@ -7,31 +7,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-from prefkern.papers import Recipe, Rollout, recipes, take_rows
+from every_recipe import COLUMNS, F64, LENGTHS, MASK, RECIPES
+from prefkern.papers import Recipe, Rollout, take_rows
 
-F64 = torch.float64
-LENGTHS = torch.tensor([6, 2, 4, 1, 3, 6, 5, 2])
-MASK = torch.arange(6) < LENGTHS[:, None]
 CU = torch.cat([torch.zeros(1, dtype=torch.int64), LENGTHS.cumsum(0)]).int()
-PER_ROW = {
-    "scores": torch.rand(8, dtype=F64, generator=torch.Generator().manual_seed(1)),
-    "step_rewards": torch.tensor([0, 1, 0, 0, 0.5, 0, 0, 1], dtype=F64),
-    "traj": torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]),
-    "step": torch.tensor([0, 1, 0, 1, 0, 1, 0, 1]),
-    "anchor_ids": torch.tensor([7, 8, 7, 9, 7, 8, 9, 8]),
-    "levels": torch.tensor([1, 2, 3, 1, 2, 1, 3, 1]),
-    "finished": torch.tensor([True, True, False, True, True, False, True, True]),
-    "win_start": torch.tensor([2, 0, 0, 0, 1, 0, 3, 0]),
-    "r_base": torch.linspace(-1, 1, 8, dtype=F64),
-    "judge_pass": torch.tensor([True, True, False, True, True, False, True, True]),
-    "acc": torch.tensor([1, 0, 0, 1, 0, 1, 0, 1], dtype=F64),
-    "has_aux": torch.tensor([True, True, False, False, True, False, True, False]),
-    "tool_calls": torch.tensor([0, 1, 2, 3, 1, 0, 2, 2]),
-    "correct": torch.tensor([True, False, False, True, False, True, False, True]),
-}
-OPTIONS = {"cgpo": {"kl_max": 5.0}, "otc": {"c": 3.0}, "dr_grpo": {"max_length": 6}}
-"""What has no default; for Dr. GRPO a length, since packed completions have no padded one."""
-RECIPES = {name: replace(recipe, **OPTIONS.get(name, {})) for name, recipe in recipes().items()}
 TOKEN_FIELDS = ("mask", "old_logp", "ref_logp", "tokens")
 
 
@@ -41,7 +20,7 @@ def padded() -> tuple[Rollout, torch.Tensor, torch.Tensor]:
     rollout = Rollout(
         rewards=torch.tensor([1, 0, 0, 1, 0, 0.5, 0, 1], dtype=F64), group=torch.tensor([3, 3, 3, 3, 9, 9, 9, 9]), mask=MASK,
         old_logp=old, ref_logp=old + 0.1 * torch.randn(8, 6, dtype=F64), tokens=torch.randint(0, 3, (8, 6)),
-        extra={**PER_ROW, "values": torch.randn(8, 6, dtype=F64)},
+        extra={**COLUMNS, "values": torch.randn(8, 6, dtype=F64)},
     )  # fmt: skip
     return rollout, old + 0.3 * torch.randn(8, 6, dtype=F64), 0.5 * torch.rand(8, 6, dtype=F64)
 
