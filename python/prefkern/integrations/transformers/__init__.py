@@ -20,6 +20,7 @@ import functools
 import inspect
 import types
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -412,7 +413,7 @@ def _labelled(model: Any, state: _State, kwargs: dict[str, Any]) -> CausalLMLogp
     return eager.output(_run(model, state, eager, kwargs))
 
 
-class _Call:
+class _Call(ABC):
     """One labelled call: what the model's loss function is meanwhile."""
 
     def __init__(self, state: _State) -> None:
@@ -462,12 +463,13 @@ class _Call:
         }
         self.result = self.logprobs(source, logits, vocab, options)
 
+    @abstractmethod
     def source(self, logits: Tensor) -> Tensor:
         """What log-probs are made from."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logprobs(self, source: Tensor, logits: Tensor, vocab: int | None, options: dict[str, Any]) -> LinearLogprobs:
-        raise NotImplementedError
+        """Those of the targets."""
 
     def output(self, out: Any) -> CausalLMLogprobs:
         assert self.result is not None
