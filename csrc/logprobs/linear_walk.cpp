@@ -230,6 +230,18 @@ Checked check(const HeadInputs& in) {
   return c;
 }
 
+// Leaves of the rows that count those that contribute to a backward. True if others may stay between them: on CUDA; and where
+// logits are rounded, because a GEMM of other rows than the forward's may round one of them to its neighbour.
+bool keep_active(Checked& c, const HeadInputs& in, const Upstream& up) {
+  const ActiveRows active = active_rows_of(c.targets, in.options.ignore_index, up);
+  c.targets = active.targets;
+  c.nothing = active.count == 0;
+  if (in.hidden.is_cuda()) return true;
+  if (in.extras.logits_dtype != 0) return active.index.has_value();
+  c.active = active.index;
+  return false;
+}
+
 // The head of the rows that count.
 Head head_of(const HeadInputs& in, const Checked& c, const Tensor& hidden, bool backward) {
   Head h = c.active ? make_head(index_rows(hidden, *c.active), in.weight, index_rows(c.targets, *c.active), in.bias,
@@ -271,9 +283,14 @@ Tensor head_state(const HeadInputs& in, int64_t outputs) {
 HeadGrads head_backward(const HeadInputs& in, const UpstreamInputs& upstream, const Tensor& entropy, const Tensor& stats,
                         int64_t needs) {
   const OnDevice guard(in.hidden);
-  const Checked c = check(in);
+  Checked c = check(in);
   const ScalarType own = in.hidden.scalar_type(), acc = scalar_type(c.acc), hidden_type = in.range ? acc : own;
   Upstream up = checked_upstream(upstream.logp, upstream.entropy, upstream.lse, c.rows, c.acc, entropy, stats);
+  bool in_place = false;
+  if (!c.nothing) {
+    up.logp = of_kept_targets(up.logp, c.keep, c.targets);
+    in_place = keep_active(c, in, up);
+  }
   if (c.nothing) {
     const auto zero = [&](int64_t bit, const OptTensor& like, ScalarType type) {
       if (!(needs & bit) || !like) return empty({0}, acc, in.hidden);
@@ -285,8 +302,10 @@ HeadGrads head_backward(const HeadInputs& in, const UpstreamInputs& upstream, co
             zero(kGradLoraB, in.extras.lora_b, own)};
   }
 
-  up.logp = of_kept_targets(up.logp, c.keep, c.targets);
   Tensor ent = entropy, st = stats, x = in.hidden;
+  // Inactive rows that keep their places have a gradient of 0. The bias's gradient does not read hidden.
+  if (in_place && needs & (kGradWeight | kGradLoraA | kGradLoraB))
+    x = without_ignored_rows(in.hidden, c.targets, in.options.ignore_index);
   if (c.active) {
     const Tensor& active = *c.active;
     if (up.entropy) ent = index_rows(entropy, active);
@@ -296,9 +315,6 @@ HeadGrads head_backward(const HeadInputs& in, const UpstreamInputs& upstream, co
       torch::stable::copy_(into, index_rows(torch::stable::select(stats, 0, k), active));
     }
     up = {index_optional(up.logp, active), index_optional(up.entropy, active), index_optional(up.lse, active)};
-  } else if (in.hidden.is_cuda() && needs & (kGradWeight | kGradLoraA | kGradLoraB)) {
-    // CUDA keeps ignored rows in place. The bias's gradient does not read hidden.
-    x = without_ignored_rows(in.hidden, c.targets, in.options.ignore_index);
   }
   const Head h = head_of(in, c, x, true);
   const auto walk = [&](auto zero) {
