@@ -6,6 +6,7 @@
 #include "logprobs/active_rows.h"
 #include "logprobs/logits_edit.h"
 #include "logprobs/logits_fold.h"
+#include "logprobs/row_gradients.h"
 #include "logprobs/shard_merge.h"
 
 namespace prefkern {
