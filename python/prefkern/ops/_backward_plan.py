@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import _C
 from .._names import nearest_hint
 from ._arguments import integer
 
@@ -83,11 +82,8 @@ def choose(call: Call, budget: int | None) -> str:
     for save in (U, LOGITS):
         if save == U and not frozen(call):
             continue
-        if budget is None:
-            fits = save == U and not call.entropy and not call.lse
-        else:
-            fits = bool(saved_bytes(call, save) <= budget)
-        if fits and _cost(call, save) < _cost(call, best):
+        small = save == U and not call.entropy and not call.lse
+        if (small if budget is None else bool(saved_bytes(call, save) <= budget)) and _cost(call, save) < _cost(call, best):
             best = save
     return best
 
@@ -137,17 +133,21 @@ def needed(needs: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in NEEDS if name in given)
 
 
-def full_plan(call: Call, save: str, dtype: Any, chunk_bytes: int) -> BackwardPlan:
-    """The whole plan of what was decided."""
-    forward, backward = (
-        _C.plan_chunks(call.rows, call.hidden, call.vocab, dtype, call.cuda, b, chunk_bytes) for b in (save == LOGITS, True)
-    )
-    workspace = forward.workspace_bytes
-    if save != U and call.needs:
-        workspace = max(workspace, backward.workspace_bytes)
-    if save == U and call.entropy:  # a second block of weights
-        workspace += forward.row_chunk * forward.vocab_block * call.accumulator_bytes
-    return BackwardPlan(save, *products(call, save), saved_bytes(call, save), workspace)
+def check_recomputes(save: Any, save_bytes: Any) -> None:
+    """Of calls that never save anything."""
+    if save not in ("auto", RECOMPUTE) or save_bytes is not None:
+        raise ValueError(
+            f"save is {save!r} and save_bytes is {save_bytes}; ranges of a vocabulary and DTensors always recompute"
+        )
+
+
+def workspace_bytes(call: Call, save: str, forward: Any, backward: Any) -> int:
+    """The larger workspace of the two passes, whose chunk plans these are."""
+    if save == LOGITS:
+        return int(backward.workspace_bytes)
+    if save == U:  # with entropy, a second block of weights
+        return int(forward.workspace_bytes + call.entropy * forward.row_chunk * forward.vocab_block * call.accumulator_bytes)
+    return int(max(forward.workspace_bytes, backward.workspace_bytes if call.needs else 0))
 
 
 def kept_bytes(dtype: torch.dtype, rounding: int) -> int:

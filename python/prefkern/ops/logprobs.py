@@ -14,8 +14,8 @@ from .. import _C
 from .._names import nearest_hint
 from . import _backward_plan as _plans
 from ._arguments import accumulator, check_tensors, integer, is_dtensor, number, positive_int, same_device
-from ._call import call, no_double_backward, validation
 from ._backward_plan import BackwardPlan
+from ._call import call, no_double_backward, validation
 from .types import LinearLogprobs
 
 _OPS = torch.ops.prefkern
@@ -115,8 +115,8 @@ def linear_logprobs(
         save_bytes: how many bytes ``"auto"`` may hold from the forward to the backward; 0 to save nothing.
         group, vocab_offset, vocab: see below.
 
-    Rows whose upstream gradients are all exactly 0 leave the backward on the CPU as ignored rows do, and nothing is looked at of
-    their hidden states: with a part :math:`\rho` of them left, recomputing costs :math:`F + 3\rho F` in all.
+    Rows whose upstream gradients are all exactly 0 leave the backward on the CPU as ignored rows do, and nothing of their
+    hidden states is looked at: with a part :math:`\rho` of them left, recomputing costs :math:`F + 3\rho F` in all.
 
     Returns:
         LinearLogprobs with fields shaped like ``targets``, float32 (float64 for float64 input, is_top1 bool), None where
@@ -129,7 +129,7 @@ def linear_logprobs(
             ``prefkern.set_validation(True)``. Likewise offsets and ids of ``keep``; on CUDA wrong ones are never read beyond
             their ends, but their rows have no meaning.
 
-    Memory: one block of logits plus converted operands, O(chunk_bytes), and O((N + V) H) for gradients, and for ``"u"`` from the
+    Memory: one block of logits plus converted operands, O(chunk_bytes), and O((N + V) H) for gradients, with ``"u"`` from the
         forward on; with ``lora`` also ``[N, r]``, twice in the backward; with ``save="logits"`` or a budget what they say.
 
     A vocabulary over several processes: ``group`` is a process group of ``torch.distributed``, or ``"world"`` (gloo for tensors
@@ -147,8 +147,8 @@ def linear_logprobs(
     options or ranges raise ValueError, all of them, and RuntimeError where another one refuses its arguments; on CUDA, with
     the ranges given and without ``prefkern.set_validation(True)``, they get NaN instead. What cannot be told so, as messages
     of two lengths, ends with an error of the backend or the group's timeout. Such a call cannot be compiled: put it under
-    ``torch.compiler.disable``, and it takes no ``keep``, ``lora`` or ``logits_dtype``, and saves nothing: neither ``save`` other
-    than ``"auto"`` and ``"recompute"`` nor ``save_bytes``.
+    ``torch.compiler.disable``, and it takes no ``keep``, ``lora`` or ``logits_dtype``, and saves nothing: of
+    ``save`` it takes ``"auto"`` and ``"recompute"``, without ``save_bytes``.
 
     A DTensor as weight means its whole, gathered by ``full_tensor()``: each process has rows of its own, as in FSDP2, and the
     weight's gradient, a DTensor of the same placements, is the mean over the processes of its mesh
@@ -158,8 +158,7 @@ def linear_logprobs(
     """
     budget = None if save == "auto" and save_bytes is None else _plans.checked(save, save_bytes)
     if group is not None or vocab_offset is not None or vocab is not None or is_dtensor(weight):
-        if save not in ("auto", "recompute") or save_bytes is not None:
-            raise ValueError(f"save is {save!r} and save_bytes is {save_bytes}; ranges and DTensors always recompute")
+        _plans.check_recomputes(save, save_bytes)
         from ..distributed import vocab_parallel
 
         return vocab_parallel.linear_logprobs(
@@ -332,7 +331,9 @@ def plan_backward(
     Raises:
         ValueError, TypeError: naming the argument; and where ``save="u"`` cannot be.
     """
-    plan_chunks(rows, hidden, vocab, dtype=dtype, device=device, chunk_bytes=chunk_bytes)  # refuses what is wrong
+    forward, backward = (
+        plan_chunks(rows, hidden, vocab, dtype=dtype, device=device, backward=b, chunk_bytes=chunk_bytes) for b in (False, True)
+    )
     rounding = 0 if logits_dtype is None else _logits_dtype(logits_dtype)
     bits, names = _output_bits(outputs), _plans.needed(needs)
     budget = _plans.checked(save, save_bytes)
@@ -342,7 +343,10 @@ def plan_backward(
         lora or "lora" in names, bool(bits & _ENTROPY), bool(bits & _LSE),
     )  # fmt: skip
     chosen = _plans.decide(planned, save, budget) if names else "recompute"
-    return _plans.full_plan(planned, chosen, _DTYPES[dtype], 0 if chunk_bytes is None else chunk_bytes)
+    return BackwardPlan(
+        chosen, *_plans.products(planned, chosen), _plans.saved_bytes(planned, chosen),
+        _plans.workspace_bytes(planned, chosen, forward, backward),
+    )  # fmt: skip
 
 
 def _saved(
@@ -724,9 +728,7 @@ def _setup_ext(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     _mark_outputs(ctx, output, outputs)
 
 
-def _backward_ext(
-    ctx: Any, g_logp: Any, g_entropy: Any, g_lse: Any, *_: Any, op: Any = _OPS.linear_logprobs_ext_backward
-) -> tuple[Tensor | None, ...]:
+def _ext_gradients(op: Any, ctx: Any, g_logp: Any, g_entropy: Any, g_lse: Any) -> tuple[Tensor | None, ...]:
     wanted = sum(bit for place, bit in _EXT_GRADS.items() if ctx.needs_input_grad[place])
     result: list[Tensor | None] = [None] * ctx.inputs
     if (g_logp is not None or g_entropy is not None or g_lse is not None) and wanted:
@@ -735,6 +737,10 @@ def _backward_ext(
             if wanted & bit:
                 result[place] = gradient
     return tuple(result)
+
+
+def _backward_ext(ctx: Any, g_logp: Any, g_entropy: Any, g_lse: Any, *_: Any) -> tuple[Tensor | None, ...]:
+    return _ext_gradients(_OPS.linear_logprobs_ext_backward, ctx, g_logp, g_entropy, g_lse)
 
 
 def _setup_saving(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -750,7 +756,7 @@ def _setup_saving(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def _backward_saving(ctx: Any, g_logp: Any, g_entropy: Any, g_lse: Any, *_: Any) -> tuple[Tensor | None, ...]:
     if ctx.keeps_logits:
-        return _backward_ext(ctx, g_logp, g_entropy, g_lse, op=_OPS.linear_logprobs_kept_backward)
+        return _ext_gradients(_OPS.linear_logprobs_kept_backward, ctx, g_logp, g_entropy, g_lse)
     result: list[Tensor | None] = [None] * ctx.inputs
     if (g_logp is not None or g_entropy is not None or g_lse is not None) and ctx.needs_input_grad[0]:
         result[0] = _OPS.linear_logprobs_u_backward(g_logp, g_entropy, g_lse, *ctx.saved_tensors, ctx.outputs, ctx.dtype)
