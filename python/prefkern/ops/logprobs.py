@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -759,7 +759,9 @@ def _backward_saving(ctx: Any, g_logp: Any, g_entropy: Any, g_lse: Any, *_: Any)
         return _ext_gradients(_OPS.linear_logprobs_kept_backward, ctx, g_logp, g_entropy, g_lse)
     result: list[Tensor | None] = [None] * ctx.inputs
     if (g_logp is not None or g_entropy is not None or g_lse is not None) and ctx.needs_input_grad[0]:
-        result[0] = _OPS.linear_logprobs_u_backward(g_logp, g_entropy, g_lse, *ctx.saved_tensors, ctx.outputs, ctx.dtype)
+        d_hidden = _OPS.linear_logprobs_u_backward(g_logp, g_entropy, g_lse, *ctx.saved_tensors, ctx.outputs, ctx.dtype)
+        # hidden is not there to say that it requires a gradient: under create_graph the result must not pass for a constant.
+        result[0] = _Once.apply(d_hidden.detach().requires_grad_()) if torch.is_grad_enabled() else d_hidden
     return tuple(result)
 
 
@@ -803,6 +805,16 @@ class _LinearLogprobsExt(torch.autograd.Function):
         return output
 
     backward = staticmethod(_backward_ext)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> NoReturn:
+        raise RuntimeError("linear_logprobs cannot be differentiated twice")
 
 
 class _LinearLogprobsSaving(torch.autograd.Function):
