@@ -64,14 +64,15 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def_readonly("row_chunk", &ChunkPlan::row_chunk, "rows of hidden at a time")
       .def_readonly("vocab_block", &ChunkPlan::vocab_block, "vocabulary entries at a time")
       .def_readonly("workspace_bytes", &ChunkPlan::workspace_bytes, "bytes of logits and converted operands held at once")
+      .def_readonly("fused", &ChunkPlan::fused, "each thread folds blocks of its own in the epilogue of their product")
       .def("__repr__", [](const ChunkPlan& p) {
         return "ChunkPlan(row_chunk=" + std::to_string(p.row_chunk) + ", vocab_block=" + std::to_string(p.vocab_block) +
-               ", workspace_bytes=" + std::to_string(p.workspace_bytes) + ")";
+               ", workspace_bytes=" + std::to_string(p.workspace_bytes) + ", fused=" + (p.fused ? "True" : "False") + ")";
       });
   m.def(
       "plan_chunks",
       [](int64_t rows, int64_t hidden, int64_t vocab, DType dtype, bool cuda, bool backward, int64_t budget) {
-        return plan_chunks({rows, hidden, vocab, dtype, cuda, backward, budget});
+        return plan_chunks({rows, hidden, vocab, dtype, cuda, backward, budget, 0, own_gemm() ? num_threads() : 0});
       },
       py::arg("rows"), py::arg("hidden"), py::arg("vocab"), py::arg("dtype"), py::arg("cuda"), py::arg("backward"),
       py::arg("budget_bytes"));

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "core/gemm.h"
+
 namespace prefkern {
 namespace {
 
@@ -17,6 +19,9 @@ constexpr int64_t kCpuMinColumns = 512, kCudaMinColumns = 2048;
 // launch over all columns is best.
 constexpr int64_t kCpuKept = int64_t(128) << 20, kCudaKept = int64_t(1) << 30;
 constexpr int64_t kColumnMultiple = 64, kMinColumns = 64;
+// A thread's block of logits in a fused forward: a slice of the weight is packed once for so many rows, and rows are folded while
+// they are in the L2 cache.
+constexpr int64_t kFusedRows = 512, kFusedColumns = 512;
 
 int64_t round_down(int64_t x, int64_t multiple) { return x - x % multiple; }
 
@@ -48,7 +53,21 @@ ChunkPlan cuda_backward(const PlanRequest& r, int64_t budget) {
   }
 }
 
+ChunkPlan fused_forward_plan(const PlanRequest& r) {
+  const int64_t rows = std::min(r.rows, kFusedRows), cols = std::min(r.vocab, kFusedColumns),
+                held = std::min(r.rows, kFusedStateRows);
+  const int64_t per_thread = gemm_of_isa().workspace(cols) + rows * fused_stride(cols) + held * kFusedLaneState;
+  const int64_t states = fused_spans(r.vocab).count * kFusedStateArrays * held;
+  return {rows, cols, 4 * (r.fused_threads * per_thread + states), true};
+}
+
 }  // namespace
+
+FusedSpans fused_spans(int64_t vocab) {
+  constexpr int64_t most = 16;
+  const int64_t cols = std::max(kFusedColumns, ceil_div(ceil_div(vocab, most), kColumnMultiple) * kColumnMultiple);
+  return {cols, ceil_div(vocab, cols)};
+}
 
 int64_t default_chunk_bytes(bool cuda) { return cuda ? kCudaBudget : kCpuBudget; }
 
@@ -57,12 +76,17 @@ ChunkPlan plan_chunks(const PlanRequest& r) {
   const int64_t acc = r.dtype == DType::f64 ? 8 : 4;
   const int64_t logit = r.logit_bytes > 0 ? r.logit_bytes : acc;
   const bool narrow = r.dtype == DType::bf16 || r.dtype == DType::f16;
-  const bool widen = narrow && !r.cuda;  // the CPU multiplies in float32: blocks of hidden and weight are widened
+  // The CPU multiplies in float32, and a library wants blocks of hidden and weight widened first.
+  const bool widen = narrow && !r.cuda && !own_gemm();
   // Bytes beside the logits: per row, the widened hidden row; per column, the widened weight row and, where the weight's
   // gradient is not float32 itself, its float32 accumulator.
   const int64_t per_row = widen ? 4 * r.hidden : 0;
   const int64_t per_column = (widen ? 4 * r.hidden : 0) + (narrow && r.backward ? 4 * r.hidden : 0);
   const int64_t budget = r.budget_bytes > 0 ? r.budget_bytes : default_chunk_bytes(r.cuda);
+  if (r.fused_threads > 0 && !r.cuda && !r.backward && acc == 4) {
+    const ChunkPlan plan = fused_forward_plan(r);
+    if (r.budget_bytes <= 0 || plan.workspace_bytes <= r.budget_bytes) return plan;
+  }
   if (r.cuda && r.backward && acc == 4) return cuda_backward(r, budget);
 
   int64_t rows = std::min(r.rows, r.cuda ? kCudaRows : kCpuRows);
@@ -84,14 +108,14 @@ int64_t kept_block(int64_t rows, int64_t vocab, DType dtype, bool cuda) {
 ChunkPlan plan_kept(const PlanRequest& r) {
   if (r.rows <= 0 || r.vocab <= 0) return {};
   const int64_t acc = r.dtype == DType::f64 ? 8 : 4, own = r.dtype == DType::f64 ? 8 : r.dtype == DType::f32 ? 4 : 2;
-  const bool narrow = own < 4, widen = narrow && !r.cuda;
+  const bool narrow = own < 4, on_cpu = narrow && !r.cuda, widen = on_cpu && !own_gemm();
   // Beside the logits, per row: the gathered hidden row, its widened copy, its gradient; per column of a block: the widened
   // row of the weight and the accumulator of its gradient.
   const int64_t per_row = r.vocab * acc + r.hidden * (own + (widen ? 4 : 0) + (r.backward ? acc : 0));
   const int64_t budget = r.budget_bytes > 0 ? r.budget_bytes : r.cuda ? kCudaKept : kCpuKept;
   const int64_t rows = std::clamp<int64_t>(budget / per_row, 1, r.rows);
   const int64_t cols = kept_block(rows, r.vocab, r.dtype, r.cuda);
-  const int64_t per_column = (widen ? 4 * r.hidden : 0) + (widen && r.backward ? 4 * r.hidden : 0);
+  const int64_t per_column = (widen ? 4 * r.hidden : 0) + (on_cpu && r.backward ? 4 * r.hidden : 0);
   return {rows, cols, rows * per_row + cols * per_column};
 }
 

@@ -8,6 +8,7 @@ namespace prefkern {
 
 struct ChunkPlan {
   int64_t row_chunk = 0, vocab_block = 0, workspace_bytes = 0;
+  bool fused = false;  // every thread has blocks of its own, and folds them in the epilogue of their product
 };
 
 struct PlanRequest {
@@ -16,7 +17,18 @@ struct PlanRequest {
   bool cuda = false, backward = false;
   int64_t budget_bytes = 0;  // 0: the default of the device kind
   int64_t logit_bytes = 0;   // of one logit of a block; 0: those of the accumulator
+  int64_t fused_threads = 0; // of a fused forward on the CPU, if it may be one and the budget is large enough; 0: it may not
 };
+
+// A fused forward cuts the vocabulary into spans, which depend on its size alone, and holds the states of at most so many rows, one
+// per span, and what a row is folded into meanwhile.
+struct FusedSpans {
+  int64_t cols, count;
+};
+FusedSpans fused_spans(int64_t vocab);
+constexpr int64_t kFusedStateRows = 1024, kFusedStateArrays = 7, kFusedLaneState = 64;
+// Of a row of a block of `cols` columns: rows do not fall on the same sets of a cache.
+constexpr int64_t fused_stride(int64_t cols) { return cols + 16; }
 
 PK_API ChunkPlan plan_chunks(const PlanRequest& request);
 

@@ -16,16 +16,6 @@ PK_ISA_TABLE(FusedForwardCpu, fused_forward_cpu)
 
 namespace {
 
-constexpr int64_t kSlice = 512;  // columns of a thread's block of logits
-constexpr int64_t kSliceStride = 528;  // rows of it do not fall on the same sets of a cache
-constexpr int64_t kRows = 512;  // rows of it, for which a slice of the weight is packed once
-constexpr int64_t kSpans = 16, kColumnMultiple = 64;
-constexpr int64_t kStateRows = 1024;  // rows whose states are held at a time, one per span
-
-struct Task {
-  int64_t span, first_row, rows;
-};
-
 // Rows are cut further where there are more threads than spans, or few more spans than threads.
 int64_t row_parts(int64_t spans, int64_t rows, int64_t threads) {
   const int64_t most = std::max<int64_t>(1, rows / 64);
@@ -46,29 +36,29 @@ struct Slice {
 
 class Forward {
  public:
-  Forward(const Head& h, int64_t outputs, const HeadOutputs* out) : h_(h), cpu_(gemm_of_isa()) {
+  Forward(const Head& h, int64_t outputs, const HeadOutputs* out)
+      : h_(h), cpu_(gemm_of_isa()), spans_(fused_spans(h.vocab)), slice_(h.plan.vocab_block), stride_(fused_stride(slice_)) {
     out ? set_outputs(fold_, *out, outputs, h.rows) : set_sums(fold_, outputs);
-    span_ = std::max(kSlice, ceil_div(ceil_div(h.vocab, kSpans), kColumnMultiple) * kColumnMultiple);
-    spans_ = ceil_div(h.vocab, span_);
     threads_ = num_threads();
     by_lane_ = !fold_.extra && !h.bias && h.options.softcap == 0;
-    workspace_ = cpu_.workspace(std::min(kSlice, h.vocab));
-    logits_ = std::min(kRows, h.rows) * kSliceStride;
-    lanes_ = by_lane_ ? std::min(kStateRows, h.rows) * fused_forward_cpu().lane_state : 0;
+    workspace_ = cpu_.workspace(slice_);
+    logits_ = h.plan.row_chunk * stride_;
+    lanes_ = by_lane_ ? std::min(kFusedStateRows, h.rows) * fused_forward_cpu().lane_state : 0;
     per_thread_ = workspace_ + logits_ + lanes_;
     space_ = empty({threads_ * per_thread_ + kAlignment}, ScalarType::Float, h.hidden);
-    states_ = empty({spans_, kRowStateArrays, std::min(kStateRows, h.rows)}, ScalarType::Float, h.hidden);
+    states_ = empty({spans_.count, kRowStateArrays, std::min(kFusedStateRows, h.rows)}, ScalarType::Float, h.hidden);
   }
 
-  // Rows [first, first + rows), of which there are at most kStateRows, into the states of all spans.
+  // Rows [first, first + rows), of which there are at most kFusedStateRows, into the states of all spans.
   void fold(int64_t first, int64_t rows) const {
-    const int64_t parts = row_parts(spans_, rows, threads_), per_part = ceil_div(rows, parts), tasks = spans_ * parts;
+    const int64_t parts = row_parts(spans_.count, rows, threads_), per_part = ceil_div(rows, parts);
+    const int64_t tasks = spans_.count * parts;
     float* space = aligned(mutable_data<float>(space_));
     parallel_for(0, threads_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t thread = begin; thread < end; thread++)
         for (int64_t task = thread; task < tasks; task += threads_) {
-          const int64_t row = task / spans_ * per_part;
-          fold_span(task % spans_, first, row, std::min(per_part, rows - row), space + thread * per_thread_);
+          const int64_t row = task / spans_.count * per_part;
+          fold_span(task % spans_.count, first, row, std::min(per_part, rows - row), space + thread * per_thread_);
         }
     });
   }
@@ -80,24 +70,24 @@ class Forward {
     f.state_stride = states_.size(2);
     return f;
   }
-  int64_t spans() const { return spans_; }
+  int64_t spans() const { return spans_.count; }
   int64_t span_stride() const { return kRowStateArrays * states_.size(2); }
 
  private:
   void fold_span(int64_t span, int64_t first, int64_t begin, int64_t count, float* space) const {
     const FusedForwardCpu& lanes = fused_forward_cpu();
-    const int64_t left = span * span_, right = std::min(h_.vocab, left + span_);
-    const int64_t chunks = ceil_div(count, kRows), rows = ceil_div(count, chunks);
-    for (int64_t col = left; col < right; col += kSlice)
+    const int64_t left = span * spans_.cols, right = std::min(h_.vocab, left + spans_.cols);
+    const int64_t chunks = ceil_div(count, h_.plan.row_chunk), rows = ceil_div(count, chunks);
+    for (int64_t col = left; col < right; col += slice_)
       for (int64_t row = begin; row < begin + count; row += rows) {
-        const int64_t n = std::min(rows, begin + count - row), cols = std::min(kSlice, right - col);
+        const int64_t n = std::min(rows, begin + count - row), cols = std::min(slice_, right - col);
         Slice slice{{joinable(first + row, n)}, by_lane_};
         FoldArgs<float>& f = slice.args.fold;
         f.block.cols = cols;
         f.block.first_col += col;
         if (f.block.transform.bias) f.block.transform.bias += col;
         f.logits = space + workspace_;
-        f.logits_map = {1, kSliceStride, 0};
+        f.logits_map = {1, stride_, 0};
         f.first = col == left;
         f.last = false;
         f.state += span * span_stride() + row;
@@ -115,7 +105,7 @@ class Forward {
                    h_.dtype,
                    h_.dtype};
         g.c = space + workspace_;
-        g.c_stride = kSliceStride;
+        g.c_stride = stride_;
         g.pairs = cpu_.pairs && h_.dtype == DType::bf16;
         g.workspace = space;
         g.done = &Slice::done;
@@ -131,19 +121,23 @@ class Forward {
   const Head& h_;
   const GemmCpu& cpu_;
   FoldArgs<float> fold_;
+  FusedSpans spans_;
+  int64_t slice_, stride_;
   bool by_lane_;
-  int64_t span_, spans_, threads_, workspace_, logits_, lanes_, per_thread_;
+  int64_t threads_, workspace_, logits_, lanes_, per_thread_;
   Tensor space_, states_;
 };
 
 }  // namespace
 
-bool fuses_forward(const Head& h) { return !h.cuda && h.acc == DType::f32 && own_gemm() && !h.keep && !h.rounded && !h.lora; }
+bool can_fuse_forward(const Head& h) {
+  return !h.cuda && h.acc == DType::f32 && own_gemm() && !h.keep && !h.rounded && !h.lora;
+}
 
 void fused_forward(const Head& h, int64_t outputs, const HeadOutputs* out, const OptTensor& state) {
   const Forward forward(h, outputs, out);
-  for (int64_t first = 0; first < h.rows; first += kStateRows) {
-    const int64_t rows = std::min(kStateRows, h.rows - first);
+  for (int64_t first = 0; first < h.rows; first += kFusedStateRows) {
+    const int64_t rows = std::min(kFusedStateRows, h.rows - first);
     forward.fold(first, rows);
     FoldArgs<float> f = forward.joinable(first, rows);
     if (out) {

@@ -6,9 +6,9 @@
 
 namespace prefkern {
 
-// Whether it is for this head: own_gemm(), float accumulators, and nothing to be done to logits before the fold.
-bool fuses_forward(const Head& h);
-// Writes the outputs, or where there are none the rows' state [7, N].
+// Whether a plan may be one: own_gemm(), float accumulators, and nothing to be done to logits before the fold.
+bool can_fuse_forward(const Head& h);
+// By a plan that is one. Writes the outputs, or where there are none the rows' state [7, N].
 void fused_forward(const Head& h, int64_t outputs, const HeadOutputs* out, const OptTensor& state);
 
 }  // namespace prefkern
