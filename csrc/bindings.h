@@ -29,6 +29,7 @@ inline void bind_argument_structs(py::module_& m) {
 }
 
 inline void bind_cpu_launchers(py::module_& m) {
+  bind_core_cpu(m);
   bind_logprobs_cpu(m);
   bind_advantages_cpu(m);
   bind_policy_cpu(m);

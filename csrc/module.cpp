@@ -44,6 +44,7 @@ py::dict build_info() {
 py::dict capabilities() {
   py::dict d;
   d["cpu_isa"] = isa_name(cpu_isa());
+  d["cpu_gemm"] = own_gemm() ? "own" : "library";
   d["cpu_isas"] = split(compiled_isas());
   d["cpu_features"] = split(detected_features());
   d["cuda_compiled"] = cuda_runtime_version() != 0;

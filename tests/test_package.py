@@ -212,7 +212,7 @@ def test_every_instruction_set_gives_the_same(run_python, tmp_path, best_results
     path = tmp_path / "results.pt"
     # This process runs those tests with its own set; avx512_bf16 differs from avx512 in a conversion.
     elsewhere = {"base", "avx2"} - {prefkern.capabilities()["cpu_isa"]}
-    tests = [TESTS / "test_softmax_math.py", TESTS / "test_raw_kernels.py"] if isa in elsewhere else []
+    tests = [TESTS / f"test_{name}.py" for name in ("softmax_math", "raw_kernels", "cpu_products")] if isa in elsewhere else []
     run_python(RESULTS, path, *tests, PREFKERN_CPU_ISA=isa, OMP_NUM_THREADS="1")
     results = torch.load(path)
     assert results.pop("isa") == isa

@@ -13,6 +13,7 @@
 
 #include "core/common.h"
 #include "core/cuda_runtime.h"
+#include "core/gemm_cpu.h"
 #include "core/sequence.h"
 
 namespace prefkern {
@@ -138,6 +139,17 @@ inline void bind_core(py::module_& m) {
       .member("padded_length", &SequenceLayout::padded_length)
       .member("tokens", &SequenceLayout::tokens);
   layout.member("cu_seqlens", &SequenceLayout::cu_seqlens);
+  Struct<GemmArgs> gemm(m, "GemmArgs", "C = alpha op(A) op(B) (+ C), row-major.");
+  gemm.member("m", &GemmArgs::m).member("n", &GemmArgs::n).member("k", &GemmArgs::k);
+  gemm.member("a_stride", &GemmArgs::a_stride).member("b_stride", &GemmArgs::b_stride).member("c_stride", &GemmArgs::c_stride);
+  gemm.member("a_transposed", &GemmArgs::a_transposed).member("b_transposed", &GemmArgs::b_transposed);
+  gemm.member("a_type", &GemmArgs::a_type).member("b_type", &GemmArgs::b_type);
+  gemm.member("accumulate", &GemmArgs::accumulate).member("alpha", &GemmArgs::alpha).member("pairs", &GemmArgs::pairs);
+  gemm.member("a", &GemmArgs::a);
+  gemm.member("b", &GemmArgs::b);
+  gemm.member("c", &GemmArgs::c);
 }
+
+inline void bind_core_cpu(py::module_& m) { bind_cpu(m, "cpu_multiply", &cpu_multiply); }
 
 }  // namespace prefkern

@@ -2,10 +2,59 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include <algorithm>
 #include <array>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "core/gemm_cpu.h"
+#include "core/isa.h"
+#include "core/parallel.h"
 
 namespace prefkern {
+
+PK_ISA_TABLE(GemmCpu, gemm_cpu)
+
+const GemmCpu& gemm_of_isa() { return gemm_cpu(); }
+
+bool own_gemm() {
+  static const bool own = [] {
+    const char* wanted = std::getenv("PREFKERN_CPU_GEMM");
+    if (wanted && !std::strcmp(wanted, "own")) return true;
+    if (wanted && !std::strcmp(wanted, "library")) return false;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return gemm_cpu().fast && __builtin_cpu_is("amd");
+#else
+    return false;
+#endif
+  }();
+  return own;
+}
+
 namespace {
+
+// Fewer multiplications than this are not worth sharing out.
+constexpr int64_t kProductsPerThread = 1 << 21;
+
+// C as a grid of blocks, one per thread, that packs least: every column of blocks packs A once more, every row of them B.
+struct Grid {
+  int64_t rows = 1, cols = 1;  // blocks
+};
+Grid share_out(int64_t m, int64_t n, int64_t threads) {
+  Grid best;
+  int64_t least = 0;
+  for (int64_t cols = 1; cols <= threads; cols++) {
+    const int64_t rows = threads / cols, packed = m * cols + n * rows;
+    const bool more = rows * cols > best.rows * best.cols, as_many = rows * cols == best.rows * best.cols;
+    if (cols == 1 || more || (as_many && packed < least)) {
+      best = {rows, cols};
+      least = packed;
+    }
+  }
+  return best;
+}
 
 Tensor view(const void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, ScalarType type) {
   const std::array<int64_t, 2> sizes{rows, cols}, strides{row_stride, col_stride};
@@ -20,6 +69,19 @@ Tensor view(const Matrix& x, int64_t rows, int64_t cols, ScalarType type) {
 void cpu_gemm(DType type, int64_t m, int64_t n, int64_t k, const Matrix& a, const Matrix& b, void* c, DType c_type,
               int64_t c_stride, bool accumulate, double alpha) {
   if (c_type != type) fail("RuntimeError", "the CPU multiplies into the type of the factors only");
+  const bool wide = a.type.value_or(type) == type && b.type.value_or(type) == type;
+
+  if (type == DType::f32 && (!wide || own_gemm())) {
+    GemmArgs g{m, n, k, a.data, b.data, a.stride, b.stride, a.transposed, b.transposed};
+    g.a_type = a.type.value_or(type);
+    g.b_type = b.type.value_or(type);
+    g.c = static_cast<float*>(c);
+    g.c_stride = c_stride;
+    g.accumulate = accumulate;
+    g.alpha = static_cast<float>(alpha);
+    g.pairs = gemm_cpu().pairs && g.a_type == DType::bf16 && g.b_type == DType::bf16 && !a.transposed && b.transposed;
+    return cpu_multiply(g);
+  }
   const ScalarType st = scalar_type(type);
   const Tensor ta = view(a, m, k, st), tb = view(b, k, n, st), tc = view(c, m, n, c_stride, 1, st);
   // With beta = 0 nothing of C is read.
@@ -64,6 +126,36 @@ void cuda_gemm(DType type, int64_t m, int64_t n, int64_t k, const Matrix& a, con
 }
 
 }  // namespace
+
+void cpu_multiply(const GemmArgs& g) {
+  const GemmCpu& cpu = gemm_cpu();
+  const int64_t enough = g.m * g.n * g.k / kProductsPerThread + 1;
+  const Grid grid = share_out(g.m, g.n, std::min<int64_t>(num_threads(), enough));
+  const int64_t blocks = grid.rows * grid.cols;
+  const int64_t rows = ceil_div(ceil_div(g.m, grid.rows), cpu.tile_rows) * cpu.tile_rows;
+  const int64_t cols = ceil_div(ceil_div(g.n, grid.cols), cpu.tile_cols) * cpu.tile_cols;
+  const int64_t per_block = cpu.workspace(cols);
+  const std::unique_ptr<float[]> space(new float[blocks * per_block + kAlignment]);
+  float* workspace = aligned(space.get());
+  parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; block++) {
+      const int64_t row = block / grid.cols * rows, col = block % grid.cols * cols;
+      GemmArgs part = g;
+      part.m = std::min(rows, g.m - row);
+      part.n = std::min(cols, g.n - col);
+      if (part.m <= 0 || part.n <= 0) continue;
+      const auto from = [](const void* p, DType type, int64_t elements) {
+        return static_cast<const char*>(p) + elements * element_size(type);
+      };
+      part.a = from(g.a, g.a_type, g.a_transposed ? row : row * g.a_stride);
+      part.b = from(g.b, g.b_type, g.b_transposed ? col * g.b_stride : col);
+      part.c = g.c + row * g.c_stride + col;
+      part.done = nullptr;
+      part.workspace = workspace + block * per_block;
+      cpu.multiply(part);
+    }
+  });
+}
 
 void gemm(const Tensor& on_device_of, DType ab_type, int64_t m, int64_t n, int64_t k, const Matrix& a, const Matrix& b, void* c,
           DType c_type, int64_t c_stride, bool accumulate, double alpha) {

@@ -66,19 +66,21 @@ Head make_head(const Tensor& hidden, const Tensor& weight, const Tensor& targets
                const OptTensor& row_temperature, const HeadOptions& options, const HeadExtras& extras = {});
 inline int64_t row_stride(const Tensor& t) { return std::max(t.stride(0), t.size(1)); }  // of a single row it may be anything
 
-// A block of rows of `source` as a matrix a GEMM takes: the tensor itself, or a float32 copy where the CPU must widen.
+// A block of rows of `source` as a matrix a GEMM takes: the tensor itself, or a float32 copy where the CPU must widen and leaves
+// the products to a library.
 class Operand {
  public:
   Operand(const Tensor& source, const Head& head, int64_t max_rows) : source_(source), type_(head.dtype) {
     if (!head.cuda && head.dtype != head.acc) {
-      buffer_ = empty({max_rows, source.size(1)}, ScalarType::Float, source);
+      if (!own_gemm()) buffer_ = empty({max_rows, source.size(1)}, ScalarType::Float, source);
       type_ = head.acc;
     }
+    source_type_ = head.dtype;
   }
   Matrix rows(int64_t first, int64_t count, bool transposed = false) {
     if (!buffer_) {
       const auto* base = static_cast<const char*>(source_.const_data_ptr());
-      return {base + first * row_stride(source_) * element_size(type_), row_stride(source_), transposed};
+      return {base + first * row_stride(source_) * element_size(source_type_), row_stride(source_), transposed, source_type_};
     }
     if (first != held_first_ || count != held_count_) {
       Tensor into = torch::stable::narrow(*buffer_, 0, 0, count);
@@ -88,12 +90,12 @@ class Operand {
     }
     return {buffer_->const_data_ptr(), source_.size(1), transposed};
   }
-  DType type() const { return type_; }
+  DType type() const { return type_; }  // of the products
 
  private:
   Tensor source_;
   OptTensor buffer_;
-  DType type_;
+  DType type_, source_type_;
   int64_t held_first_ = -1, held_count_ = -1;
 };
 

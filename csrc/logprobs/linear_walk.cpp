@@ -7,6 +7,7 @@
 
 #include <limits>
 
+#include "logprobs/fused_forward.h"
 #include "logprobs/linear_call.h"
 
 namespace prefkern {
@@ -16,6 +17,7 @@ namespace {
 template <class S>
 void forward_walk(const Head& h, int64_t outputs, const HeadOutputs* out, OptTensor state, KeptLogits* kept = nullptr,
                   RowGradients<S>* gradients = nullptr) {
+  if (!kept && !gradients && fuses_forward(h)) return fused_forward(h, outputs, out, state);
   FoldArgs<S> f;
   out ? set_outputs(f, *out, outputs, h.rows) : set_sums(f, outputs);
   const int64_t cols = h.plan.vocab_block;

@@ -15,6 +15,8 @@ from .reliability import AnnotatorReliability
 _wanted = _os.environ.get("PREFKERN_CPU_ISA")
 if _wanted and _wanted not in capabilities()["cpu_isas"]:
     raise ValueError(f"PREFKERN_CPU_ISA is {_wanted!r}; accepted: {', '.join(capabilities()['cpu_isas'])}")
+if (_wanted := _os.environ.get("PREFKERN_CPU_GEMM")) not in (None, "", "own", "library"):
+    raise ValueError(f"PREFKERN_CPU_GEMM is {_wanted!r}; accepted: own, library")
 
 _LAZY = ("data", "diagnostics", "distributed", "mcts", "papers", "reference")
 

@@ -128,6 +128,7 @@ def print_facts(facts: dict[str, Any]) -> None:
         ("CPU", facts["cpu"]),
         ("CPU features", ", ".join(capabilities["cpu_features"]) or "none that matter"),
         ("instruction set", f"{capabilities['cpu_isa']} (compiled in: {', '.join(capabilities['cpu_isas'])})"),
+        ("matrix products", "this library's" if capabilities["cpu_gemm"] == "own" else "those of torch's CPU library"),
         ("threads", str(facts["threads"])),
         ("CUDA", cuda),
         ("CUDA devices", ", ".join(facts["cuda_devices"]) or "none seen by torch"),
