@@ -284,16 +284,16 @@ def test_only_needed_gradients_are_computed(device, op_log, trained):
     for name in trained:
         tensors[name].requires_grad_()
     linear_logprobs(**tensors, targets=targets).logp.sum().backward()
-    if trained == ("hidden",) and device == "cpu":
-        assert "linear_logprobs_backward" not in op_log.names()
-        assert op_log.args("linear_logprobs_u_backward")
+    saved = trained == ("hidden",) and device == "cpu"  # the gradient of each row, in the forward: rounded in another order
+    if saved:
+        assert op_log.names() == ["linear_logprobs_saving_fwd", "linear_logprobs_u_backward"]
     else:
         assert op_log.args("linear_logprobs_backward")[-2] == sum(NEEDS[name] for name in trained)
     full = {name: leaf(t) for name, t in tensors.items()}
     linear_logprobs(**full, targets=targets).logp.sum().backward()
     for name, t in tensors.items():
         if name in trained:
-            assert_close(t.grad, full[name].grad, rtol=1e-6, atol=1e-7)
+            assert_close(t.grad, full[name].grad, rtol=1e-5 if saved else 1e-6, atol=1e-6 if saved else 1e-7)
             assert t.grad.norm() > 0
         else:
             assert t.grad is None

@@ -241,7 +241,7 @@ def test_tokens_that_cannot_be_drawn(device, save, chunk_bytes):
     assert distance(got, expected) < 1e-6
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-12), (F32, 2e-4)], ids=names)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-12), (F32, 2e-3)], ids=names)
 def test_logits_that_rise_from_block_to_block(device, save, dtype, tolerance):
     """The maximum moves in every block, at last to 2400, where a float32 is spaced 2e-4."""
     hidden, weight, targets = make(device, dtype)

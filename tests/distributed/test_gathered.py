@@ -362,11 +362,19 @@ def test_a_frozen_zero_parameter_and_other_ways_through_the_backward():
     h, p = leaf(hidden), nn.Parameter(weight.clone(), requires_grad=False)
     zero = Zero(p)
     with gathered(p, gather=zero.gather) as w:
-        out = linear_logprobs(h, w, targets)
+        out = linear_logprobs(h, w, targets, save="recompute")
     out.logp.sum().backward()
     assert torch.equal(h.grad, h0.grad)
     assert p.grad is None
     assert zero.log == ["gather", "partition"] * 2
+    # Row gradients that were saved need no weight.
+    h, q = leaf(hidden), nn.Parameter(weight.clone(), requires_grad=False)
+    unasked = Zero(q)
+    with gathered(q, gather=unasked.gather) as w:
+        out = linear_logprobs(h, w, targets)
+    out.logp.sum().backward()
+    torch.testing.assert_close(h.grad, h0.grad)
+    assert unasked.log == ["gather", "partition"]
     # Gradients that are not accumulated, twice through one graph.
     h, p = leaf(hidden), nn.Parameter(weight.clone())
     zero = Zero(p)

@@ -167,7 +167,7 @@ def print_saves(shape: tuple[int, int, int], saves: list[dict[str, Any]]) -> Non
     from prefkern.cli.console import make_console
 
     rows, hidden, vocab = shape
-    title = f"what the forward saves; F = {2e-9 * rows * hidden * vocab:.3g} GFLOP, one product of the head"
+    title = f"what the forward saves; F = {2e-9 * rows * hidden * vocab:,.1f} GFLOP, one product of the head"
     table = Table(
         title=title, title_justify="left", caption="* by default; save= and save_bytes= choose", caption_justify="left"
     )
