@@ -200,10 +200,14 @@ class Layout:
             chunks.append(Chunk(rows_at(index), begin, end, cu))
         return chunks
 
+    def active(self) -> Tensor | None:
+        """Where rows count, on the CPU; what a device knows nobody waits for."""
+        return self.counts.nonzero().squeeze(1) if self.device.type == "cpu" else None
+
     def row_chunks(self, head: Head, chunk_bytes: int) -> list[Chunk]:
         """Chunks of any rows, of about equal size; on the CPU of those that count."""
         limit = rows_that_fit(head, len(self.targets), chunk_bytes)
-        active = self.counts.nonzero().squeeze(1) if self.device.type == "cpu" else None
+        active = self.active()
         total = len(self.targets) if active is None else len(active)
         parts = -(-total // limit)
         ends = [total * k // parts for k in range(parts + 1)] if parts else [0]

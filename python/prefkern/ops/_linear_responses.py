@@ -99,4 +99,4 @@ def _of_items(targets: Tensor, cu_seqlens: Tensor | None, keep: Tensor, ignore_i
     return torch.where(keep.repeat_interleave(ends.diff(), output_size=len(targets)), targets, ignore_index)
 
 
-register("prefkern::linear_preference_loss", _forward, len(METRICS))
+register("prefkern::linear_preference_loss", _forward, len(METRICS), ("ref_logp", *preference.NAMES))

@@ -311,13 +311,15 @@ def results(loss: Tensor, metrics: Tensor, gradients: tuple[Tensor | None, ...])
     return loss, metrics, *(metrics.new_empty(0) if g is None else g for g in gradients)
 
 
-def register(name: str, forward: Callable[..., Any], metrics: int) -> None:
-    """Implement the op on CPU and CUDA, its fake, and its autograd formula."""
+def register(name: str, forward: Callable[..., Any], metrics: int, tensors: Sequence[str]) -> None:
+    """Implement the op on CPU and CUDA, its fake, and its autograd formula. ``tensors`` are its arguments behind
+    row_temperature that are one."""
 
     def fake(
         hidden: Tensor, weight: Tensor, targets: Tensor, cu_seqlens: Tensor | None, bias: Tensor | None, *rest: Any
     ) -> tuple[Tensor, ...]:
         same_device("hidden", hidden, weight=weight, targets=targets, bias=bias)
+        same_device("hidden", hidden, **dict(zip(("temperature", *tensors), rest, strict=False)))
         acc, needs = accumulator(hidden), rest[-2]
         stored = [acc if hidden.dtype == torch.float16 else t.dtype for t in (hidden, weight, hidden if bias is None else bias)]
         shapes = (hidden.shape, weight.shape, weight.shape[:1])

@@ -228,4 +228,4 @@ def _forward(
     return results(*objective.result(), gradients)
 
 
-register("prefkern::linear_policy_loss", _forward, len(policy.METRICS))
+register("prefkern::linear_policy_loss", _forward, len(policy.METRICS), _TENSORS)

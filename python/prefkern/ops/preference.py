@@ -32,7 +32,12 @@ UNPAIRED_KINDS = ("kto", "bco", "squared", "apo_zero")
 SCORES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence", "log_odds", "chi", "exp")
 AVERAGES = (None, "logp", "score")
 REDUCTIONS = ("mean", "weighted_mean", "sum", "none")
-PAIR_TENSORS = 14  # of the op's arguments behind the log-probs
+# The op's arguments behind the log-probs that are tensors.
+NAMES = (
+    "ref_chosen_logp", "ref_rejected_logp", "desirable", "chosen_lengths", "rejected_lengths", "scale", "offset",
+    "label_smoothing", "chosen_target", "rejected_target", "weight", "tie", "mask", "norm",
+)  # fmt: skip
+PAIR_TENSORS = len(NAMES)
 METRICS = ("chosen_reward", "rejected_reward", "reward_margin", "accuracy", "clamped", "pairs")
 
 Kind = Literal[
@@ -547,11 +552,7 @@ def validate_pairs(chosen: Tensor, rejected: Tensor | None, fixed: tuple[Any, ..
 
 
 def _fake_loss(chosen: Tensor, rejected: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    names = (
-        "ref_chosen_logp", "ref_rejected_logp", "desirable", "chosen_lengths", "rejected_lengths", "scale", "offset",
-        "label_smoothing", "chosen_target", "rejected_target", "weight", "tie", "mask", "norm",
-    )  # fmt: skip
-    tensors = dict(zip(names, rest[:14], strict=True))
+    tensors = dict(zip(NAMES, rest[:PAIR_TENSORS], strict=True))
     same_device("chosen_logp", chosen, rejected_logp=rejected, **tensors)
     torch._check(chosen.dim() == 1, lambda: f"chosen_logp has shape {list(chosen.shape)}; expected [P]")
     reduction, with_grad = rest[17], rest[-1]
