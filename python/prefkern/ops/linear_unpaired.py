@@ -88,8 +88,9 @@ def linear_unpaired_loss(
     check_tensors(hidden=hidden, weight=weight, targets=targets, desirable=desirable)
     fixed = _constants(desirable, options)
     responses = count_sequences(hidden, targets, cu_seqlens, "B")
-    for name, t in {"desirable": desirable, **options}.items():
-        if name in ("desirable", "response_weight", "response_mask") and t is not None and t.shape != (responses,):
+    for name in ("desirable", *_RENAMED.values()):
+        t = desirable if name == "desirable" else options.get(name)
+        if t is not None and t.shape != (responses,):
             raise ValueError(f"{name} has shape {list(t.shape)}; there are {responses} responses, so [{responses}] is expected")
     targets = check_counted(targets, mask, ref_logp, integer("ignore_index", ignore_index))
     if ref_logp is not None and fixed[0] is not None:
