@@ -86,7 +86,7 @@ KIND_OPTIONS = {
     "squared_targets": {"chosen_target": 1.0, "rejected_target": -1.0},
     "asft": {"score": "log_odds"},
 }
-CHUNKS = {"default": None, "one pair": 1, "some pairs": 9000}
+CHUNKS = {"default": None, "one row": 1, "some pairs": 9000}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -335,7 +335,8 @@ def passes(monkeypatch):
 @pytest.mark.parametrize("trained", ["hidden", "weight", "both"])
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_passes_over_the_head(device, passes, monkeypatch, trained, chunk):
-    """Logits once, and a GEMM for each gradient that is needed. On the CPU, of rows that count only."""
+    """Logits once, and a GEMM for each gradient that is needed. On the CPU, of rows that count only. Pairs that do not fit are
+    cut, and their logits computed again."""
     hidden, weight, tokens = make(device)
     monkeypatch.setattr("prefkern.ops._single_pass._linear_backward", None)
     hidden.requires_grad_(trained != "weight")
@@ -343,10 +344,10 @@ def test_passes_over_the_head(device, passes, monkeypatch, trained, chunk):
     out = linear_preference_loss(hidden, weight, chunk_bytes=CHUNKS[chunk], **tokens)
     out.loss.backward()
     rows = int((tokens["targets"] != -100).sum()) if device == "cpu" else tokens["targets"].numel()
-    assert passes.logits == rows
+    assert passes.logits == (2 * rows if chunk == "one row" else rows)
     assert passes.hidden == (rows if trained != "weight" else 0)
     assert passes.weight == (rows if trained != "hidden" else 0)
-    assert len(passes.chunks) == {"default": 1, "one pair": PAIRS, "some pairs": len(passes.chunks)}[chunk]
+    assert len(passes.chunks) == {"default": 1, "one row": 2 * rows, "some pairs": len(passes.chunks)}[chunk]
     if chunk == "some pairs":
         assert 1 < len(passes.chunks) <= PAIRS - (device == "cpu")
     _, expected = run(linear_preference_loss, hidden, weight, **tokens)
@@ -436,11 +437,40 @@ def test_share_out_covers_everything_within_the_limit():
             assert 0 < rows <= limit or max(sizes[begin:end]) == rows
 
 
+@pytest.mark.parametrize("most", [1, 2, 3, 4, 7, 11, 12, 100])
+def test_pieces_of_rows(most):
+    rows = [_single_pass.rows_of((2, 9), (20, 21), (30, 34)), _single_pass.rows_at(torch.tensor([1, 3, 4, 8, 9, 15, 30]))]
+    numbers = torch.arange(40)
+    for whole in rows:
+        pieces = whole.pieces(most)
+        assert torch.equal(torch.cat([piece.take(numbers) for piece in pieces]), whole.take(numbers))
+        sizes = [piece.total for piece in pieces]
+        assert sizes == [len(piece.take(numbers)) for piece in pieces]
+        assert len(sizes) == -(-whole.total // most)
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_by_default_a_pair_may_take_four_times_the_budget(monkeypatch, passes):
+    """Before its logits are computed twice."""
+    hidden, weight, tokens = make(pairs=1, length=17)
+    rows = int((tokens["targets"] != -100).sum())
+    for fits, logits in ((rows, rows), (-(-rows // 4), rows), (rows // 5, 2 * rows)):
+        monkeypatch.setattr(_single_pass, "rows_that_fit", lambda *args, fits=fits: fits)
+        before = passes.logits
+        compare(hidden, weight, **tokens)
+        assert passes.logits - before == logits
+    before = passes.logits
+    compare(hidden, weight, chunk_bytes=1, **tokens)
+    assert passes.logits - before == 2 * rows
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=names)
+@pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_peak_memory(device, allocations, dtype, frozen):
-    """Beside results: one chunk's logits and operands, and the float32 sums of a weight gradient that has another dtype."""
-    pairs, length, vocab, width, budget = 16, 32, 4000, 16, 1 << 21
+def test_peak_memory(device, allocations, dtype, long, frozen):
+    """Beside results: one chunk's logits and operands, and the float32 sums of a weight gradient that has another dtype. Of
+    pairs too that do not fit."""
+    pairs, length, vocab, width, budget = 2 if long else 16, 256 if long else 32, 4000, 16, 1 << 21
     hidden, weight, tokens = make(device, dtype, pairs=pairs, length=length, vocab=vocab, width=width)
     hidden.requires_grad_()
     weight.requires_grad_(not frozen)

