@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from linear_losses import BF16, DTYPES, F16, F32, F64, HEADS, Passes, assert_same, distance, leaf, names, run
 from prefkern import linear_logprobs, linear_unpaired_loss, sequence_sum, unpaired_loss
-from prefkern.ops import _linear_layout, _single_pass
+from prefkern.ops import _linear_layout
 from prefkern.ops.preference import SCORES, UNPAIRED_KINDS
 
 OPS = torch.ops.prefkern
@@ -201,7 +201,6 @@ def test_nothing_to_do(device, layout, case):
 def test_passes_over_the_head(device, monkeypatch, trained, chunk):
     hidden, weight, tokens = make(device)
     passes = Passes(monkeypatch)
-    monkeypatch.setattr(_single_pass, "_linear_backward", None)
     hidden.requires_grad_(trained != "weight")
     weight.requires_grad_(trained != "hidden")
     linear_unpaired_loss(hidden, weight, chunk_bytes=CHUNKS[chunk], **tokens).loss.backward()
@@ -222,7 +221,7 @@ def test_passes_over_the_head(device, monkeypatch, trained, chunk):
 def test_chunks_as_on_cuda(monkeypatch, layout, chunk, dtype):
     """With the rows that do not count, and without knowing where responses end."""
     hidden, weight, tokens = make("cpu", dtype, layout)
-    for cut in (_linear_layout.Layout.full_chunks, lambda self, limit: None):
+    for cut in (_linear_layout.Layout.full_chunks, lambda self, limit: [self.whole()]):
         monkeypatch.setattr(_linear_layout.Layout, "compact_chunks", cut)
         compare(hidden, weight, torch.randn(VOCAB), chunk_bytes=CHUNKS[chunk], **tokens)
 

@@ -151,14 +151,14 @@ class Layout:
         """All items at once, with the rows that do not count."""
         return Chunk(rows_of((0, len(self.targets))), 0, self.items, self.on_device, self.counts)
 
-    def chunks(self, head: Head, chunk_bytes: int) -> list[Chunk] | None:
-        """Chunks of whole items that fit, or of one item; None if that would have to wait for the device."""
+    def chunks(self, head: Head, chunk_bytes: int) -> list[Chunk]:
+        """Chunks of whole items that fit, or of one item; of all, where their ends are for the device to know."""
         limit = rows_that_fit(head, len(self.targets), chunk_bytes)
         if self.device.type == "cpu":
             return self.compact_chunks(limit)
         if self.cu_seqlens is None or self.cu_seqlens.is_cpu:
             return self.full_chunks(limit)
-        return [self.whole()] if len(self.targets) <= limit else None
+        return [self.whole()] if len(self.targets) else []
 
     def full_chunks(self, limit: int) -> list[Chunk]:
         """With the rows that do not count: how many there are is for the device to know."""

@@ -26,7 +26,7 @@ from .logprobs import _DTYPES, _ENTROPY, _GRAD_BIAS, _GRAD_HIDDEN, _GRAD_WEIGHT,
 
 _OPS = torch.ops.prefkern
 _chunk, _chunk_backward = _OPS.linear_chunk_.default, _OPS.linear_chunk_backward_.default
-_linear_fwd, _linear_backward = _OPS.linear_logprobs_fwd.default, _OPS.linear_logprobs_backward.default
+_linear_fwd = _OPS.linear_logprobs_fwd.default
 _BITS = (_GRAD_HIDDEN, _GRAD_WEIGHT, _GRAD_BIAS)
 
 
@@ -269,39 +269,29 @@ def single_pass(
 def gradients_of(
     objective: Objective,
     head: Head,
-    chunks: Sequence[Chunk] | None,
+    chunks: Sequence[Chunk],
     whole: Chunk,
     needs: int,
     with_entropy: bool,
     chunk_bytes: int,
 ) -> tuple[Tensor | None, ...]:
-    """Hand all rows to the objective and return its gradients in hidden, weight and bias, None where nobody needs one. Without
-    chunks, because where they would end is for the device to know, the logits are computed twice, as ``linear_logprobs`` and
-    its backward do; where nothing needs a gradient, once and without keeping any."""
+    """Hand all rows to the objective, and return its gradients in hidden, weight and bias, None where nobody needs one. Where
+    nobody needs any, the logits are not kept."""
     outputs = _ENTROPY if with_entropy else 0
-    rows, options = head[:-1], head.options
     if not needs:
-        logp, entropy, *_ = _linear_fwd(*rows, *options, outputs, chunk_bytes)
+        logp, entropy, *_ = _linear_fwd(*head[:-1], *head.options, outputs, chunk_bytes)
         objective.add(whole, logp, entropy)
         return None, None, None
+
+    def gradient(k: int, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        objective.add(chunks[k], logp, entropy)
+        return objective.gradient(chunks[k])
+
     # float16 gradients would underflow without the loss scaling that comes later, so they stay float32 until the backward, and
     # what a GPU narrows on the way is scaled by a power of two.
     half = head.hidden.dtype == torch.float16
-    found: tuple[Tensor | None, ...]
-    if chunks is not None:
-
-        def gradient(k: int, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
-            objective.add(chunks[k], logp, entropy)
-            return objective.gradient(chunks[k])
-
-        most = rows_at_once(head, len(head.targets), chunk_bytes)
-        found = single_pass(head, [chunk.rows for chunk in chunks], gradient, needs, most, outputs, wide=half)
-    else:
-        logp, entropy, *_, stats = _linear_fwd(*rows, *options, outputs | _SAVE_STATS, chunk_bytes)
-        objective.add(whole, logp, entropy)
-        upstream = objective.gradient(whole)
-        found = _linear_backward(*upstream, None, *rows, entropy, stats, *options, needs, chunk_bytes)
-        found = tuple(g if needs & bit else None for g, bit in zip(found, _BITS, strict=True))
+    most = rows_at_once(head, len(head.targets), chunk_bytes)
+    found = single_pass(head, [chunk.rows for chunk in chunks], gradient, needs, most, outputs, wide=half)
     return tuple(None if g is None else g.float().mul_(1 / objective.gain) for g in found) if half else found
 
 

@@ -81,15 +81,16 @@ def linear_policy_loss(
             count is never looked at, and on the CPU costs nothing.
         cu_seqlens: int32 ``[B + 1]``, where packed sequences begin and end. On CUDA, for kinds whose ratio is one of the
             sequence (``"gspo"``, ``"gspo_token"``, ``"gmpo"``), it is best left on the CPU: chunks of whole sequences cannot be
-            planned without knowing it. From one on the GPU, a batch that does not fit ``chunk_bytes`` takes 4 GEMMs then.
+            planned without knowing it, and with one on the GPU the batch counts as one sequence that does not come apart.
         temperature, softcap, logit_scale: as for :func:`linear_logprobs`; log-probs and entropies are those of the softmax
             with them.
         entropy_coef: c, finite. At 0 no entropy is computed, unless ``with_entropy`` asks for the metric.
         entropy_agg: how entropies are summed up; None: as the loss is, with its ``norm`` and ``scale``. Another one than
             ``agg`` divides by its own count, and is none that needs a ``scale``.
         with_entropy: compute the metric ``entropy`` at ``entropy_coef`` 0 too.
-        chunk_bytes: what the logits of a chunk and what goes with them may take; None for the default. A chunk holds at least
-            one row; of the kinds named above, one sequence. Results do not depend on it beyond rounding.
+        chunk_bytes: what the logits of a chunk and what goes with them may take; None for the default. A sequence of the
+            kinds named above that does not fit (by default: not four times) goes through the head in pieces, its logits twice,
+            which are 4 GEMMs then. Results do not depend on it beyond rounding.
         options: those of :func:`policy_loss`, of the same meaning and with the same defaults: ``kind``, ``eps_low``,
             ``eps_high``, ``agg``, ``norm``, ``scale``, ``token_weight``, ``ref_logp``, ``beta``, ``kl``, ``kl_ratio``, ...
 
@@ -221,7 +222,7 @@ def _forward(
     layout = Layout(targets, cu_seqlens, options[3], hidden.device)
     head = Head(hidden, weight, layout.targets, bias, row_temperature, options)
     objective = _Objective(layout, hidden.dtype, tensors, numbers, entropy_coef, entropy_agg, with_entropy, bool(needs))
-    chunks = None
+    chunks: list[Chunk] = []
     if needs:
         chunks = (layout.chunks if numbers[0] in _OF_SEQUENCES else layout.row_chunks)(head, chunk_bytes)
     gradients = gradients_of(objective, head, chunks, layout.whole(), needs, with_entropy, chunk_bytes)

@@ -65,15 +65,16 @@ def linear_preference_loss(
         mask: bool, shaped like ``targets``; True counts. None: all but ``ignore_index`` count. What does not count is never
             looked at, and on the CPU costs nothing.
         cu_seqlens: int32 ``[2P + 1]``, where packed responses begin and end. On CUDA it is best left on the CPU: chunks of
-            whole pairs cannot be planned without knowing it. From one on the GPU, a batch that does not fit ``chunk_bytes``
-            takes 4 GEMMs, as the three functions would.
+            whole pairs cannot be planned without knowing it, and with one on the GPU the batch counts as one pair that does
+            not come apart.
         ref_logp: log-probs of the tokens under the reference model, shaped like ``targets``; subtracted per token. Or else
             ``ref_chosen_logp`` and ``ref_rejected_logp``, ``[P]`` sums. Neither: no reference.
         temperature, softcap, logit_scale: as for :func:`linear_logprobs`.
         sft_weight: adds so much of the negative log-likelihood of the chosen responses, the mean over all their tokens that
             count (ORPO, CPO, RPO).
-        chunk_bytes: what the logits of a chunk and what goes with them may take; None for the default. A chunk holds at least
-            one pair. Results do not depend on it beyond rounding.
+        chunk_bytes: what the logits of a chunk and what goes with them may take; None for the default. A pair that does not
+            fit (by default: not four times) goes through the head in pieces, its logits twice, which are 4 GEMMs then. Results
+            do not depend on it beyond rounding.
         options: those of :func:`preference_loss`, of the same meaning and with the same defaults: ``kind``, ``beta``,
             ``score``, ``average`` (lengths are known here), ``offset``, ``label_smoothing``, ``scale``, ``reduction``,
             ``norm``, ... Its ``weight`` is ``pair_weight`` here and its ``mask`` ``pair_mask``; responses of pairs outside the

@@ -64,13 +64,14 @@ def linear_unpaired_loss(
         mask: bool, shaped like ``targets``; True counts. None: all but ``ignore_index`` count. What does not count is never
             looked at, and on the CPU costs nothing.
         cu_seqlens: int32 ``[B + 1]``, where packed responses begin and end. On CUDA it is best left on the CPU: chunks of
-            whole responses cannot be planned without knowing it. From one on the GPU, a batch that does not fit
-            ``chunk_bytes`` takes 4 GEMMs, as the three functions would.
+            whole responses cannot be planned without knowing it, and with one on the GPU the batch counts as one response that
+            does not come apart.
         ref_logp: log-probs of the tokens under the reference model, shaped like ``targets``; subtracted per token. Or else
             ``ref_sequence_logp``, ``[B]`` sums. Neither: no reference.
         temperature, softcap, logit_scale: as for :func:`linear_logprobs`.
-        chunk_bytes: what the logits of a chunk and what goes with them may take; None for the default. A chunk holds at least
-            one response. Results do not depend on it beyond rounding.
+        chunk_bytes: what the logits of a chunk and what goes with them may take; None for the default. A response that does
+            not fit (by default: not four times) goes through the head in pieces, its logits twice, which are 4 GEMMs then.
+            Results do not depend on it beyond rounding.
         options: those of :func:`unpaired_loss`, of the same meaning and with the same defaults: ``kind``, ``beta``, ``kl``
             (KTO's reference point: a number or a tensor, a constant), ``offset``, ``score``, ``average`` (lengths are known
             here), ``desirable_weight``, ``undesirable_weight``, ``reduction``, ``norm``, ... Its ``weight`` is
