@@ -246,23 +246,27 @@ def single_pass(
 
     They have the types of what they belong to; with ``wide`` that of accumulators. No row is in two chunks; one that is in none
     has no gradient. Rows are taken in order, so equal calls give equal bits. A chunk of more than ``most`` rows goes through
-    the head in pieces, and again once its gradient is known, so that its logits, and nothing else, are computed twice.
+    the head in pieces, and, but for the last of them, again once its gradient is known: those logits, and nothing else, are
+    computed twice.
     """
     cut = [rows.pieces(most) for rows in chunks]
     walk = _Walk(head, needs, [rows for pieces in cut for rows in pieces], wide)
     for k, pieces in enumerate(cut):
+        states = []
+        for rows in pieces:
+            inputs, logp, entropy, stats = walk.forward(rows, _SAVE_STATS | outputs)
+            states.append((logp, entropy, stats))
         if len(pieces) == 1:
-            inputs, logp, entropy, stats = walk.forward(pieces[0], _SAVE_STATS | outputs)
             walk.backward(pieces[0], *gradient(k, logp, entropy), inputs, entropy, stats)
             continue
-        found = [walk.forward(rows, _SAVE_STATS | outputs)[1:] for rows in pieces]
-        g_logp, g_entropy = gradient(k, torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found]))
-        begin = 0
-        for rows, (_, entropy, stats) in zip(pieces, found, strict=True):
-            mine = slice(begin, begin + rows.total)
-            inputs, *_ = walk.forward(rows, 0)
+        g_logp, g_entropy = gradient(k, torch.cat([state[0] for state in states]), torch.cat([state[1] for state in states]))
+        end = len(g_logp)
+        for rows, (_, entropy, stats) in zip(reversed(pieces), reversed(states), strict=True):
+            if end < len(g_logp):  # the last one's logits are still there
+                inputs, *_ = walk.forward(rows, 0)
+            mine = slice(end - rows.total, end)
             walk.backward(rows, g_logp[mine], None if g_entropy is None else g_entropy[mine], inputs, entropy, stats)
-            begin += rows.total
+            end -= rows.total
     return walk.gradients()
 
 
