@@ -19,6 +19,7 @@ from prefkern import reference
 from prefkern.bench import peers, report, shapes, suites, timing, workloads
 from prefkern.cli import app, demo
 
+SINGLE_PASS = ("linear_policy_loss", "linear_preference_loss", "linear_unpaired_loss")
 DIFFERENTIABLE = {
     "linear_logprobs",
     "logits_logprobs",
@@ -32,7 +33,7 @@ DIFFERENTIABLE = {
     "level_pairs",
     "group_normalize",
     "group_preference_loss",
-    "linear_preference_loss",
+    *SINGLE_PASS,
     "listwise_loss",
     "preference_loss",
     "skew_loss",
@@ -146,7 +147,7 @@ def test_check_passes_on_this_machine(tmp_path):
     output = succeed("check", "--json", file)
     saved = json.loads(file.read_text())
     rows = saved["rows"]
-    every = {(op, dtype) for op in (*reference.__all__, "linear_preference_loss") for dtype in ("fp32", "bf16", "fp16", "fp64")}
+    every = {(op, dtype) for op in (*reference.__all__, *SINGLE_PASS) for dtype in ("fp32", "bf16", "fp16", "fp64")}
     assert {(row["op"], row["dtype"]) for row in rows} == every
     assert all(row["ok"] and row["forward"] <= row["forward_bound"] for row in rows)
     for row in rows:

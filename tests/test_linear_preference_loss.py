@@ -10,19 +10,14 @@ from torch.library import opcheck
 from torch.testing import assert_close
 
 import prefkern
+from linear_losses import BF16, DTYPES, F16, F32, F64, HEADS, TOLERANCE, Passes, assert_same, distance, leaf, names, run
 from prefkern import linear_logprobs, linear_preference_loss, preference_loss, sequence_sum
-from prefkern.ops import _single_pass, linear_losses
+from prefkern.ops import _linear_layout, _single_pass
 from prefkern.ops.preference import KINDS
 
-F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-DTYPES = [F64, F32, BF16, F16]
 OPS = torch.ops.prefkern
 NAN = math.nan
 PAIRS, LENGTH, WIDTH, VOCAB = 5, 7, 16, 67
-
-
-def names(dtype):
-    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else None
 
 
 def two_steps(
@@ -74,39 +69,6 @@ def make(device="cpu", dtype=F32, layout="padded", pairs=PAIRS, length=LENGTH, w
     return hidden.to(device, dtype), weight.to(device, dtype), tokens
 
 
-def leaf(t):
-    return t.detach().clone().requires_grad_()
-
-
-def run(function, hidden, weight, bias=None, upstream=1.0, **arguments):
-    """(out, [d_hidden, d_weight, d_bias])"""
-    leaves = [leaf(t) for t in (hidden, weight, bias) if t is not None]
-    out = function(*leaves[:2], bias=leaves[2] if bias is not None else None, **arguments)
-    return out, torch.autograd.grad(out.loss * upstream, leaves)
-
-
-def distance(actual, expected):
-    actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
-    return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()
-
-
-TOLERANCE = {F64: 1e-12, F32: 3e-6, BF16: 8e-3, F16: 1e-3}  # of gradients: float32 sums, rounded to the dtype
-
-
-def assert_same(ours, expected, dtype):
-    (out, grads), (e_out, e_grads) = ours, expected
-    tolerance = 1e-12 if dtype == F64 else 1e-5
-    assert_close(out.loss, e_out.loss, rtol=tolerance, atol=tolerance)
-    assert out.metrics.keys() == e_out.metrics.keys()
-    for name, value in out.metrics.items():
-        assert_close(value, e_out.metrics[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
-    for a, e in zip(grads, e_grads, strict=True):
-        assert a.dtype == e.dtype
-        assert a.shape == e.shape
-        assert e.norm() > 0
-        assert distance(a, e) < TOLERANCE[dtype]
-
-
 def compare(hidden, weight, bias=None, upstream=1.0, two=None, **arguments):
     ours = run(linear_preference_loss, hidden, weight, bias, upstream, **arguments)
     assert_same(ours, run(two_steps, hidden, weight, bias, upstream, **{**arguments, **(two or {})}), hidden.dtype)
@@ -124,7 +86,7 @@ KIND_OPTIONS = {
     "squared_targets": {"chosen_target": 1.0, "rejected_target": -1.0},
     "asft": {"score": "log_odds"},
 }
-CHUNKS = {"default": None, "one pair": 1, "some pairs": 9000}
+CHUNKS = {"default": None, "one row": 1, "some pairs": 9000}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -143,17 +105,6 @@ def test_every_kind(device, kind, layout, chunk):
 def test_to_float64_rounding(layout, kind, chunk):
     hidden, weight, tokens = make("cpu", F64, layout)
     compare(hidden, weight, torch.randn(VOCAB, dtype=F64), kind=kind, chunk_bytes=CHUNKS[chunk], sft_weight=0.5, **tokens)
-
-
-HEADS = {
-    "plain": {},
-    "bias": {"bias": True},
-    "temperature": {"temperature": 0.7},
-    "token temperature": {"temperature": True},
-    "softcap": {"softcap": 2.0},
-    "logit_scale": {"logit_scale": 0.3},
-    "everything": {"bias": True, "temperature": True, "softcap": 4.0, "logit_scale": 1.7},
-}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
@@ -376,27 +327,6 @@ def test_autocast(device):
 # ----------------------------------------------------------------------------------------------- passes, chunks, memory
 
 
-class Passes:
-    """Rows that went through each GEMM of the head, by gradient."""
-
-    def __init__(self, monkeypatch):
-        self.logits, self.hidden, self.weight, self.chunks = 0, 0, 0, []
-        forward, backward = _single_pass._chunk, _single_pass._chunk_backward
-
-        def spy_forward(x, *rest):
-            self.logits += len(x)
-            self.chunks.append(len(x))
-            return forward(x, *rest)
-
-        def spy_backward(*args):
-            self.hidden += len(args[3]) * (args[11] is not None)
-            self.weight += len(args[3]) * (args[12] is not None)
-            return backward(*args)
-
-        monkeypatch.setattr(_single_pass, "_chunk", spy_forward)
-        monkeypatch.setattr(_single_pass, "_chunk_backward", spy_backward)
-
-
 @pytest.fixture
 def passes(monkeypatch):
     return Passes(monkeypatch)
@@ -405,18 +335,19 @@ def passes(monkeypatch):
 @pytest.mark.parametrize("trained", ["hidden", "weight", "both"])
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_passes_over_the_head(device, passes, monkeypatch, trained, chunk):
-    """Logits once, and a GEMM for each gradient that is needed. On the CPU, of rows that count only."""
+    """Logits once, and a GEMM for each gradient that is needed. On the CPU, of rows that count only. Pairs that do not fit are
+    cut, and their logits computed again."""
     hidden, weight, tokens = make(device)
-    monkeypatch.setattr("prefkern.ops.linear_losses._linear_backward", None)
     hidden.requires_grad_(trained != "weight")
     weight.requires_grad_(trained != "hidden")
     out = linear_preference_loss(hidden, weight, chunk_bytes=CHUNKS[chunk], **tokens)
     out.loss.backward()
     rows = int((tokens["targets"] != -100).sum()) if device == "cpu" else tokens["targets"].numel()
-    assert passes.logits == rows
+    again = rows - PAIRS if chunk == "one row" else 0  # all but the last of each pair
+    assert passes.logits == rows + again
     assert passes.hidden == (rows if trained != "weight" else 0)
     assert passes.weight == (rows if trained != "hidden" else 0)
-    assert len(passes.chunks) == {"default": 1, "one pair": PAIRS, "some pairs": len(passes.chunks)}[chunk]
+    assert len(passes.chunks) == {"default": 1, "one row": rows + again, "some pairs": len(passes.chunks)}[chunk]
     if chunk == "some pairs":
         assert 1 < len(passes.chunks) <= PAIRS - (device == "cpu")
     _, expected = run(linear_preference_loss, hidden, weight, **tokens)
@@ -430,26 +361,23 @@ def test_passes_over_the_head(device, passes, monkeypatch, trained, chunk):
 def test_chunks_with_the_rows_that_do_not_count(monkeypatch, layout, chunk, dtype):
     """As on CUDA, where nobody waits for how many there are."""
     hidden, weight, tokens = make("cpu", dtype, layout)
-    pairs = linear_losses._Pairs
-    monkeypatch.setattr(pairs, "compact_chunks", pairs.full_chunks)
+    layout = _linear_layout.Layout
+    monkeypatch.setattr(layout, "compact_chunks", layout.full_chunks)
     keep = torch.tensor([True, False, True, True, True])
     compare(hidden, weight, torch.randn(VOCAB), chunk_bytes=CHUNKS[chunk], sft_weight=0.3, pair_mask=keep, **tokens)
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("dtype", [F32, F16], ids=names)
-@pytest.mark.parametrize("trained", ["hidden", "both"])
-def test_without_knowing_where_pairs_end(monkeypatch, layout, dtype, trained):
-    """As with cu_seqlens on CUDA and a batch larger than a chunk: the same result from four passes."""
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_without_knowing_where_pairs_end(monkeypatch, passes, layout, dtype, chunk):
+    """As with cu_seqlens on CUDA: a batch that does not fit has its logits computed twice."""
     hidden, weight, tokens = make("cpu", dtype, layout)
-    monkeypatch.setattr(linear_losses._Pairs, "compact_chunks", lambda self, limit: None)
-    if trained == "both":
-        compare(hidden, weight, torch.randn(VOCAB), sft_weight=0.3, average="score", **tokens)
-        return
-    ours = linear_preference_loss(hidden.requires_grad_(), weight, **tokens)
-    (grad,) = torch.autograd.grad(ours.loss, hidden)
-    (expected,) = torch.autograd.grad(two_steps(hidden, weight, **tokens).loss, hidden)
-    assert_close(grad, expected, rtol=2 * TOLERANCE[dtype], atol=1e-6)
+    monkeypatch.setattr(_linear_layout.Layout, "compact_chunks", lambda self, limit: [self.whole()])
+    options = {"sft_weight": 0.3, "average": "score", "chunk_bytes": CHUNKS[chunk]}
+    compare(hidden, weight, torch.randn(VOCAB), **options, **tokens)
+    rows = tokens["targets"].numel()
+    assert passes.logits == (rows if chunk == "default" else 2 * rows - max(passes.chunks))  # the last piece's are still there
 
 
 @pytest.mark.cuda
@@ -506,11 +434,42 @@ def test_share_out_covers_everything_within_the_limit():
             assert 0 < rows <= limit or max(sizes[begin:end]) == rows
 
 
+@pytest.mark.parametrize("most", [1, 2, 3, 4, 7, 11, 12, 100])
+def test_pieces_of_rows(most):
+    rows = [_single_pass.rows_of((2, 9), (20, 21), (30, 34)), _single_pass.rows_at(torch.tensor([1, 3, 4, 8, 9, 15, 30]))]
+    numbers = torch.arange(40)
+    for whole in rows:
+        pieces = whole.pieces(most)
+        assert torch.equal(torch.cat([piece.take(numbers) for piece in pieces]), whole.take(numbers))
+        sizes = [piece.total for piece in pieces]
+        assert sizes == [len(piece.take(numbers)) for piece in pieces]
+        assert len(sizes) == -(-whole.total // most)
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_by_default_a_pair_may_take_four_times_the_budget(monkeypatch, passes):
+    """Before its logits are computed twice."""
+    hidden, weight, tokens = make(pairs=1, length=17)
+    rows = int((tokens["targets"] != -100).sum())
+    half = rows // 2
+    for fits, logits in ((rows, rows), (-(-rows // 4), rows), ((rows - 1) // 4, rows + half)):
+        monkeypatch.setattr(_single_pass, "rows_that_fit", lambda *args, fits=fits: fits)
+        before = passes.logits
+        compare(hidden, weight, **tokens)
+        assert passes.logits - before == logits
+    before = passes.logits
+    monkeypatch.setattr(_single_pass, "rows_that_fit", lambda *args: -(-rows // 2))
+    compare(hidden, weight, chunk_bytes=1, **tokens)
+    assert passes.logits - before == rows + half
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=names)
+@pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_peak_memory(device, allocations, dtype, frozen):
-    """Beside results: one chunk's logits and operands, and the float32 sums of a weight gradient that has another dtype."""
-    pairs, length, vocab, width, budget = 16, 32, 4000, 16, 1 << 21
+def test_peak_memory(device, allocations, dtype, long, frozen):
+    """Beside results: one chunk's logits and operands, and the float32 sums of a weight gradient that has another dtype. Of
+    pairs too that do not fit."""
+    pairs, length, vocab, width, budget = 2 if long else 16, 256 if long else 32, 4000, 16, 1 << 21
     hidden, weight, tokens = make(device, dtype, pairs=pairs, length=length, vocab=vocab, width=width)
     hidden.requires_grad_()
     weight.requires_grad_(not frozen)
@@ -610,7 +569,7 @@ def test_metrics_have_no_gradient(device):
 
 def arguments_of_the_op(monkeypatch, *args, **kwargs):
     seen = []
-    monkeypatch.setattr("prefkern.ops.linear_losses._loss", lambda *a: seen.append(a) or OPS.linear_preference_loss(*a))
+    monkeypatch.setattr("prefkern.ops.linear_preference._loss", lambda *a: seen.append(a) or OPS.linear_preference_loss(*a))
     linear_preference_loss(*args, **kwargs)
     return seen[0]
 

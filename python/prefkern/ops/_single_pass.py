@@ -2,28 +2,32 @@
 logits the gradients of hidden, weight and bias. 3 GEMMs of 2 N V H flops instead of the 4 of ``linear_logprobs`` and its
 backward; 2 where the head is frozen.
 
-What the loss is, is a function: it gets the log-probs of a chunk and returns their gradient. A chunk holds whatever rows that
-function has to see together. Heavy work is in ``csrc/logprobs/linear_chunk.cpp``.
+What the loss is, is an :class:`Objective`: it takes over the log-probs (and entropies) of a chunk and returns the gradient in
+them. A chunk holds whatever rows it has to see together. Heavy work is in ``csrc/logprobs/linear_chunk.cpp``.
+
+Ops built on this begin with hidden, weight, targets, cu_seqlens, bias and row_temperature, end with temperature, softcap,
+logit_scale and ignore_index, options of their own, needs and chunk_bytes, and return loss, metrics, d_hidden, d_weight and
+d_bias, the gradients as far as needs asks for them; :func:`register` does the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import _C
-from ._arguments import accumulator, same_device
-from ._call import keeps_graph
-from .logprobs import _DTYPES, _GRAD_BIAS, _GRAD_HIDDEN, _GRAD_WEIGHT, _SAVE_STATS, _fake_outputs
+from ._arguments import accumulator, check_tensors, same_device
+from ._call import call, keeps_graph
+from .logprobs import _DTYPES, _ENTROPY, _GRAD_BIAS, _GRAD_HIDDEN, _GRAD_WEIGHT, _SAVE_STATS, _fake_outputs
 
 _OPS = torch.ops.prefkern
 _chunk, _chunk_backward = _OPS.linear_chunk_.default, _OPS.linear_chunk_backward_.default
-GRAD_HIDDEN: int = _GRAD_HIDDEN
-GRAD_WEIGHT: int = _GRAD_WEIGHT
-GRAD_BIAS: int = _GRAD_BIAS
+_linear_fwd = _OPS.linear_logprobs_fwd.default
+_BITS = (_GRAD_HIDDEN, _GRAD_WEIGHT, _GRAD_BIAS)
 
 
 class Head(NamedTuple):
@@ -62,6 +66,23 @@ class Rows(NamedTuple):
             into[begin:end].copy_(values[at : at + end - begin])
             at += end - begin
 
+    def pieces(self, most: int) -> list[Rows]:
+        """These in order, at most so many at a time, shared out evenly."""
+        count = -(-self.total // most)
+        if count <= 1:
+            return [self]
+        ends = [self.total * k // count for k in range(count + 1)]
+        if self.at is not None:
+            return [Rows(b - a, at=self.at[a:b]) for a, b in pairwise(ends)]
+        found, before = [], [0, *accumulate(end - begin for begin, end in self.ranges)]
+        for a, b in pairwise(ends):
+            parts = (
+                (begin + max(a - first, 0), min(end, begin + b - first))
+                for first, (begin, end) in zip(before, self.ranges, strict=False)
+            )
+            found.append(rows_of(*((begin, end) for begin, end in parts if begin < end)))
+        return found
+
     def window(self, t: Tensor) -> Tensor | None:
         """The rows as part of t's own memory, where they are that."""
         return t[self.ranges[0][0] : self.ranges[0][1]] if len(self.ranges) == 1 else None
@@ -78,6 +99,42 @@ def rows_of(*ranges: tuple[int, int]) -> Rows:
     return Rows(sum(end - begin for begin, end in merged), tuple(merged))
 
 
+def rows_at(index: Tensor) -> Rows:
+    """Rows of an ascending index on the CPU; a range where they are one."""
+    count = len(index)
+    if count and int(index[-1]) - int(index[0]) + 1 == count:
+        return rows_of((int(index[0]), int(index[-1]) + 1))
+    return Rows(count, at=index)
+
+
+class Chunk(NamedTuple):
+    """Rows that go through the head together: whole items, pairs or sequences, or any rows."""
+
+    rows: Rows
+    begin: int = 0
+    end: int = 0
+    """Items [begin, end), where it holds whole ones: their first sequences, then their second ones, one row behind the
+    other."""
+    cu_seqlens: Tensor | None = None
+    """int32, where those sequences begin and end among the rows, on the device; None: padded."""
+    counts: Tensor | None = None
+    """bool [rows], or None: all rows count."""
+
+
+class Objective(Protocol):
+    """A loss in the log-probs, and perhaps the entropies, of rows."""
+
+    def add(self, chunk: Chunk, logp: Tensor, entropy: Tensor) -> None:
+        """Take over a chunk's."""
+
+    def gradient(self, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
+        """The loss's gradient in those of a chunk that was taken over, times :attr:`gain`."""
+
+    @property
+    def gain(self) -> float | Tensor:
+        """A power of two that keeps gradients inside float16's range where they are narrowed to it."""
+
+
 def rows_that_fit(head: Head, rows: int, chunk_bytes: int) -> int:
     """How many rows a chunk should have at most."""
     hidden, weight = head.hidden, head.weight
@@ -85,6 +142,15 @@ def rows_that_fit(head: Head, rows: int, chunk_bytes: int) -> int:
         return 1
     plan = _C.plan_kept(rows, hidden.shape[1], weight.shape[0], _DTYPES[hidden.dtype], hidden.is_cuda, True, chunk_bytes)
     return int(plan.row_chunk)
+
+
+# What has to stay together may take this many times the default budget before its logits are computed twice.
+_STRETCH = 4
+
+
+def rows_at_once(head: Head, rows: int, chunk_bytes: int) -> int:
+    """How many rows a chunk that cannot be cut may have before it goes through the head in pieces."""
+    return rows_that_fit(head, rows, chunk_bytes) * (1 if chunk_bytes else _STRETCH)
 
 
 def share_out(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
@@ -106,56 +172,131 @@ def share_out(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
     return runs
 
 
+class _Walk:
+    """Chunks on their way through the head, one after the other in the same workspace, and the gradients they add up to."""
+
+    def __init__(self, head: Head, needs: int, chunks: Sequence[Rows], wide: bool):
+        self.head, self.needs, self.wide, self.later = head, needs, wide, False
+        hidden, weight = head.hidden, head.weight
+        acc, vocab, width = accumulator(hidden), weight.shape[0], hidden.shape[1]
+        largest = max((rows.total for rows in chunks), default=0)
+        covered = sum(rows.total for rows in chunks) == hidden.shape[0]
+        new = hidden.new_empty if chunks else hidden.new_zeros
+        self.workspace = new(largest * vocab, dtype=acc)
+        self.hidden = self.weight = self.bias = self.buffer = None
+        if needs & _GRAD_WEIGHT:  # one chunk's gradient of the weight is all of it, and needs no accumulator of its own
+            self.weight = new((vocab, width), dtype=weight.dtype if len(chunks) == 1 and not wide else acc)
+        if needs & _GRAD_BIAS:
+            self.bias = new(vocab, dtype=acc)
+        if needs & _GRAD_HIDDEN:
+            self.hidden = (new if covered else hidden.new_zeros)(hidden.shape, dtype=acc if wide else hidden.dtype)
+            if self.hidden.dtype != acc or any(len(rows.ranges) != 1 for rows in chunks):
+                self.buffer = new((largest, width), dtype=acc)
+
+    def forward(self, rows: Rows, outputs: int) -> tuple[tuple[Tensor | None, ...], Tensor, Tensor, Tensor]:
+        """Leave the rows' logits in the workspace; what went in, log-probs, entropies and statistics."""
+        hidden, weight, targets, bias, tau, options = self.head
+        x, t = rows.take(hidden), rows.take(targets)
+        if hidden.is_cuda and self.weight is not None:  # there, ignored rows stay: 0 times NaN would reach this gradient
+            x = torch.where((t != options[3]).unsqueeze(1), x, 0)
+        inputs = (x, weight, t, bias, None if tau is None else rows.take(tau))
+        logp, entropy, *_, stats = _chunk(*inputs, self.workspace, *options, outputs)
+        return inputs, logp, entropy, stats
+
+    def backward(
+        self, rows: Rows, g_logp: Tensor, g_entropy: Tensor | None, inputs: tuple[Tensor | None, ...], entropy: Tensor,
+        stats: Tensor,
+    ) -> None:  # fmt: skip
+        """Turn the logits in the workspace into the rows' part of the gradients."""
+        into = None
+        if self.hidden is not None:
+            into = rows.window(self.hidden) if self.buffer is None else self.buffer[: rows.total]
+        _chunk_backward(
+            g_logp, g_entropy, None, *inputs, entropy, stats, self.workspace, into, self.weight, self.bias, *self.head.options,
+            self.later,
+        )  # fmt: skip
+        if self.hidden is not None and self.buffer is not None and into is not None:
+            rows.put(self.hidden, into)
+        self.later = True
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        del self.workspace, self.buffer
+        if self.wide:
+            return self.hidden, self.weight, self.bias
+        bias = self.head.bias
+        return (
+            self.hidden,
+            None if self.weight is None else self.weight.to(self.head.weight.dtype),
+            None if self.bias is None or bias is None else self.bias.to(bias.dtype),
+        )
+
+
 def single_pass(
-    head: Head, chunks: Sequence[Rows], gradient: Callable[[int, Tensor], Tensor], needs: int, wide: bool = False
+    head: Head,
+    chunks: Sequence[Rows],
+    gradient: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor | None]],
+    needs: int,
+    most: int,
+    outputs: int = 0,
+    wide: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias, as far as ``needs`` asks for them: those of a loss of which
-    ``gradient(k, logp)`` is the gradient in the log-probs of the rows of ``chunks[k]``.
+    ``gradient(k, logp, entropy)`` are the gradients in the log-probs and in the entropies of the rows of ``chunks[k]``, the
+    latter None if there is none. Entropies are computed where ``outputs`` has their bit.
 
     They have the types of what they belong to; with ``wide`` that of accumulators. No row is in two chunks; one that is in none
-    has no gradient. Rows are taken in order, so equal calls give equal bits.
+    has no gradient. Rows are taken in order, so equal calls give equal bits. A chunk of more than ``most`` rows goes through
+    the head in pieces, and, but for the last of them, again once its gradient is known: those logits, and nothing else, are
+    computed twice.
     """
-    hidden, weight, targets, bias, row_temperature, options = head
-    acc, vocab, width = accumulator(hidden), weight.shape[0], hidden.shape[1]
-    most = max((rows.total for rows in chunks), default=0)
-    covered = sum(rows.total for rows in chunks) == hidden.shape[0]
-    new = hidden.new_empty
-    workspace = new(most * vocab, dtype=acc)
-    # One chunk's gradient of the weight is all of it, and needs no accumulator of its own.
-    d_weight = (
-        new((vocab, width), dtype=weight.dtype if len(chunks) == 1 and not wide else acc) if needs & GRAD_WEIGHT else None
-    )
-    d_bias = new(vocab, dtype=acc) if needs & GRAD_BIAS else None
-    d_hidden = buffer = None
-    if needs & GRAD_HIDDEN:
-        d_hidden = (new if covered else hidden.new_zeros)(hidden.shape, dtype=acc if wide else hidden.dtype)
-        if d_hidden.dtype != acc or any(len(rows.ranges) != 1 for rows in chunks):
-            buffer = new((most, width), dtype=acc)
-    if not chunks:
-        for t in (d_weight, d_bias):
-            if t is not None:
-                t.zero_()
-    for k, rows in enumerate(chunks):
-        x, t = rows.take(hidden), rows.take(targets)
-        if hidden.is_cuda and d_weight is not None:  # there, ignored rows stay: 0 times NaN would reach the weight's gradient
-            x = torch.where((t != options[3]).unsqueeze(1), x, 0)
-        tau = None if row_temperature is None else rows.take(row_temperature)
-        logp, entropy, *_, stats = _chunk(x, weight, t, bias, tau, workspace, *options, _SAVE_STATS)
-        g = gradient(k, logp)
-        d_rows = None
-        if d_hidden is not None:
-            d_rows = rows.window(d_hidden) if buffer is None else buffer[: rows.total]
-        _chunk_backward(
-            g, None, None, x, weight, t, bias, tau, entropy, stats, workspace, d_rows, d_weight, d_bias, *options, k > 0
-        )  # fmt: skip
-        if d_hidden is not None and buffer is not None and d_rows is not None:
-            rows.put(d_hidden, d_rows)
-    del workspace, buffer
-    if d_weight is not None and not wide:
-        d_weight = d_weight.to(weight.dtype)
-    if d_bias is not None and bias is not None and not wide:
-        d_bias = d_bias.to(bias.dtype)
-    return d_hidden, d_weight, d_bias
+    cut = [rows.pieces(most) for rows in chunks]
+    walk = _Walk(head, needs, [rows for pieces in cut for rows in pieces], wide)
+    for k, pieces in enumerate(cut):
+        states = []
+        for rows in pieces:
+            inputs, logp, entropy, stats = walk.forward(rows, _SAVE_STATS | outputs)
+            states.append((logp, entropy, stats))
+        if len(pieces) == 1:
+            walk.backward(pieces[0], *gradient(k, logp, entropy), inputs, entropy, stats)
+            continue
+        g_logp, g_entropy = gradient(k, torch.cat([state[0] for state in states]), torch.cat([state[1] for state in states]))
+        end = len(g_logp)
+        for rows, (_, entropy, stats) in zip(reversed(pieces), reversed(states), strict=True):
+            if end < len(g_logp):  # the last one's logits are still there
+                inputs, *_ = walk.forward(rows, 0)
+            mine = slice(end - rows.total, end)
+            walk.backward(rows, g_logp[mine], None if g_entropy is None else g_entropy[mine], inputs, entropy, stats)
+            end -= rows.total
+    return walk.gradients()
+
+
+def gradients_of(
+    objective: Objective,
+    head: Head,
+    chunks: Sequence[Chunk],
+    whole: Chunk,
+    needs: int,
+    with_entropy: bool,
+    chunk_bytes: int,
+) -> tuple[Tensor | None, ...]:
+    """Hand all rows to the objective, and return its gradients in hidden, weight and bias, None where nobody needs one. Where
+    nobody needs any, the logits are not kept."""
+    outputs = _ENTROPY if with_entropy else 0
+    if not needs:
+        logp, entropy, *_ = _linear_fwd(*head[:-1], *head.options, outputs, chunk_bytes)
+        objective.add(whole, logp, entropy)
+        return None, None, None
+
+    def gradient(k: int, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        objective.add(chunks[k], logp, entropy)
+        return objective.gradient(chunks[k])
+
+    # float16 gradients would underflow without the loss scaling that comes later, so they stay float32 until the backward, and
+    # what a GPU narrows on the way is scaled by a power of two.
+    half = head.hidden.dtype == torch.float16
+    most = rows_at_once(head, len(head.targets), chunk_bytes)
+    found = single_pass(head, [chunk.rows for chunk in chunks], gradient, needs, most, outputs, wide=half)
+    return tuple(None if g is None else g.float().mul_(1 / objective.gain) for g in found) if half else found
 
 
 class Stored:
@@ -198,6 +339,98 @@ def differentiated_once(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | 
     if not torch.is_grad_enabled():
         return gradients
     return tuple(t if t is None else _Constant.apply(t.detach().requires_grad_()) for t in gradients)
+
+
+# ---- autograd and fake implementations of losses ---------------------------------------------------------------------
+
+
+def needed(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> int:
+    """The gradients that are asked for, as bits."""
+    if bias is not None:
+        check_tensors(bias=bias)
+    if not torch.is_grad_enabled():
+        return 0
+    trained = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
+    return sum(bit for bit, wanted in zip(_BITS, trained, strict=True) if wanted)
+
+
+def run(
+    op: Callable[..., Any], hidden: Tensor, weight: Tensor, bias: Tensor | None, args: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
+    """Loss and metrics of an op with those inputs and, in the order of its schema, ``args``."""
+    if args[-2] and not torch.compiler.is_compiling():
+        return call(_Loss.apply, hidden, weight, bias, op, args)
+    loss, metrics, *_ = call(op, hidden, weight, *args[:2], bias, *args[2:])
+    return loss, metrics
+
+
+def results(loss: Tensor, metrics: Tensor, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """What the op returns; what is not needed has no elements."""
+    return loss, metrics, *(metrics.new_empty(0) if g is None else g for g in gradients)
+
+
+def register(name: str, forward: Callable[..., Any], metrics: int, tensors: Sequence[str]) -> None:
+    """Implement the op on CPU and CUDA, its fake, and its autograd formula. ``tensors`` are its arguments behind
+    row_temperature that are one."""
+
+    def fake(
+        hidden: Tensor, weight: Tensor, targets: Tensor, cu_seqlens: Tensor | None, bias: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        same_device("hidden", hidden, weight=weight, targets=targets, bias=bias)
+        same_device("hidden", hidden, **dict(zip(("temperature", *tensors), rest, strict=False)))
+        acc, needs = accumulator(hidden), rest[-2]
+        stored = [acc if hidden.dtype == torch.float16 else t.dtype for t in (hidden, weight, hidden if bias is None else bias)]
+        shapes = (hidden.shape, weight.shape, weight.shape[:1])
+        gradients = [
+            hidden.new_empty(shape if needs & bit else (0,), dtype=dtype if needs & bit else acc)
+            for shape, dtype, bit in zip(shapes, stored, _BITS, strict=True)
+        ]
+        return hidden.new_empty((), dtype=acc), hidden.new_empty(metrics, dtype=acc), *gradients
+
+    torch.library.impl(name, ("cpu", "cuda"), forward)
+    torch.library.register_fake(name, fake)
+    torch.library.register_autograd(name, _backward, setup_context=_setup)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = (inputs[0].dtype, inputs[1].dtype, None if inputs[4] is None else inputs[4].dtype)
+    ctx.needs, ctx.inputs = inputs[-2], len(inputs)
+
+
+def _backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if g_loss is None:
+        return (None,) * ctx.inputs
+    gradients = (
+        (t * g_loss).to(dtype) if ctx.needs & bit and dtype is not None else None
+        for t, dtype, bit in zip(ctx.saved_tensors, ctx.dtypes, _BITS, strict=True)
+    )
+    d_hidden, d_weight, d_bias = differentiated_once(tuple(gradients))
+    return (d_hidden, d_weight, None, None, d_bias, *(None,) * (ctx.inputs - 5))
+
+
+class _Loss(torch.autograd.Function):
+    """What the registered formula does, for eager mode, without a copy of the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, op: Callable[..., Any], args: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor]:
+        loss, metrics, *gradients = op(hidden, weight, *args[:2], bias, *args[2:])
+        needs = args[-2]
+        dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.stored = Stored(tuple(g if needs & bit else None for g, bit in zip(gradients, _BITS, strict=True)), dtypes)
+        ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)
+        return loss, metrics
+
+    @staticmethod
+    def backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if g_loss is None:
+            return (None,) * 5
+        return (*differentiated_once(ctx.stored.times(g_loss.detach())), None, None)
 
 
 # ---- fake implementations --------------------------------------------------------------------------------------------

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import prefkern
+from prefkern import reference
 from prefkern.cli.problems.base import Problem, problem, ragged
 
 KINDS = ("clip", "cispo", "reinforce", "sapo", "gspo", "gspo_token", "gmpo")
@@ -78,3 +81,40 @@ def policy_problems(dtype: torch.dtype) -> Iterator[Problem]:
                 bounds = {"level": level, "mode": mode, "clip_min": 0.5, "normalize": mode == "truncate"}
                 yield problem("importance_weights", f"{layout}, {level}, {mode}", {}, mismatch | bounds)
         yield problem("off_policy_mask", layout, {}, {"advantages": advantages, "threshold": 0.01} | mismatch)
+    yield from _linear_problems(dtype)
+
+
+def _linear_problems(dtype: torch.dtype) -> Iterator[Problem]:
+    """Straight from hidden states, padded, in one chunk and in many."""
+    rows, length, hidden_size, vocab = 5, 9, 24, 301
+    mask = ragged(rows, length).mask
+    leaves = {
+        "hidden": torch.randn(rows, length, hidden_size).to(dtype),
+        "weight": (2 / math.sqrt(hidden_size) * torch.randn(vocab, hidden_size)).to(dtype),
+        "bias": torch.randn(vocab).to(dtype),
+    }
+    targets = torch.randint(vocab, (rows, length))
+    logp = reference.linear_logprobs(leaves["hidden"].double(), leaves["weight"].double(), targets).logp.float()
+    given = {
+        "targets": targets, "mask": mask, "old_logp": logp + 0.3 * torch.randn(rows, length),
+        "ref_logp": logp + 0.3 * torch.randn(rows, length), "advantages": torch.randn(rows), "beta": 0.1, "entropy_coef": 0.01,
+    }  # fmt: skip
+
+    def loss_of(head: Any, mask: Tensor, entropy_coef: float, chunk_bytes: int | None = None, **options: Any) -> Any:
+        options = {name: x.to(head.logp.dtype) if isinstance(x, Tensor) else x for name, x in options.items()}
+        out = reference.policy_loss(head.logp, mask=mask, entropy=head.entropy.detach(), **options)
+        bonus = reference.masked_aggregate(head.entropy, mask, agg=options.get("agg", "token-mean"))
+        return prefkern.LossOutput(out.loss - entropy_coef * bonus, out.metrics)
+
+    def exact(hidden: Tensor, weight: Tensor, bias: Tensor, *, targets: Tensor, **options: Any) -> Any:
+        head = reference.linear_logprobs(hidden, weight, targets, bias=bias, outputs=("entropy",))
+        return loss_of(head, **options)
+
+    def plain(hidden: Tensor, weight: Tensor, bias: Tensor, *, targets: Tensor, **options: Any) -> Any:
+        head = reference.logits_logprobs(hidden @ weight.T + bias, targets, outputs=("entropy",))
+        return loss_of(head, **options)
+
+    functions = (prefkern.linear_policy_loss, exact, plain)
+    yield Problem("linear_policy_loss", "sapo, k3, entropy, one chunk", leaves, {**given, "kind": "sapo"}, *functions)
+    wide = {"kind": "gspo", "eps_low": 1.0, "eps_high": 9.0, "agg": "seq-mean-token-mean", "chunk_bytes": 1}
+    yield Problem("linear_policy_loss", "gspo, k3, entropy, a sequence a chunk", leaves, {**given, **wide}, *functions)

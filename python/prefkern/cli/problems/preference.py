@@ -63,7 +63,7 @@ def preference_problems(dtype: torch.dtype) -> Iterator[Problem]:
 
 
 def _linear_problems(dtype: torch.dtype) -> Iterator[Problem]:
-    """Pairs straight from hidden states, padded, in one chunk and in many."""
+    """Pairs and judged responses straight from hidden states, padded, in one chunk and in many."""
     pairs, length, hidden_size, vocab = 4, 9, 24, 301
     mask = torch.arange(length) < torch.randint(1, length + 1, (2 * pairs, 1))
     leaves = {
@@ -75,6 +75,8 @@ def _linear_problems(dtype: torch.dtype) -> Iterator[Problem]:
 
     def loss_of(logp: Tensor, mask: Tensor, ref_logp: Tensor, options: dict[str, Any]) -> Any:
         ratios = torch.where(mask, logp - ref_logp.to(logp.dtype), 0.0).sum(1)
+        if (desirable := options.pop("desirable", None)) is not None:
+            return reference.unpaired_loss(ratios, None, desirable, **options)
         return reference.preference_loss(*ratios.chunk(2), **options)
 
     def exact(
@@ -94,4 +96,10 @@ def _linear_problems(dtype: torch.dtype) -> Iterator[Problem]:
     yield Problem("linear_preference_loss", "one chunk", leaves, given, *functions)
     yield Problem(
         "linear_preference_loss", "a pair a chunk, ipo", leaves, {**given, "chunk_bytes": 1, "kind": "ipo"}, *functions
+    )
+    judged = {**given, "desirable": torch.arange(2 * pairs) % 3 != 1}
+    single = (prefkern.linear_unpaired_loss, exact, plain)
+    yield Problem("linear_unpaired_loss", "kto, one chunk", leaves, {**judged, "kl": 0.2}, *single)
+    yield Problem(
+        "linear_unpaired_loss", "bco, a response a chunk", leaves, {**judged, "kind": "bco", "chunk_bytes": 1}, *single
     )
