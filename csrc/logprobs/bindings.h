@@ -3,6 +3,7 @@
 #include <string>
 
 #include "core/bindings.h"
+#include "logprobs/hopper_forward.h"
 #include "logprobs/logits_edit.h"
 #include "logprobs/logits_fold.h"
 #include "logprobs/shard_merge.h"
@@ -93,6 +94,20 @@ inline void bind_logprobs(py::module_& m) {
   bind_logit_structs<float>(m, "");
   bind_logit_structs<double>(m, "64");
 
+  Struct<TileFoldArgs> tiles(m, "TileFoldArgs");
+  tiles.member("block", &TileFoldArgs::block);
+  tiles.member("parts", &TileFoldArgs::parts);
+  tiles.member("target_pre", &TileFoldArgs::target_pre);
+  Struct<TileMergeArgs> merge(m, "TileMergeArgs");
+  merge.member("tiles", &TileMergeArgs::tiles).member("count", &TileMergeArgs::count).member("rows", &TileMergeArgs::rows);
+  Struct<HopperHeadArgs> head(m, "HopperHeadArgs");
+  head.member("tiles", &HopperHeadArgs::tiles)
+      .member("width", &HopperHeadArgs::width)
+      .member("hidden_stride", &HopperHeadArgs::hidden_stride)
+      .member("weight_stride", &HopperHeadArgs::weight_stride);
+  head.member("hidden", &HopperHeadArgs::hidden);
+  head.member("weight", &HopperHeadArgs::weight);
+
   Struct<RoundArgs> r(m, "RoundArgs");
   r.member("rows", &RoundArgs::rows).member("cols", &RoundArgs::cols).member("to", &RoundArgs::to);
   r.member("logits", &RoundArgs::logits);
@@ -121,6 +136,8 @@ inline void bind_logprobs_cuda(py::module_& m) {
   bind_cuda(m, "cuda_keep_logits", &cuda_keep_logits);
   bind_cuda(m, "cuda_kept_upstream", &cuda_kept_upstream);
   bind_cuda(m, "cuda_merge_shards", &cuda_merge_shards);
+  bind_cuda(m, "cuda_merge_tiles", &cuda_merge_tiles);
+  bind_cuda(m, "cuda_hopper_head", &cuda_hopper_head);
 }
 
 }  // namespace prefkern

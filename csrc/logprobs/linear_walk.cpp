@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "logprobs/hopper_walk.h"
+
 namespace prefkern {
 namespace {
 
@@ -28,6 +30,7 @@ template <class F> void for_blocks(const Head& h, F&& body) {
 
 // Writes the outputs, or where there are none leaves the rows' state.
 template <class S> void forward_walk(const Head& h, int64_t outputs, const HeadOutputs* out, OptTensor state) {
+  if (takes_hopper(h, outputs)) return hopper_walk(h, outputs, out, state);
   FoldArgs<S> f;
   out ? set_outputs(f, *out, outputs, h.rows) : set_sums(f, outputs);
   const int64_t cols = h.plan.vocab_block;
