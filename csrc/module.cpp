@@ -70,6 +70,17 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         throw py::value_error("forward is '" + name + "'; accepted: auto, stage1, stage2");
       },
       py::arg("forward"), "Set that for the calls of this process that follow. Before: PREFKERN_CUDA_FORWARD, or auto.");
+  m.def(
+      "cuda_backward", [] { return cuda_backward_name(cuda_backward()); },
+      "Which rows take part in the backward of linear_logprobs on CUDA: auto, dense (all) or compact (those with a gradient).");
+  m.def(
+      "set_cuda_backward",
+      [](const std::string& name) {
+        for (const auto path : {CudaBackward::automatic, CudaBackward::dense, CudaBackward::compact})
+          if (name == cuda_backward_name(path)) return set_cuda_backward(path);
+        throw py::value_error("backward is '" + name + "'; accepted: auto, dense, compact");
+      },
+      py::arg("backward"), "Set that for the calls of this process that follow. Before: PREFKERN_CUDA_BACKWARD, or auto.");
   m.def("num_threads", &num_threads, "Threads a kernel may use: torch's own setting.");
 
   py::class_<ChunkPlan>(m, "ChunkPlan", "How linear_logprobs cuts its work.")

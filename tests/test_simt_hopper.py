@@ -143,3 +143,141 @@ def test_without_rows_and_without_the_kernel(simt):
     simt.cuda_merge_tiles(simt.TileMergeArgs())
     with pytest.raises(RuntimeError):
         simt.cuda_hopper_head(simt.HopperHeadArgs())  # the emulator has no tensor cores
+
+
+# ------------------------------------------------------------------------------------------------ rows moved together
+
+
+def masks(rows: int):
+    generator = torch.Generator().manual_seed(rows)
+    fifth = torch.rand(rows, generator=generator) < 0.2
+    return {"none": torch.zeros(rows, dtype=torch.bool), "fifth": fifth, "all": torch.ones(rows, dtype=torch.bool)}
+
+
+def compact(simt, targets):
+    rows = targets.numel()
+    out = {name: torch.full((rows,), -7) for name in ("index", "place")} | {"count": torch.full((1,), -7)}
+    args = simt.CompactArgs()
+    args.rows, args.targets = rows, pointer(targets)
+    for name, tensor in out.items():
+        setattr(args, name, pointer(tensor))
+    simt.cuda_compact(args)
+    return {name: tensor.view(torch.int32) for name, tensor in out.items()}
+
+
+@pytest.mark.parametrize("fraction", ["none", "fifth", "all"])
+@pytest.mark.parametrize("rows", [1, 31, 300, 4096, 9001])
+def test_rows_move_together_in_order(simt, rows, fraction):
+    active = masks(rows)[fraction]
+    targets = torch.where(active, torch.arange(rows), -100)
+    out = same_bits_in_every_order(simt, lambda: compact(simt, targets))
+    index, place, count = (out[name].view(torch.int64) for name in ("index", "place", "count"))
+    expected = active.nonzero().flatten()
+    assert count.tolist() == [len(expected)]
+    assert torch.equal(index[: len(expected)], expected)
+    assert (index[len(expected) :] == -1).all()
+    assert torch.equal(place[expected], torch.arange(len(expected)))
+    assert (place[~active] == -1).all()
+
+
+@pytest.mark.parametrize("fraction", ["none", "fifth", "all"])
+@pytest.mark.parametrize(("rows", "width", "offset"), [(5, 8, 0), (300, 24, 0), (700, 17, 1)])
+def test_gather_and_scatter(simt, rows, width, offset, fraction):
+    """Matrices with a stride and at odd addresses; zeros up to a whole tile, and nothing behind it is written."""
+    active = masks(rows)[fraction]
+    targets = torch.where(active, torch.arange(rows) + 3, -100)
+    places = {name: tensor.view(torch.int64) for name, tensor in compact(simt, targets).items()}
+    count = int(places["count"])
+    memory = torch.randn(rows * (width + 8) + offset).bfloat16()
+    matrix = memory[offset:].as_strided((rows, width), (width + 8, 1), offset)
+
+    def gather():
+        out = torch.full((rows, width), 7.0, dtype=torch.bfloat16)
+        args = simt.GatherRowsArgs()
+        args.rows, args.bytes, args.in_stride = rows, 2 * width, 2 * (width + 8)
+        args.index, args.count = pointer(places["index"]), pointer(places["count"])
+        setattr(args, "in", pointer(matrix))
+        args.out = pointer(out)
+        simt.cuda_gather_rows(args)
+        return out
+
+    moved = same_bits_in_every_order(simt, gather)
+    end = min(max(256, -(-count // 256) * 256), rows)
+    assert torch.equal(moved[:count], matrix[active])
+    assert not moved[count:end].any()
+    assert (moved[end:] == 7).all()
+
+    names = ("row_max", "row_log2_sum", "entropy", "g_logp", "g_entropy", "g_lse", "temperature")
+    vectors = torch.randn(7, rows)
+    args, out, out_targets = simt.GatherVectorsArgs(), torch.full((7, rows), 7.0), torch.full((rows,), 7)
+    args.rows, args.index, args.targets = rows, pointer(places["index"]), pointer(targets)
+    args.out, args.out_targets = pointer(out), pointer(out_targets)
+    for name, vector in zip(names, vectors, strict=True):
+        if name != "g_lse":
+            setattr(args, name, pointer(vector))
+    simt.cuda_gather_vectors(args)
+    assert torch.equal(out_targets[:count], targets[active])
+    assert (out_targets[count:] == -100).all()
+    for k, name in enumerate(names):
+        if name == "g_lse":
+            assert (out[k] == 7).all()
+            continue
+        assert torch.equal(out[k, :count], vectors[k, active])
+        assert (out[k, count:] == float(name == "temperature")).all()
+
+    wide = torch.full((rows, width), NAN)
+    wide[:count] = torch.randn(count, width)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        back = torch.full((rows, width), 7.0, dtype=dtype)
+        put = simt.ScatterRowsArgs()
+        put.rows, put.width, put.place = rows, width, pointer(places["place"])
+        setattr(put, "in", pointer(wide))
+        put.out, put.dtype = pointer(back), getattr(simt.DType, str(dtype).removeprefix("torch."))
+        simt.cuda_scatter_rows(put)
+        assert torch.equal(back[active], wide[:count].to(dtype))
+        assert not back[~active].any()
+
+
+@pytest.mark.parametrize(("count", "first"), [(0, 0), (5, 0), (300, 0), (300, 256), (300, 512), (600, 0)])
+def test_gradients_of_rows_that_were_moved(simt, count, first):
+    """Rows with a gradient as without a count; zeros up to a whole tile; behind it the logits are left alone."""
+    rows, columns = 600, 40
+    generator = torch.Generator().manual_seed(count)
+    logits = torch.randn(rows, columns, generator=generator)
+    targets = torch.where(torch.arange(rows) < count - first, torch.arange(rows) % columns, -100)
+    stats = fold(simt, logits, targets, extra=False)
+    g_logp, counted = torch.randn(rows, generator=generator), torch.tensor([count])
+
+    def gradients(limit):
+        z = logits.clone()
+        args = simt.GradArgs()
+        args.block = logit_block(simt, logits, targets, PLAIN, 0, columns)
+        args.logits = args.grad = pointer(z)
+        args.logits_map.outer_stride, args.grad_map.outer_stride = columns, 2 * columns
+        args.grad_dtype = simt.DType.bfloat16
+        args.row_max, args.row_log2_sum, args.g_logp = (pointer(t) for t in (stats["row_max"], stats["row_log2_sum"], g_logp))
+        if limit:
+            args.compact_count, args.compact_first = pointer(counted), first
+        simt.cuda_grad_logits(args)
+        return z
+
+    z, every = same_bits_in_every_order(simt, lambda: gradients(True)), gradients(False)
+    left = max(count - first, 0)
+    end = min(max(256, -(-left // 256) * 256), rows)
+    assert same_bits(z[:end], every[:end])
+    assert not z.view(torch.bfloat16)[left:end, :columns].any()
+    assert torch.equal(z[end:], logits[end:])
+
+
+def test_nothing_to_move(simt):
+    for args, launch in (
+        (simt.GatherRowsArgs(), simt.cuda_gather_rows),
+        (simt.GatherVectorsArgs(), simt.cuda_gather_vectors),
+        (simt.ScatterRowsArgs(), simt.cuda_scatter_rows),
+    ):
+        launch(args)
+    none = torch.full((1,), -7)
+    args = simt.CompactArgs()
+    args.count = pointer(none)
+    simt.cuda_compact(args)
+    assert none.item() == 0

@@ -15,25 +15,35 @@ struct Win {
 constexpr const Win* kMeasuredWins = nullptr;
 constexpr int kMeasuredWinCount = 0;
 
-constexpr const char* kNames[] = {"auto", "stage1", "stage2"};
+using Names = const char* const[3];
+constexpr Names kForwardNames = {"auto", "stage1", "stage2"}, kBackwardNames = {"auto", "dense", "compact"};
 
-CudaForward from_environment() {
-  const char* wanted = std::getenv("PREFKERN_CUDA_FORWARD");
+template <class Path> Path from_environment(const char* variable, const Names& names) {
+  const char* wanted = std::getenv(variable);
   for (int32_t i = 0; wanted && i < 3; i++)
-    if (!std::strcmp(wanted, kNames[i])) return CudaForward(i);
-  return CudaForward::automatic;  // of other values the package complains when it is imported
+    if (!std::strcmp(wanted, names[i])) return Path(i);
+  return Path::automatic;  // of other values the package complains when it is imported
 }
 
-std::atomic<CudaForward>& current() {
-  static std::atomic<CudaForward> path{from_environment()};
+std::atomic<CudaForward>& forward() {
+  static std::atomic<CudaForward> path{from_environment<CudaForward>("PREFKERN_CUDA_FORWARD", kForwardNames)};
+  return path;
+}
+
+std::atomic<CudaBackward>& backward() {
+  static std::atomic<CudaBackward> path{from_environment<CudaBackward>("PREFKERN_CUDA_BACKWARD", kBackwardNames)};
   return path;
 }
 
 }  // namespace
 
-CudaForward cuda_forward() { return current().load(std::memory_order_relaxed); }
-void set_cuda_forward(CudaForward path) { current().store(path, std::memory_order_relaxed); }
-const char* cuda_forward_name(CudaForward path) { return kNames[static_cast<int32_t>(path)]; }
+CudaForward cuda_forward() { return forward().load(std::memory_order_relaxed); }
+void set_cuda_forward(CudaForward path) { forward().store(path, std::memory_order_relaxed); }
+const char* cuda_forward_name(CudaForward path) { return kForwardNames[static_cast<int32_t>(path)]; }
+
+CudaBackward cuda_backward() { return backward().load(std::memory_order_relaxed); }
+void set_cuda_backward(CudaBackward path) { backward().store(path, std::memory_order_relaxed); }
+const char* cuda_backward_name(CudaBackward path) { return kBackwardNames[static_cast<int32_t>(path)]; }
 
 bool stage2_measured_ahead(int64_t rows, int64_t width, int64_t vocab) {
   for (int i = 0; i < kMeasuredWinCount; i++) {

@@ -59,7 +59,7 @@ __device__ __forceinline__ void fold_tile_row(const TileFoldArgs& a, int64_t row
   const int64_t first = tile * columns;
   const bool within = row < b.rows;
   const int64_t known = within ? row : b.rows - 1;  // lanes beyond the last row take part, for the shuffles' sake
-  if (!PLAIN) {
+  if (!PLAIN && !is_plain(b.transform)) {
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
       const int64_t col = first + tile_column(lane, i);

@@ -15,9 +15,13 @@ from .reliability import AnnotatorReliability
 _wanted = _os.environ.get("PREFKERN_CPU_ISA")
 if _wanted and _wanted not in capabilities()["cpu_isas"]:
     raise ValueError(f"PREFKERN_CPU_ISA is {_wanted!r}; accepted: {', '.join(capabilities()['cpu_isas'])}")
-_wanted = _os.environ.get("PREFKERN_CUDA_FORWARD")
-if _wanted and _wanted not in ("auto", "stage1", "stage2"):
-    raise ValueError(f"PREFKERN_CUDA_FORWARD is {_wanted!r}; accepted: auto, stage1, stage2")
+for _name, _paths in (
+    ("PREFKERN_CUDA_FORWARD", ("auto", "stage1", "stage2")),
+    ("PREFKERN_CUDA_BACKWARD", ("auto", "dense", "compact")),
+):
+    _wanted = _os.environ.get(_name)
+    if _wanted and _wanted not in _paths:
+        raise ValueError(f"{_name} is {_wanted!r}; accepted: {', '.join(_paths)}")
 
 _LAZY = ("data", "diagnostics", "distributed", "mcts", "papers", "reference")
 
