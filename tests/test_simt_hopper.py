@@ -53,8 +53,9 @@ def tiles(simt, logits, targets, head=PLAIN, *, width=32, first=0, last=None, st
 
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize(
-    ("rows", "columns", "width"), [(1, 1, 32), (3, 31, 32), (65, 32, 32), (130, 33, 32), (9, 1003, 32), (70, 500, 192), (5, 2049, 256)]
-)  # fmt: skip
+    ("rows", "columns", "width"),
+    [(1, 1, 32), (3, 31, 32), (65, 32, 32), (130, 33, 32), (9, 1003, 32), (70, 500, 192), (5, 2049, 256)],
+)
 def test_tiles(simt, name, rows, columns, width):
     """Of one column, of whole and of broken tiles and groups of rows; targets in the first and the last column."""
     logits, targets = sample(rows, columns)

@@ -110,20 +110,23 @@ struct TileSchedulerSelector<prefkern::BoundedTag<DEPTH>, arch::Sm90, Tile, Clus
 namespace prefkern {
 namespace {
 
+// Named outside of the template: nvcc writes what depends on a template's parameters in a form that g++ may not read.
+using BoundedTile = Shape<_128, _128, _64>;
+using BoundedEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+    cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, BoundedTile, GridCluster,
+    cutlass::epilogue::collective::EpilogueTileAuto, float, float, float, cutlass::layout::RowMajor, 4, float,
+    cutlass::layout::RowMajor, 4, cutlass::epilogue::TmaWarpSpecializedCooperative>::CollectiveOp;
+using BoundedStages = cutlass::gemm::collective::StageCountAutoCarveout<int(sizeof(typename BoundedEpilogue::SharedStorage))>;
+
 template <BoundedProduct PRODUCT, class T> struct Bounded {
   static constexpr bool depth = PRODUCT == BoundedProduct::depth_tn, b_is_nk = PRODUCT == BoundedProduct::rows_nt;
-  using Tile = Shape<_128, _128, _64>;
   using LayoutA = conditional_t<depth, cutlass::layout::ColumnMajor, cutlass::layout::RowMajor>;
   using LayoutB = conditional_t<b_is_nk, cutlass::layout::ColumnMajor, cutlass::layout::RowMajor>;
-  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, GridCluster, cutlass::epilogue::collective::EpilogueTileAuto,
-      float, float, float, cutlass::layout::RowMajor, 4, float, cutlass::layout::RowMajor, 4,
-      cutlass::epilogue::TmaWarpSpecializedCooperative>::CollectiveOp;
-  using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, T, LayoutA, 8, T, LayoutB, 8, float, Tile, GridCluster,
-      cutlass::gemm::collective::StageCountAutoCarveout<int(sizeof(typename Epilogue::SharedStorage))>,
-      cutlass::gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
-  using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue, BoundedTag<depth>>;
+  using Mainloop =
+      typename cutlass::gemm::collective::CollectiveBuilder<cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, T, LayoutA, 8,
+                                                            T, LayoutB, 8, float, BoundedTile, GridCluster, BoundedStages,
+                                                            cutlass::gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, BoundedEpilogue, BoundedTag<depth>>;
 
   // [outer, inner] with adjacent inner elements, as the stride of (rows, depth) or (columns, depth).
   template <class Stride> static Stride stride_of(int64_t stride) {
