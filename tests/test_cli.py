@@ -114,6 +114,25 @@ def test_info_shows_the_plan():
     assert str(on_cpu[0]["vocab_block"]) in table
 
 
+def test_info_shows_what_is_saved():
+    saves = json.loads(succeed("info", "--json", "--plan", 512, 64, 32000))["save"]
+    on_cpu = [plan for plan in saves if plan["device"] == "cpu"]
+    frozen = [
+        (p["save"], p["products"], p["saved_bytes"]) for p in on_cpu if p["dtype"] == "bf16" and p["gradients"] == ["hidden"]
+    ]
+    assert frozen == [("recompute", 3, 0), ("logits", 2, 512 * 32000 * 2), ("u", 2, 512 * 64 * 4)]
+    full = [(p["save"], p["products"], p["saved_bytes"]) for p in on_cpu if p["dtype"] == "fp32" and len(p["gradients"]) == 2]
+    assert full == [("recompute", 4, 0), ("logits", 3, 512 * 32000 * 4)]
+    assert [p["save"] for p in on_cpu if p["default"]] == ["recompute", "u"] * 2
+    for plan in on_cpu:
+        dtype = shapes.DTYPES[plan["dtype"]]
+        expected = prefkern.plan_backward(512, 64, 32000, dtype=dtype, needs=plan["gradients"], save=plan["save"])
+        assert {name: plan[name] for name in expected._fields} == expected._asdict()
+    table = succeed("info", "--plan", 512, 64, 32000)
+    assert "u *" in table
+    assert "F = 2.1 GFLOP" in table
+
+
 @pytest.mark.parametrize("sizes", [(512, 64, 0), (512, 64, "many"), (512, 64)])
 def test_info_refuses_a_bad_plan(sizes):
     assert "--plan" in refuse("info", "--plan", *sizes)

@@ -11,6 +11,7 @@
 #include "filters/select.h"
 #include "groups/group_folds.h"
 #include "groups/pair_walk.h"
+#include "logprobs/active_rows.h"
 #include "logprobs/compact_rows.h"
 #include "logprobs/hopper_forward.h"
 #include "logprobs/logits_edit.h"
@@ -40,6 +41,7 @@ int cuda_grad_bias(const GradArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_round_logits(const RoundArgs&, void*) { return kBuiltWithoutCuda; }
 int cuda_keep_logits(const KeepArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_kept_upstream(const KeptUpstreamArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_active_targets(const ActiveTargetsArgs<float>&, void*) { return kBuiltWithoutCuda; }
 const char* cutlass_version() { return ""; }
 bool hopper_device() { return false; }
 int64_t hopper_tile_columns(int64_t, bool) { return 1; }

@@ -12,20 +12,22 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plan: Annotated[
         tuple[int, int, int] | None,
-        typer.Option(metavar="N H V", help="Also show how linear_logprobs cuts up such a call."),
+        typer.Option(metavar="N H V", help="Also show how linear_logprobs cuts up such a call, and what it may save."),
     ] = None,
 ) -> None:
     """Show versions, what the library was built for, and what it uses on this machine."""
     if plan is not None and min(plan) < 1:
         raise typer.BadParameter("sizes must be positive", param_hint="--plan")
     facts = collect()
-    plans = None if plan is None else collect_plans(*plan)
+    if plan is not None:
+        facts |= {"plan": collect_plans(*plan), "save": collect_saves(*plan)}
     if as_json:
-        typer.echo(json.dumps(facts if plans is None else facts | {"plan": plans}, indent=1))
+        typer.echo(json.dumps(facts, indent=1))
         return
     print_facts(facts)
-    if plan is not None and plans is not None:
-        print_plans(plan, plans)
+    if plan is not None:
+        print_plans(plan, facts["plan"])
+        print_saves(plan, facts["save"])
 
 
 def collect() -> dict[str, Any]:
@@ -51,15 +53,23 @@ def collect() -> dict[str, Any]:
     }
 
 
+def device_kinds() -> list[str]:
+    """Those of this machine."""
+    import torch
+
+    import prefkern
+
+    return ["cpu", "cuda"] if torch.cuda.is_available() and prefkern.capabilities()["cuda_compiled"] else ["cpu"]
+
+
 def collect_plans(rows: int, hidden: int, vocab: int) -> list[dict[str, Any]]:
     """The chunk plans of linear_logprobs for the usual types, forward and backward, on every kind of device here."""
     import torch
 
     import prefkern
 
-    on_cuda = torch.cuda.is_available() and prefkern.capabilities()["cuda_compiled"]
     plans = []
-    for device in ["cpu", "cuda"] if on_cuda else ["cpu"]:
+    for device in device_kinds():
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             for backward in (False, True):
                 plan = prefkern.plan_chunks(rows, hidden, vocab, dtype=dtype, device=device, backward=backward)
@@ -75,6 +85,29 @@ def collect_plans(rows: int, hidden: int, vocab: int) -> list[dict[str, Any]]:
                     }
                 )
     return plans
+
+
+def collect_saves(rows: int, hidden: int, vocab: int) -> list[dict[str, Any]]:
+    """What a forward may save for its backward, in full and with a frozen head, and what it saves by default."""
+    import torch
+
+    import prefkern
+
+    saves = []
+    for device in device_kinds():
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            for needs in (("hidden", "weight"), ("hidden",)):
+                default = prefkern.plan_backward(rows, hidden, vocab, dtype=dtype, device=device, needs=needs).save
+                for save in ("recompute", "logits", "u"):
+                    if save == "u" and (len(needs) > 1 or device == "cuda"):
+                        continue
+                    plan = prefkern.plan_backward(rows, hidden, vocab, dtype=dtype, device=device, needs=needs, save=save)
+                    saves.append(
+                        {"device": device, "dtype": name, "gradients": list(needs), "default": save == default}
+                        | {"products": plan.products}
+                        | plan._asdict()
+                    )
+    return saves
 
 
 def print_facts(facts: dict[str, Any]) -> None:
@@ -123,5 +156,33 @@ def print_plans(shape: tuple[int, int, int], plans: list[dict[str, Any]]) -> Non
             str(plan["row_chunk"]),
             str(plan["vocab_block"]),
             *(f"{size:.1f}" for size in sizes),
+        )
+    make_console().print(table)
+
+
+def print_saves(shape: tuple[int, int, int], saves: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    from prefkern.cli.console import make_console
+
+    rows, hidden, vocab = shape
+    title = f"what the forward saves; F = {2e-9 * rows * hidden * vocab:.3g} GFLOP, one product of the head"
+    table = Table(
+        title=title, title_justify="left", caption="* by default; save= and save_bytes= choose", caption_justify="left"
+    )
+    for name in ("device", "dtype", "gradients", "save"):
+        table.add_column(name)
+    for name in ("forward F", "backward F", "saved MiB", "workspace MiB"):
+        table.add_column(name, justify="right")
+    for plan in saves:
+        table.add_row(
+            plan["device"],
+            plan["dtype"],
+            ", ".join(plan["gradients"]),
+            plan["save"] + " *" * plan["default"],
+            str(plan["forward_products"]),
+            str(plan["backward_products"]),
+            f"{plan['saved_bytes'] / 2**20:.1f}",
+            f"{plan['workspace_bytes'] / 2**20:.1f}",
         )
     make_console().print(table)
