@@ -49,6 +49,8 @@ py::dict capabilities() {
   d["cpu_isas"] = split(compiled_isas());
   d["cpu_features"] = split(detected_features());
   d["cuda_compiled"] = cuda_runtime_version() != 0;
+  d["cuda_forward"] = cuda_forward_name(cuda_forward());
+  d["cuda_backward"] = cuda_backward_name(cuda_backward());
   d["torch_cuda_stream_api"] = torch_has_cuda_stream();
   return d;
 }

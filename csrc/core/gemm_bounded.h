@@ -22,7 +22,7 @@ struct BoundedGemmArgs {
   float* c = nullptr;
   bool accumulate = false;
   // Bounded to *count - first, at least 0. Rows of C may be written up to the next multiple of 256, from rows of A up to there;
-  // a bounded k is rounded up to the next multiple of 64, and is at least that unless C is added to: A and B must hold zeros there.
+  // a bounded k is rounded up to the next multiple of 64, and is at least that unless C is added to: A and B hold zeros there.
   const int64_t* count = nullptr;
   int64_t first = 0;
 };

@@ -190,6 +190,7 @@ inline void bind_logprobs_cuda(py::module_& m) {
   bind_cuda(m, "cuda_merge_shards", &cuda_merge_shards);
   bind_cuda(m, "cuda_merge_tiles", &cuda_merge_tiles);
   bind_cuda(m, "cuda_hopper_head", &cuda_hopper_head);
+  bind_cuda(m, "cuda_gemm_bounded", &cuda_gemm_bounded);
   bind_cuda(m, "cuda_compact", &cuda_compact);
   bind_cuda(m, "cuda_gather_rows", &cuda_gather_rows);
   bind_cuda(m, "cuda_gather_vectors", &cuda_gather_vectors);

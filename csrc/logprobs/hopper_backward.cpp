@@ -71,8 +71,9 @@ bool takes_compact_backward(const Head& h) {
   const auto aligned = [](const Tensor& t) {
     return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && row_stride(t) % 8 == 0;
   };
-  return (h.dtype == DType::bf16 || h.dtype == DType::f16) && h.width % 8 == 0 && h.vocab % 8 == 0 && aligned(h.weight) &&
-         hopper_head_compiled() && hopper_device();
+  const bool blocks = h.plan.vocab_block % 8 == 0 || h.plan.vocab_block == h.vocab;
+  return (h.dtype == DType::bf16 || h.dtype == DType::f16) && h.width % 8 == 0 && h.vocab % 8 == 0 && blocks &&
+         aligned(h.weight) && hopper_head_compiled() && hopper_device();
 }
 
 HeadGrads compact_backward(const Head& all, const GradArgs<float>& upstream, int64_t needs) {

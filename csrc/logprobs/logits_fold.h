@@ -61,8 +61,8 @@ template <class S> struct GradArgs {
   int64_t compact_first = 0;
 };
 
-// Matrices of rows that were moved together hold zeros from the last one on up to here: the next multiple beyond a count, at least
-// one. Tiles of a GEMM that begin below the count then find what they read.
+// Matrices of rows that were moved together hold zeros from the last one on up to here: the next multiple beyond a count, at
+// least one. Tiles of a GEMM that begin below the count then find what they read.
 constexpr int64_t kCompactMultiple = 256;
 
 inline namespace PK_ISA {

@@ -1,5 +1,5 @@
-// The parts of a row's softmax statistics that a GEMM's epilogue leaves, one for each tile of columns, and the kernel that joins
-// them: what fold_logits is where the logits never reach memory.
+// The parts of a row's softmax statistics that a GEMM's epilogue leaves, one for each tile of columns, and the kernel that
+// joins them: what fold_logits is where the logits never reach memory.
 #pragma once
 #include "logprobs/logits_fold.h"
 
