@@ -9,6 +9,7 @@
 #include "core/parallel.h"
 #include "core/plan.h"
 #include "core/torch_abi.h"
+#include "logprobs/cuda_forward.h"
 
 namespace py = pybind11;
 using namespace prefkern;
@@ -38,6 +39,7 @@ py::dict build_info() {
   d["torch_running"] = version_text(torch_abi_running());
   d["cuda_archs"] = cuda_architectures();
   d["cuda_runtime"] = cuda_runtime_version();
+  d["cutlass"] = cutlass_version();
   return d;
 }
 
@@ -48,6 +50,8 @@ py::dict capabilities() {
   d["cpu_isas"] = split(compiled_isas());
   d["cpu_features"] = split(detected_features());
   d["cuda_compiled"] = cuda_runtime_version() != 0;
+  d["cuda_forward"] = cuda_forward_name(cuda_forward());
+  d["cuda_backward"] = cuda_backward_name(cuda_backward());
   d["torch_cuda_stream_api"] = torch_has_cuda_stream();
   return d;
 }
@@ -58,6 +62,28 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "prefkern's kernels by raw pointer, its chunk planner, and what this build and this machine offer";
   m.def("build_info", &build_info, "Versions and compiled-in CUDA architectures.");
   m.def("capabilities", &capabilities, "Instruction set picked, CUDA compiled in or not.");
+  m.def(
+      "cuda_forward", [] { return cuda_forward_name(cuda_forward()); },
+      "Which kernels make the forward of linear_logprobs on CUDA: auto, stage1 or stage2.");
+  m.def(
+      "set_cuda_forward",
+      [](const std::string& name) {
+        for (const auto path : {CudaForward::automatic, CudaForward::stage1, CudaForward::stage2})
+          if (name == cuda_forward_name(path)) return set_cuda_forward(path);
+        throw py::value_error("forward is '" + name + "'; accepted: auto, stage1, stage2");
+      },
+      py::arg("forward"), "Set that for the calls of this process that follow. Before: PREFKERN_CUDA_FORWARD, or auto.");
+  m.def(
+      "cuda_backward", [] { return cuda_backward_name(cuda_backward()); },
+      "Which rows take part in the backward of linear_logprobs on CUDA: auto, dense (all) or compact (those with a gradient).");
+  m.def(
+      "set_cuda_backward",
+      [](const std::string& name) {
+        for (const auto path : {CudaBackward::automatic, CudaBackward::dense, CudaBackward::compact})
+          if (name == cuda_backward_name(path)) return set_cuda_backward(path);
+        throw py::value_error("backward is '" + name + "'; accepted: auto, dense, compact");
+      },
+      py::arg("backward"), "Set that for the calls of this process that follow. Before: PREFKERN_CUDA_BACKWARD, or auto.");
   m.def("num_threads", &num_threads, "Threads a kernel may use: torch's own setting.");
 
   py::class_<ChunkPlan>(m, "ChunkPlan", "How linear_logprobs cuts its work.")

@@ -14,6 +14,7 @@
 #include "core/common.h"
 #include "core/cuda_runtime.h"
 #include "core/gemm_cpu.h"
+#include "core/gemm_bounded.h"
 #include "core/sequence.h"
 
 namespace prefkern {
@@ -130,6 +131,25 @@ inline void bind_core(py::module_& m) {
       .value("bfloat16", DType::bf16)
       .value("float16", DType::f16)
       .value("float64", DType::f64);
+  py::enum_<BoundedProduct>(m, "BoundedProduct")
+      .value("rows_nt", BoundedProduct::rows_nt)
+      .value("rows_nn", BoundedProduct::rows_nn)
+      .value("depth_tn", BoundedProduct::depth_tn);
+  Struct<BoundedGemmArgs> gemm(m, "BoundedGemmArgs");
+  gemm.member("product", &BoundedGemmArgs::product)
+      .member("dtype", &BoundedGemmArgs::dtype)
+      .member("m", &BoundedGemmArgs::m)
+      .member("n", &BoundedGemmArgs::n)
+      .member("k", &BoundedGemmArgs::k)
+      .member("a_stride", &BoundedGemmArgs::a_stride)
+      .member("b_stride", &BoundedGemmArgs::b_stride)
+      .member("c_stride", &BoundedGemmArgs::c_stride)
+      .member("accumulate", &BoundedGemmArgs::accumulate)
+      .member("first", &BoundedGemmArgs::first);
+  gemm.member("a", &BoundedGemmArgs::a);
+  gemm.member("b", &BoundedGemmArgs::b);
+  gemm.member("c", &BoundedGemmArgs::c);
+  gemm.member("count", &BoundedGemmArgs::count);
   Struct<RowMap>(m, "RowMap", "Row r starts (r // inner) * outer_stride + (r % inner) * inner_stride elements after the base.")
       .member("inner", &RowMap::inner)
       .member("outer_stride", &RowMap::outer_stride)

@@ -4,6 +4,8 @@
 
 #include "core/bindings.h"
 #include "logprobs/active_rows.h"
+#include "logprobs/compact_rows.h"
+#include "logprobs/hopper_forward.h"
 #include "logprobs/logits_edit.h"
 #include "logprobs/logits_fold.h"
 #include "logprobs/row_gradients.h"
@@ -83,7 +85,9 @@ template <class S> void bind_logit_structs(py::module_& m, const std::string& su
       .member("logits_map", &Grad::logits_map)
       .member("grad_dtype", &Grad::grad_dtype)
       .member("grad_map", &Grad::grad_map)
-      .member("add_to_bias", &Grad::add_to_bias);
+      .member("add_to_bias", &Grad::add_to_bias)
+      .member("compact_first", &Grad::compact_first);
+  g.member("compact_count", &Grad::compact_count);
   g.member("logits", &Grad::logits);
   g.member("grad", &Grad::grad);
   g.member("row_max", &Grad::row_max);
@@ -103,6 +107,55 @@ inline void bind_logprobs(py::module_& m) {
   k.member("ids", &KeptIds::ids);
   bind_logit_structs<float>(m, "");
   bind_logit_structs<double>(m, "64");
+
+  Struct<TileFoldArgs> tiles(m, "TileFoldArgs");
+  tiles.member("block", &TileFoldArgs::block);
+  tiles.member("parts", &TileFoldArgs::parts);
+  tiles.member("target_pre", &TileFoldArgs::target_pre);
+  Struct<TileMergeArgs> merge(m, "TileMergeArgs");
+  merge.member("tiles", &TileMergeArgs::tiles).member("count", &TileMergeArgs::count).member("rows", &TileMergeArgs::rows);
+  Struct<HopperHeadArgs> head(m, "HopperHeadArgs");
+  head.member("tiles", &HopperHeadArgs::tiles)
+      .member("width", &HopperHeadArgs::width)
+      .member("hidden_stride", &HopperHeadArgs::hidden_stride)
+      .member("weight_stride", &HopperHeadArgs::weight_stride);
+  head.member("hidden", &HopperHeadArgs::hidden);
+  head.member("weight", &HopperHeadArgs::weight);
+
+  Struct<CompactArgs> compact(m, "CompactArgs");
+  compact.member("rows", &CompactArgs::rows).member("ignore_index", &CompactArgs::ignore_index);
+  compact.member("targets", &CompactArgs::targets);
+  compact.member("count", &CompactArgs::count);
+  compact.member("index", &CompactArgs::index);
+  compact.member("place", &CompactArgs::place);
+  Struct<GatherRowsArgs> gather(m, "GatherRowsArgs");
+  gather.member("rows", &GatherRowsArgs::rows)
+      .member("bytes", &GatherRowsArgs::bytes)
+      .member("in_stride", &GatherRowsArgs::in_stride);
+  gather.member("index", &GatherRowsArgs::index);
+  gather.member("count", &GatherRowsArgs::count);
+  gather.member("in", &GatherRowsArgs::in);
+  gather.member("out", &GatherRowsArgs::out);
+  Struct<ScatterRowsArgs> scatter(m, "ScatterRowsArgs");
+  scatter.member("rows", &ScatterRowsArgs::rows)
+      .member("width", &ScatterRowsArgs::width)
+      .member("dtype", &ScatterRowsArgs::dtype);
+  scatter.member("place", &ScatterRowsArgs::place);
+  scatter.member("in", &ScatterRowsArgs::in);
+  scatter.member("out", &ScatterRowsArgs::out);
+  Struct<GatherVectorsArgs> vectors(m, "GatherVectorsArgs");
+  vectors.member("rows", &GatherVectorsArgs::rows).member("ignore_index", &GatherVectorsArgs::ignore_index);
+  vectors.member("index", &GatherVectorsArgs::index);
+  vectors.member("targets", &GatherVectorsArgs::targets);
+  vectors.member("out_targets", &GatherVectorsArgs::out_targets);
+  vectors.member("row_max", &GatherVectorsArgs::row_max);
+  vectors.member("row_log2_sum", &GatherVectorsArgs::row_log2_sum);
+  vectors.member("entropy", &GatherVectorsArgs::entropy);
+  vectors.member("g_logp", &GatherVectorsArgs::g_logp);
+  vectors.member("g_entropy", &GatherVectorsArgs::g_entropy);
+  vectors.member("g_lse", &GatherVectorsArgs::g_lse);
+  vectors.member("temperature", &GatherVectorsArgs::temperature);
+  vectors.member("out", &GatherVectorsArgs::out);
 
   Struct<RoundArgs> r(m, "RoundArgs");
   r.member("rows", &RoundArgs::rows).member("cols", &RoundArgs::cols).member("to", &RoundArgs::to);
@@ -135,6 +188,13 @@ inline void bind_logprobs_cuda(py::module_& m) {
   bind_cuda(m, "cuda_kept_upstream", &cuda_kept_upstream);
   bind_cuda(m, "cuda_active_targets", &cuda_active_targets);
   bind_cuda(m, "cuda_merge_shards", &cuda_merge_shards);
+  bind_cuda(m, "cuda_merge_tiles", &cuda_merge_tiles);
+  bind_cuda(m, "cuda_hopper_head", &cuda_hopper_head);
+  bind_cuda(m, "cuda_gemm_bounded", &cuda_gemm_bounded);
+  bind_cuda(m, "cuda_compact", &cuda_compact);
+  bind_cuda(m, "cuda_gather_rows", &cuda_gather_rows);
+  bind_cuda(m, "cuda_gather_vectors", &cuda_gather_vectors);
+  bind_cuda(m, "cuda_scatter_rows", &cuda_scatter_rows);
 }
 
 }  // namespace prefkern

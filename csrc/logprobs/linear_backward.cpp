@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <array>
 
+#include "logprobs/hopper_backward.h"
 #include "logprobs/linear_call.h"
 
 namespace prefkern {
@@ -205,6 +206,8 @@ HeadGrads head_backward(const HeadInputs& in, const UpstreamInputs& upstream, co
   const auto walk = [&](auto zero) {
     GradArgs<decltype(zero)> args;
     set_upstream(args, up, ent, st, h.rows);
+    if constexpr (sizeof(zero) == sizeof(float))
+      if (!rows && takes_compact_backward(h)) return compact_backward(h, args, needs);
     return backward_walk<decltype(zero)>(h, args, needs, rows);
   };
   HeadGrads grads = c.acc == DType::f64 ? walk(0.0) : walk(0.0f);

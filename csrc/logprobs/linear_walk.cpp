@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "logprobs/fused_forward.h"
+#include "logprobs/hopper_walk.h"
 #include "logprobs/linear_call.h"
 
 namespace prefkern {
@@ -18,6 +19,7 @@ template <class S>
 void forward_walk(const Head& h, int64_t outputs, const HeadOutputs* out, OptTensor state, KeptLogits* kept = nullptr,
                   RowGradients<S>* gradients = nullptr) {
   if (h.plan.fused && !kept && !gradients) return fused_forward(h, outputs, out, state);
+  if (!kept && !gradients && takes_hopper(h, outputs)) return hopper_walk(h, outputs, out, state);
   FoldArgs<S> f;
   out ? set_outputs(f, *out, outputs, h.rows) : set_sums(f, outputs);
   const int64_t cols = h.plan.vocab_block;

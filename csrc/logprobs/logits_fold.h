@@ -55,9 +55,21 @@ template <class S> struct GradArgs {
   const S *g_logp = nullptr, *g_entropy = nullptr, *g_lse = nullptr;            // upstream, null = zero
   S* d_bias = nullptr;       // of cuda_grad_bias: [cols], the gradient of the bias
   bool add_to_bias = false;  // to what is there
+  // On CUDA, where the rows of a call were moved together (compact_rows.h): how many there are. Row 0 of the block is row
+  // compact_first of them. The gradient's rows are written up to the next multiple of kCompactMultiple only.
+  const int64_t* compact_count = nullptr;
+  int64_t compact_first = 0;
 };
 
+// Matrices of rows that were moved together hold zeros from the last one on up to here: the next multiple beyond a count, at
+// least one. Tiles of a GEMM that begin below the count then find what they read.
+constexpr int64_t kCompactMultiple = 256;
+
 inline namespace PK_ISA {
+
+PK_HD int64_t compact_end(int64_t count) {
+  return count <= kCompactMultiple ? kCompactMultiple : ceil_div(count, kCompactMultiple) * kCompactMultiple;
+}
 
 template <class S> PK_HD SoftmaxRow<S> load_state(const FoldArgs<S>& a, int64_t row) {
   const S* s = a.state + row;

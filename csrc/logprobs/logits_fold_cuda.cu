@@ -198,6 +198,7 @@ template <class T, class O, int THREADS> __global__ void __launch_bounds__(THREA
   constexpr int P = kPackSize<T>, G = kGroup<T>;
   const LogitBlock<float>& b = a.block;
   const int64_t row = blockIdx.x;
+  if (a.compact_count && row >= compact_end(*a.compact_count - a.compact_first)) return;
   const T* x = static_cast<const T*>(a.logits) + row_offset(a.logits_map, row);
   O* out = static_cast<O*>(a.grad) + row_offset(a.grad_map, row);
   const bool ignored = b.targets[row] == b.ignore_index;

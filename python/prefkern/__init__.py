@@ -15,8 +15,14 @@ from .reliability import AnnotatorReliability
 _wanted = _os.environ.get("PREFKERN_CPU_ISA")
 if _wanted and _wanted not in capabilities()["cpu_isas"]:
     raise ValueError(f"PREFKERN_CPU_ISA is {_wanted!r}; accepted: {', '.join(capabilities()['cpu_isas'])}")
-if (_wanted := _os.environ.get("PREFKERN_CPU_GEMM")) not in (None, "", "own", "library"):
-    raise ValueError(f"PREFKERN_CPU_GEMM is {_wanted!r}; accepted: own, library")
+for _name, _paths in (
+    ("PREFKERN_CPU_GEMM", ("own", "library")),
+    ("PREFKERN_CUDA_FORWARD", ("auto", "stage1", "stage2")),
+    ("PREFKERN_CUDA_BACKWARD", ("auto", "dense", "compact")),
+):
+    _wanted = _os.environ.get(_name)
+    if _wanted and _wanted not in _paths:
+        raise ValueError(f"{_name} is {_wanted!r}; accepted: {', '.join(_paths)}")
 
 _LAZY = ("data", "diagnostics", "distributed", "mcts", "papers", "reference")
 

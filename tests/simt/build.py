@@ -59,7 +59,7 @@ def build(directory: Path, variant: str = "plain") -> Path:
     """The path of the compiled module."""
     directory.mkdir(parents=True, exist_ok=True)
     flags = COMMON + VARIANTS[variant]
-    kernels = [*sorted(ROOT.glob("csrc/*/*.cu")), HERE / "simt.cpp", HERE / "misuse.cpp"]
+    kernels = [*sorted(ROOT.glob("csrc/*/*.cu")), HERE / "simt.cpp", HERE / "misuse.cpp", HERE / "tiles.cpp"]
     # The bindings hold no device code: one object serves all variants, and no time goes into optimising it.
     jobs = [(HERE / "module.cpp", [*COMMON, *PYTHON, "-O0", "-g0"]), *((kernel, flags) for kernel in kernels)]
     with open(directory / "lock", "w") as lock:

@@ -2,6 +2,7 @@
 #include "bindings.h"
 #include "misuse.h"
 #include "simt.h"
+#include "tiles.h"
 
 namespace py = pybind11;
 
@@ -14,6 +15,12 @@ PYBIND11_MODULE(simt_kernels, m) {
       .value("random", simt::Order::random);
   m.def("set_order", &simt::set_order, py::arg("order"), py::arg("seed") = 0);
   m.def("launches", &simt::launches, "How many kernels have been launched so far.");
+  m.def(
+      "run_tiles",
+      [](const prefkern::TileFoldArgs& args, uintptr_t logits, int64_t columns) {
+        run_tiles(args, reinterpret_cast<const float*>(logits), columns);
+      },
+      py::arg("args"), py::arg("logits"), py::arg("columns"));
   m.def(
       "run_misuse",
       [](const std::string& name, unsigned blocks, unsigned threads, uintptr_t out) {

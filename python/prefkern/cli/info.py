@@ -110,6 +110,12 @@ def collect_saves(rows: int, hidden: int, vocab: int) -> list[dict[str, Any]]:
     return saves
 
 
+def cuda_head(build: dict[str, Any], capabilities: dict[str, Any]) -> str:
+    """Which kernels linear_logprobs takes on CUDA."""
+    stage2 = f"stage 2 compiled with CUTLASS {build['cutlass']}" if build["cutlass"] else "built without stage 2"
+    return f"forward {capabilities['cuda_forward']}, backward {capabilities['cuda_backward']} ({stage2})"
+
+
 def print_facts(facts: dict[str, Any]) -> None:
     from rich.table import Table
 
@@ -131,6 +137,7 @@ def print_facts(facts: dict[str, Any]) -> None:
         ("matrix products", "this library's" if capabilities["cpu_gemm"] == "own" else "those of torch's CPU library"),
         ("threads", str(facts["threads"])),
         ("CUDA", cuda),
+        ("CUDA head", cuda_head(build, capabilities)),
         ("CUDA devices", ", ".join(facts["cuda_devices"]) or "none seen by torch"),
         ("validation", "on" if facts["validation"] else "off (inputs on CUDA are not checked for values)"),
     ):
