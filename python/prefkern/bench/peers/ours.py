@@ -11,9 +11,12 @@ from prefkern.bench.peers.base import (
     ADVANTAGE_EPS,
     ESTIMATORS,
     GAMMA,
+    HEAD_OBJECTIVES,
+    HEAD_PAIR_OPTIONS,
     LAMBDA,
     LIST_OBJECTIVES,
     OBJECTIVES,
+    PAIR_BETA,
     PAIR_OBJECTIVES,
     TOP_FRACTION,
     Logprobs,
@@ -100,10 +103,39 @@ class Prefkern(Peer):
 
         return prefkern.listwise_loss(scores, labels, **LIST_OBJECTIVES[objective]).loss
 
-    def linear_preference_loss(self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor) -> Tensor:
+    def linear_policy_loss(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        old_logp: Tensor,
+        ref_logp: Tensor | None,
+        advantages: Tensor,
+        token_weight: Tensor | None,
+        objective: str,
+    ) -> Tensor:
         import prefkern
 
-        return prefkern.linear_preference_loss(hidden, weight, targets, ref_logp=ref_logp).loss
+        head = HEAD_OBJECTIVES[objective]
+        return prefkern.linear_policy_loss(
+            hidden, weight, targets, old_logp, advantages, ref_logp=ref_logp, token_weight=token_weight,
+            entropy_coef=head.entropy_coef, **head.options,
+        ).loss  # fmt: skip
+
+    def linear_preference_loss(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor | None, objective: str
+    ) -> Tensor:
+        import prefkern
+
+        options = HEAD_PAIR_OPTIONS[objective]
+        return prefkern.linear_preference_loss(hidden, weight, targets, ref_logp=ref_logp, **options).loss
+
+    def linear_unpaired_loss(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor, desirable: Tensor
+    ) -> Tensor:
+        import prefkern
+
+        return prefkern.linear_unpaired_loss(hidden, weight, targets, desirable, ref_logp=ref_logp, beta=PAIR_BETA).loss
 
     def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: Rule) -> Tensor:
         import prefkern
@@ -125,13 +157,49 @@ class PrefkernTwoStep(Prefkern):
     """This library, head and loss one after the other: the logits are computed again in the backward."""
 
     name = "prefkern-two-step"
-    about = "linear_logprobs, sequence_sum, preference_loss"
+    about = "linear_logprobs, sequence_sum, and the loss behind them"
 
-    def linear_preference_loss(self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor) -> Tensor:
+    def linear_policy_loss(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        old_logp: Tensor,
+        ref_logp: Tensor | None,
+        advantages: Tensor,
+        token_weight: Tensor | None,
+        objective: str,
+    ) -> Tensor:
+        import prefkern
+
+        head = HEAD_OBJECTIVES[objective]
+        out = prefkern.linear_logprobs(hidden, weight, targets, outputs=("entropy",) if head.entropy_coef else ())
+        options = {**head.options, "ref_logp": ref_logp, "token_weight": token_weight}
+        loss = prefkern.policy_loss(out.logp, old_logp, advantages, **options).loss
+        return loss if out.entropy is None else loss - head.entropy_coef * out.entropy.mean()
+
+    def linear_preference_loss(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor | None, objective: str
+    ) -> Tensor:
+        import prefkern
+
+        options = dict(HEAD_PAIR_OPTIONS[objective])
+        likelihood = options.pop("sft_weight", 0.0)
+        logp = prefkern.linear_logprobs(hidden, weight, targets).logp
+        chosen, rejected = prefkern.sequence_sum(logp, minus=ref_logp).chunk(2)
+        if "average" in options:
+            lengths = torch.full((len(chosen),), float(targets.shape[1]), device=hidden.device)
+            options |= {"chosen_lengths": lengths, "rejected_lengths": lengths}
+        loss = prefkern.preference_loss(chosen, rejected, **options).loss
+        return loss - likelihood * chosen.mean() / targets.shape[1] if likelihood else loss
+
+    def linear_unpaired_loss(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor, desirable: Tensor
+    ) -> Tensor:
         import prefkern
 
         logp = prefkern.linear_logprobs(hidden, weight, targets).logp
-        return prefkern.preference_loss(*prefkern.sequence_sum(logp, minus=ref_logp).chunk(2)).loss
+        return prefkern.unpaired_loss(prefkern.sequence_sum(logp, minus=ref_logp), None, desirable, beta=PAIR_BETA).loss
 
 
 class PrefkernFp32(Prefkern):
