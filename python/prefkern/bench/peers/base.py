@@ -86,11 +86,12 @@ PAIR_OBJECTIVES = {
     "exo": PairObjective({"beta": PAIR_BETA, "kind": "exo_pair", "label_smoothing": 1e-3}),
 }
 ORPO_BETA = 0.1
-# As `prefkern.linear_preference_loss` is asked; ORPO's beta is a factor of the odds, beside a likelihood of weight 1.
+# As `prefkern.linear_preference_loss` is asked. ORPO's beta is a factor of the odds beside a likelihood of weight 1: as one of the
+# whole, HEAD_PAIR_SCALE, it is taken out of the likelihood's weight.
 HEAD_PAIR_OPTIONS: dict[str, dict[str, Any]] = {
     "dpo": PAIR_OBJECTIVES["dpo"].options,
     "simpo": PAIR_OBJECTIVES["simpo"].options,
-    "orpo": {"beta": 1.0, "score": "log_odds", "average": "logp", "factor": ORPO_BETA, "sft_weight": 1.0},
+    "orpo": {"beta": 1.0, "score": "log_odds", "average": "logp", "sft_weight": 1 / ORPO_BETA},
 }
 
 LIST_OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -98,6 +99,7 @@ LIST_OBJECTIVES: dict[str, dict[str, Any]] = {
     "plackett_luce": {"kind": "plackett_luce"},
     "exo": {"kind": "exo"},
 }
+HEAD_PAIR_SCALE = {"orpo": ORPO_BETA}
 
 Logprobs = tuple[Tensor, Tensor | None]
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]

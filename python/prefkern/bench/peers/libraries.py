@@ -150,7 +150,8 @@ class Liger(Peer):
         self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor, desirable: Tensor
     ) -> Tensor:
         loss = self._loss("LigerFusedLinearKTOLoss", beta=PAIR_BETA)
-        return loss(hidden, weight, targets, preference_labels=desirable)[0]
+        # The reference is the same for all responses here: a constant, as the reference point is.
+        return loss(hidden, weight, targets, preference_labels=desirable, kl=ref_logp[0].sum())[0]
 
 
 class Trl(TwoStep):

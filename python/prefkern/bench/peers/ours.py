@@ -13,6 +13,7 @@ from prefkern.bench.peers.base import (
     GAMMA,
     HEAD_OBJECTIVES,
     HEAD_PAIR_OPTIONS,
+    HEAD_PAIR_SCALE,
     LAMBDA,
     LIST_OBJECTIVES,
     OBJECTIVES,
@@ -128,7 +129,8 @@ class Prefkern(Peer):
         import prefkern
 
         options = HEAD_PAIR_OPTIONS[objective]
-        return prefkern.linear_preference_loss(hidden, weight, targets, ref_logp=ref_logp, **options).loss
+        loss = prefkern.linear_preference_loss(hidden, weight, targets, ref_logp=ref_logp, **options).loss
+        return loss * HEAD_PAIR_SCALE[objective] if objective in HEAD_PAIR_SCALE else loss
 
     def linear_unpaired_loss(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor, desirable: Tensor
@@ -191,7 +193,9 @@ class PrefkernTwoStep(Prefkern):
             lengths = torch.full((len(chosen),), float(targets.shape[1]), device=hidden.device)
             options |= {"chosen_lengths": lengths, "rejected_lengths": lengths}
         loss = prefkern.preference_loss(chosen, rejected, **options).loss
-        return loss - likelihood * chosen.mean() / targets.shape[1] if likelihood else loss
+        if likelihood:
+            loss = loss - likelihood * chosen.mean() / targets.shape[1]
+        return loss * HEAD_PAIR_SCALE[objective] if objective in HEAD_PAIR_SCALE else loss
 
     def linear_unpaired_loss(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor, desirable: Tensor

@@ -100,7 +100,7 @@ class _HeadLoss(Workload):
         rows = spread_rows(self.targets.numel(), ERROR_ROWS)
         hidden = self.leaves["hidden"].flatten(0, 1)[rows].double().requires_grad_()
         statistics = self._of_rows(hidden, self.targets.view(-1)[rows])
-        total = sum((x * g.view(-1)[rows]).sum() for x, g in zip(statistics, upstream, strict=True))
+        total = sum((x * g.reshape(-1)[rows]).sum() for x, g in zip(statistics, upstream, strict=True))
         assert isinstance(total, Tensor)
         return {"loss": loss.detach(), "grad hidden": torch.autograd.grad(total, hidden)[0]}
 
@@ -169,17 +169,18 @@ class LinearPreferenceWorkload(_HeadLoss):
 
 
 class LinearUnpairedWorkload(_HeadLoss):
-    """B responses, every other one of which is desirable. The reference's log-probs are 0, as for pairs."""
+    """B responses, every other one of which is desirable. The reference gives every token the policy's mean log-prob, so that no
+    loss is saturated; Liger, which takes the reference as hidden states only, gets its sum as KTO's reference point."""
 
     variants = ("kto",)
 
     def __init__(self, case: Case, device: str) -> None:
         super().__init__(case, device)
         self.desirable = (torch.arange(case.shape[0]) % 2 == 0).to(device)
-        self.ref_logp = torch.zeros(self.targets.shape, device=device)
+        self.ref_logp = torch.full(self.targets.shape, self._logp64.mean().item(), device=device)
 
     def loss_of(self, peer: Peer, leaves: dict[str, Tensor], variant: str) -> Tensor:
         return peer.linear_unpaired_loss(**leaves, targets=self.targets, ref_logp=self.ref_logp, desirable=self.desirable)
 
     def true_loss(self, logp: Tensor, entropy: Tensor, variant: str) -> Tensor:
-        return reference.unpaired_loss(logp.sum(1), None, self.desirable, beta=PAIR_BETA).loss
+        return reference.unpaired_loss(logp.sum(1), self.ref_logp.double().sum(1), self.desirable, beta=PAIR_BETA).loss
