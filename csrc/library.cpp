@@ -132,6 +132,17 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "float clamp_low, float clamp_high, float beta, float kl_clamp, float anchor_gamma, float scale, float norm, "
       "bool with_grad) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("policy_loss_backward(Tensor g_loss, Tensor unnormalised, Tensor inverse_norm) -> Tensor");
+  // Straight from the head: hidden [N, H]; targets [B, T], or [N] with cu_seqlens, ignore_index where a token does not count.
+  // Results are (loss, metrics, d_hidden, d_weight, d_bias), the gradients as far as needs asks for them. Implemented in
+  // python/prefkern/ops/linear_policy.py, over linear_chunk_.
+  m.def(
+      "linear_policy_loss(Tensor hidden, Tensor weight, Tensor targets, Tensor? cu_seqlens, Tensor? bias, "
+      "Tensor? row_temperature, Tensor? old_logp, Tensor? advantages, Tensor? ref_logp, Tensor? token_weight, Tensor? lows, "
+      "Tensor? highs, Tensor? anchor, Tensor? norm_tensor, int kind, int agg, int kl, int flags, float eps_low, "
+      "float eps_high, float dual_clip, float delta, float tau_pos, float tau_neg, float clamp_low, float clamp_high, "
+      "float beta, float kl_clamp, float anchor_gamma, float scale, float norm, float temperature, float softcap, "
+      "float logit_scale, int ignore_index, float entropy_coef, int entropy_agg, bool with_entropy, int needs, "
+      "int chunk_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // ---- sequence: transform is the enumeration of math/sequence.h, bootstrap that of math/returns.h, dtype that of
   // core/common.h; step_ids may be a bool mask, of one step. Sums and means have a gradient in values; everything about
@@ -194,8 +205,9 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "float rejected_reward, float scale_number, float offset_number, float smoothing_number, float chosen_target_number, "
       "float rejected_target_number, float alpha, float exp_cap, float max_p, float parameter, float clip, float factor, "
       "float chosen_weight, float rejected_weight, float norm, bool with_grad) -> (Tensor, Tensor, Tensor, Tensor)");
-  // hidden [N, H]; targets [2P, T], or [N] with cu_seqlens. Results are (loss, metrics and nll, d_hidden, d_weight, d_bias), the
-  // gradients as far as needs asks for them. Implemented in python/prefkern/ops/linear_losses.py, over linear_chunk_.
+  // Losses straight from the head: hidden [N, H]; targets [2P, T], or [N] with cu_seqlens, with `desirable` [P, T]. Results are
+  // (loss, metrics and nll, d_hidden, d_weight, d_bias), the gradients as far as needs asks for them. Implemented in
+  // python/prefkern/ops/_linear_responses.py, over linear_chunk_.
   m.def(
       "linear_preference_loss(Tensor hidden, Tensor weight, Tensor targets, Tensor? cu_seqlens, Tensor? bias, "
       "Tensor? row_temperature, Tensor? ref_logp, Tensor? ref_chosen, Tensor? ref_rejected, Tensor? desirable, "

@@ -10,19 +10,14 @@ from torch.library import opcheck
 from torch.testing import assert_close
 
 import prefkern
+from linear_losses import BF16, DTYPES, F16, F32, F64, HEADS, TOLERANCE, Passes, assert_same, distance, leaf, names, run
 from prefkern import linear_logprobs, linear_preference_loss, preference_loss, sequence_sum
-from prefkern.ops import _single_pass, linear_losses
+from prefkern.ops import _linear_layout, _single_pass
 from prefkern.ops.preference import KINDS
 
-F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-DTYPES = [F64, F32, BF16, F16]
 OPS = torch.ops.prefkern
 NAN = math.nan
 PAIRS, LENGTH, WIDTH, VOCAB = 5, 7, 16, 67
-
-
-def names(dtype):
-    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else None
 
 
 def two_steps(
@@ -74,39 +69,6 @@ def make(device="cpu", dtype=F32, layout="padded", pairs=PAIRS, length=LENGTH, w
     return hidden.to(device, dtype), weight.to(device, dtype), tokens
 
 
-def leaf(t):
-    return t.detach().clone().requires_grad_()
-
-
-def run(function, hidden, weight, bias=None, upstream=1.0, **arguments):
-    """(out, [d_hidden, d_weight, d_bias])"""
-    leaves = [leaf(t) for t in (hidden, weight, bias) if t is not None]
-    out = function(*leaves[:2], bias=leaves[2] if bias is not None else None, **arguments)
-    return out, torch.autograd.grad(out.loss * upstream, leaves)
-
-
-def distance(actual, expected):
-    actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
-    return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()
-
-
-TOLERANCE = {F64: 1e-12, F32: 3e-6, BF16: 8e-3, F16: 1e-3}  # of gradients: float32 sums, rounded to the dtype
-
-
-def assert_same(ours, expected, dtype):
-    (out, grads), (e_out, e_grads) = ours, expected
-    tolerance = 1e-12 if dtype == F64 else 1e-5
-    assert_close(out.loss, e_out.loss, rtol=tolerance, atol=tolerance)
-    assert out.metrics.keys() == e_out.metrics.keys()
-    for name, value in out.metrics.items():
-        assert_close(value, e_out.metrics[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
-    for a, e in zip(grads, e_grads, strict=True):
-        assert a.dtype == e.dtype
-        assert a.shape == e.shape
-        assert e.norm() > 0
-        assert distance(a, e) < TOLERANCE[dtype]
-
-
 def compare(hidden, weight, bias=None, upstream=1.0, two=None, **arguments):
     ours = run(linear_preference_loss, hidden, weight, bias, upstream, **arguments)
     assert_same(ours, run(two_steps, hidden, weight, bias, upstream, **{**arguments, **(two or {})}), hidden.dtype)
@@ -143,17 +105,6 @@ def test_every_kind(device, kind, layout, chunk):
 def test_to_float64_rounding(layout, kind, chunk):
     hidden, weight, tokens = make("cpu", F64, layout)
     compare(hidden, weight, torch.randn(VOCAB, dtype=F64), kind=kind, chunk_bytes=CHUNKS[chunk], sft_weight=0.5, **tokens)
-
-
-HEADS = {
-    "plain": {},
-    "bias": {"bias": True},
-    "temperature": {"temperature": 0.7},
-    "token temperature": {"temperature": True},
-    "softcap": {"softcap": 2.0},
-    "logit_scale": {"logit_scale": 0.3},
-    "everything": {"bias": True, "temperature": True, "softcap": 4.0, "logit_scale": 1.7},
-}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
@@ -376,27 +327,6 @@ def test_autocast(device):
 # ----------------------------------------------------------------------------------------------- passes, chunks, memory
 
 
-class Passes:
-    """Rows that went through each GEMM of the head, by gradient."""
-
-    def __init__(self, monkeypatch):
-        self.logits, self.hidden, self.weight, self.chunks = 0, 0, 0, []
-        forward, backward = _single_pass._chunk, _single_pass._chunk_backward
-
-        def spy_forward(x, *rest):
-            self.logits += len(x)
-            self.chunks.append(len(x))
-            return forward(x, *rest)
-
-        def spy_backward(*args):
-            self.hidden += len(args[3]) * (args[11] is not None)
-            self.weight += len(args[3]) * (args[12] is not None)
-            return backward(*args)
-
-        monkeypatch.setattr(_single_pass, "_chunk", spy_forward)
-        monkeypatch.setattr(_single_pass, "_chunk_backward", spy_backward)
-
-
 @pytest.fixture
 def passes(monkeypatch):
     return Passes(monkeypatch)
@@ -407,7 +337,7 @@ def passes(monkeypatch):
 def test_passes_over_the_head(device, passes, monkeypatch, trained, chunk):
     """Logits once, and a GEMM for each gradient that is needed. On the CPU, of rows that count only."""
     hidden, weight, tokens = make(device)
-    monkeypatch.setattr("prefkern.ops.linear_losses._linear_backward", None)
+    monkeypatch.setattr("prefkern.ops._single_pass._linear_backward", None)
     hidden.requires_grad_(trained != "weight")
     weight.requires_grad_(trained != "hidden")
     out = linear_preference_loss(hidden, weight, chunk_bytes=CHUNKS[chunk], **tokens)
@@ -430,8 +360,8 @@ def test_passes_over_the_head(device, passes, monkeypatch, trained, chunk):
 def test_chunks_with_the_rows_that_do_not_count(monkeypatch, layout, chunk, dtype):
     """As on CUDA, where nobody waits for how many there are."""
     hidden, weight, tokens = make("cpu", dtype, layout)
-    pairs = linear_losses._Pairs
-    monkeypatch.setattr(pairs, "compact_chunks", pairs.full_chunks)
+    layout = _linear_layout.Layout
+    monkeypatch.setattr(layout, "compact_chunks", layout.full_chunks)
     keep = torch.tensor([True, False, True, True, True])
     compare(hidden, weight, torch.randn(VOCAB), chunk_bytes=CHUNKS[chunk], sft_weight=0.3, pair_mask=keep, **tokens)
 
@@ -442,7 +372,7 @@ def test_chunks_with_the_rows_that_do_not_count(monkeypatch, layout, chunk, dtyp
 def test_without_knowing_where_pairs_end(monkeypatch, layout, dtype, trained):
     """As with cu_seqlens on CUDA and a batch larger than a chunk: the same result from four passes."""
     hidden, weight, tokens = make("cpu", dtype, layout)
-    monkeypatch.setattr(linear_losses._Pairs, "compact_chunks", lambda self, limit: None)
+    monkeypatch.setattr(_linear_layout.Layout, "compact_chunks", lambda self, limit: None)
     if trained == "both":
         compare(hidden, weight, torch.randn(VOCAB), sft_weight=0.3, average="score", **tokens)
         return
@@ -610,7 +540,7 @@ def test_metrics_have_no_gradient(device):
 
 def arguments_of_the_op(monkeypatch, *args, **kwargs):
     seen = []
-    monkeypatch.setattr("prefkern.ops.linear_losses._loss", lambda *a: seen.append(a) or OPS.linear_preference_loss(*a))
+    monkeypatch.setattr("prefkern.ops.linear_preference._loss", lambda *a: seen.append(a) or OPS.linear_preference_loss(*a))
     linear_preference_loss(*args, **kwargs)
     return seen[0]
 

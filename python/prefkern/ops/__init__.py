@@ -14,7 +14,9 @@ from .advantages import (
 from .conflicts import conflict_runs, conflict_weights, first_divergence
 from .filters import masked_quantile, top_quantile_mask
 from .groups import group_normalize, group_reduce, level_pairs
-from .linear_losses import linear_preference_loss
+from .linear_policy import linear_policy_loss
+from .linear_preference import linear_preference_loss
+from .linear_unpaired import linear_unpaired_loss
 from .lists import group_preference_loss, listwise_loss, skew_loss, skew_row_means, skew_score
 from .logprobs import linear_logprobs, logits_logprobs, plan_chunks
 from .policy import importance_weights, kl_penalty, masked_aggregate, off_policy_mask, policy_loss
@@ -58,7 +60,9 @@ __all__ = [
     "label_posterior",
     "level_pairs",
     "linear_logprobs",
+    "linear_policy_loss",
     "linear_preference_loss",
+    "linear_unpaired_loss",
     "listwise_loss",
     "logits_logprobs",
     "masked_aggregate",

@@ -2,28 +2,31 @@
 logits the gradients of hidden, weight and bias. 3 GEMMs of 2 N V H flops instead of the 4 of ``linear_logprobs`` and its
 backward; 2 where the head is frozen.
 
-What the loss is, is a function: it gets the log-probs of a chunk and returns their gradient. A chunk holds whatever rows that
-function has to see together. Heavy work is in ``csrc/logprobs/linear_chunk.cpp``.
+What the loss is, is an :class:`Objective`: it takes over the log-probs (and entropies) of a chunk and returns the gradient in
+them. A chunk holds whatever rows it has to see together. Heavy work is in ``csrc/logprobs/linear_chunk.cpp``.
+
+Ops built on this begin with hidden, weight, targets, cu_seqlens, bias and row_temperature, end with temperature, softcap,
+logit_scale and ignore_index, options of their own, needs and chunk_bytes, and return loss, metrics, d_hidden, d_weight and
+d_bias, the gradients as far as needs asks for them; :func:`register` does the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import _C
-from ._arguments import accumulator, same_device
-from ._call import keeps_graph
-from .logprobs import _DTYPES, _GRAD_BIAS, _GRAD_HIDDEN, _GRAD_WEIGHT, _SAVE_STATS, _fake_outputs
+from ._arguments import accumulator, check_tensors, same_device
+from ._call import call, keeps_graph
+from .logprobs import _DTYPES, _ENTROPY, _GRAD_BIAS, _GRAD_HIDDEN, _GRAD_WEIGHT, _SAVE_STATS, _fake_outputs
 
 _OPS = torch.ops.prefkern
 _chunk, _chunk_backward = _OPS.linear_chunk_.default, _OPS.linear_chunk_backward_.default
-GRAD_HIDDEN: int = _GRAD_HIDDEN
-GRAD_WEIGHT: int = _GRAD_WEIGHT
-GRAD_BIAS: int = _GRAD_BIAS
+_linear_fwd, _linear_backward = _OPS.linear_logprobs_fwd.default, _OPS.linear_logprobs_backward.default
+_BITS = (_GRAD_HIDDEN, _GRAD_WEIGHT, _GRAD_BIAS)
 
 
 class Head(NamedTuple):
@@ -78,6 +81,42 @@ def rows_of(*ranges: tuple[int, int]) -> Rows:
     return Rows(sum(end - begin for begin, end in merged), tuple(merged))
 
 
+def rows_at(index: Tensor) -> Rows:
+    """Rows of an ascending index on the CPU; a range where they are one."""
+    count = len(index)
+    if count and int(index[-1]) - int(index[0]) + 1 == count:
+        return rows_of((int(index[0]), int(index[-1]) + 1))
+    return Rows(count, at=index)
+
+
+class Chunk(NamedTuple):
+    """Rows that go through the head together: whole items, pairs or sequences, or any rows."""
+
+    rows: Rows
+    begin: int = 0
+    end: int = 0
+    """Items [begin, end), where it holds whole ones: their first sequences, then their second ones, one row behind the
+    other."""
+    cu_seqlens: Tensor | None = None
+    """int32, where those sequences begin and end among the rows, on the device; None: padded."""
+    counts: Tensor | None = None
+    """bool [rows], or None: all rows count."""
+
+
+class Objective(Protocol):
+    """A loss in the log-probs, and perhaps the entropies, of rows."""
+
+    def add(self, chunk: Chunk, logp: Tensor, entropy: Tensor) -> None:
+        """Take over a chunk's."""
+
+    def gradient(self, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
+        """The loss's gradient in those of a chunk that was taken over, times :attr:`gain`."""
+
+    @property
+    def gain(self) -> float | Tensor:
+        """A power of two that keeps gradients inside float16's range where they are narrowed to it."""
+
+
 def rows_that_fit(head: Head, rows: int, chunk_bytes: int) -> int:
     """How many rows a chunk should have at most."""
     hidden, weight = head.hidden, head.weight
@@ -107,10 +146,16 @@ def share_out(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
 
 
 def single_pass(
-    head: Head, chunks: Sequence[Rows], gradient: Callable[[int, Tensor], Tensor], needs: int, wide: bool = False
+    head: Head,
+    chunks: Sequence[Rows],
+    gradient: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor | None]],
+    needs: int,
+    outputs: int = 0,
+    wide: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias, as far as ``needs`` asks for them: those of a loss of which
-    ``gradient(k, logp)`` is the gradient in the log-probs of the rows of ``chunks[k]``.
+    ``gradient(k, logp, entropy)`` are the gradients in the log-probs and in the entropies of the rows of ``chunks[k]``, the
+    latter None if there is none. Entropies are computed where ``outputs`` has their bit.
 
     They have the types of what they belong to; with ``wide`` that of accumulators. No row is in two chunks; one that is in none
     has no gradient. Rows are taken in order, so equal calls give equal bits.
@@ -123,11 +168,11 @@ def single_pass(
     workspace = new(most * vocab, dtype=acc)
     # One chunk's gradient of the weight is all of it, and needs no accumulator of its own.
     d_weight = (
-        new((vocab, width), dtype=weight.dtype if len(chunks) == 1 and not wide else acc) if needs & GRAD_WEIGHT else None
+        new((vocab, width), dtype=weight.dtype if len(chunks) == 1 and not wide else acc) if needs & _GRAD_WEIGHT else None
     )
-    d_bias = new(vocab, dtype=acc) if needs & GRAD_BIAS else None
+    d_bias = new(vocab, dtype=acc) if needs & _GRAD_BIAS else None
     d_hidden = buffer = None
-    if needs & GRAD_HIDDEN:
+    if needs & _GRAD_HIDDEN:
         d_hidden = (new if covered else hidden.new_zeros)(hidden.shape, dtype=acc if wide else hidden.dtype)
         if d_hidden.dtype != acc or any(len(rows.ranges) != 1 for rows in chunks):
             buffer = new((most, width), dtype=acc)
@@ -140,13 +185,13 @@ def single_pass(
         if hidden.is_cuda and d_weight is not None:  # there, ignored rows stay: 0 times NaN would reach the weight's gradient
             x = torch.where((t != options[3]).unsqueeze(1), x, 0)
         tau = None if row_temperature is None else rows.take(row_temperature)
-        logp, entropy, *_, stats = _chunk(x, weight, t, bias, tau, workspace, *options, _SAVE_STATS)
-        g = gradient(k, logp)
+        logp, entropy, *_, stats = _chunk(x, weight, t, bias, tau, workspace, *options, _SAVE_STATS | outputs)
         d_rows = None
         if d_hidden is not None:
             d_rows = rows.window(d_hidden) if buffer is None else buffer[: rows.total]
         _chunk_backward(
-            g, None, None, x, weight, t, bias, tau, entropy, stats, workspace, d_rows, d_weight, d_bias, *options, k > 0
+            *gradient(k, logp, entropy), None, x, weight, t, bias, tau, entropy, stats, workspace, d_rows, d_weight, d_bias,
+            *options, k > 0,
         )  # fmt: skip
         if d_hidden is not None and buffer is not None and d_rows is not None:
             rows.put(d_hidden, d_rows)
@@ -156,6 +201,44 @@ def single_pass(
     if d_bias is not None and bias is not None and not wide:
         d_bias = d_bias.to(bias.dtype)
     return d_hidden, d_weight, d_bias
+
+
+def gradients_of(
+    objective: Objective,
+    head: Head,
+    chunks: Sequence[Chunk] | None,
+    whole: Chunk,
+    needs: int,
+    with_entropy: bool,
+    chunk_bytes: int,
+) -> tuple[Tensor | None, ...]:
+    """Hand all rows to the objective and return its gradients in hidden, weight and bias, None where nobody needs one. Without
+    chunks, because where they would end is for the device to know, the logits are computed twice, as ``linear_logprobs`` and
+    its backward do; where nothing needs a gradient, once and without keeping any."""
+    outputs = _ENTROPY if with_entropy else 0
+    rows, options = head[:-1], head.options
+    if not needs:
+        logp, entropy, *_ = _linear_fwd(*rows, *options, outputs, chunk_bytes)
+        objective.add(whole, logp, entropy)
+        return None, None, None
+    # float16 gradients would underflow without the loss scaling that comes later, so they stay float32 until the backward, and
+    # what a GPU narrows on the way is scaled by a power of two.
+    half = head.hidden.dtype == torch.float16
+    found: tuple[Tensor | None, ...]
+    if chunks is not None:
+
+        def gradient(k: int, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+            objective.add(chunks[k], logp, entropy)
+            return objective.gradient(chunks[k])
+
+        found = single_pass(head, [chunk.rows for chunk in chunks], gradient, needs, outputs, wide=half)
+    else:
+        logp, entropy, *_, stats = _linear_fwd(*rows, *options, outputs | _SAVE_STATS, chunk_bytes)
+        objective.add(whole, logp, entropy)
+        upstream = objective.gradient(whole)
+        found = _linear_backward(*upstream, None, *rows, entropy, stats, *options, needs, chunk_bytes)
+        found = tuple(g if needs & bit else None for g, bit in zip(found, _BITS, strict=True))
+    return tuple(None if g is None else g.float().mul_(1 / objective.gain) for g in found) if half else found
 
 
 class Stored:
@@ -198,6 +281,98 @@ def differentiated_once(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | 
     if not torch.is_grad_enabled():
         return gradients
     return tuple(t if t is None else _Constant.apply(t.detach().requires_grad_()) for t in gradients)
+
+
+# ---- autograd and fake implementations of losses ---------------------------------------------------------------------
+
+
+def needed(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> int:
+    """The gradients that are asked for, as bits."""
+    if bias is not None:
+        check_tensors(bias=bias)
+    if not torch.is_grad_enabled():
+        return 0
+    trained = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
+    return sum(bit for bit, wanted in zip(_BITS, trained, strict=True) if wanted)
+
+
+def run(
+    op: Callable[..., Any], hidden: Tensor, weight: Tensor, bias: Tensor | None, args: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
+    """Loss and metrics of an op with those inputs and, in the order of its schema, ``args``."""
+    if args[-2] and not torch.compiler.is_compiling():
+        return call(_Loss.apply, hidden, weight, bias, op, args)
+    loss, metrics, *_ = call(op, hidden, weight, *args[:2], bias, *args[2:])
+    return loss, metrics
+
+
+def results(loss: Tensor, metrics: Tensor, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """What the op returns; what is not needed has no elements."""
+    return loss, metrics, *(metrics.new_empty(0) if g is None else g for g in gradients)
+
+
+def register(name: str, forward: Callable[..., Any], metrics: int, tensors: Sequence[str]) -> None:
+    """Implement the op on CPU and CUDA, its fake, and its autograd formula. ``tensors`` are its arguments behind
+    row_temperature that are one."""
+
+    def fake(
+        hidden: Tensor, weight: Tensor, targets: Tensor, cu_seqlens: Tensor | None, bias: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        same_device("hidden", hidden, weight=weight, targets=targets, bias=bias)
+        same_device("hidden", hidden, **dict(zip(("temperature", *tensors), rest, strict=False)))
+        acc, needs = accumulator(hidden), rest[-2]
+        stored = [acc if hidden.dtype == torch.float16 else t.dtype for t in (hidden, weight, hidden if bias is None else bias)]
+        shapes = (hidden.shape, weight.shape, weight.shape[:1])
+        gradients = [
+            hidden.new_empty(shape if needs & bit else (0,), dtype=dtype if needs & bit else acc)
+            for shape, dtype, bit in zip(shapes, stored, _BITS, strict=True)
+        ]
+        return hidden.new_empty((), dtype=acc), hidden.new_empty(metrics, dtype=acc), *gradients
+
+    torch.library.impl(name, ("cpu", "cuda"), forward)
+    torch.library.register_fake(name, fake)
+    torch.library.register_autograd(name, _backward, setup_context=_setup)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = (inputs[0].dtype, inputs[1].dtype, None if inputs[4] is None else inputs[4].dtype)
+    ctx.needs, ctx.inputs = inputs[-2], len(inputs)
+
+
+def _backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if g_loss is None:
+        return (None,) * ctx.inputs
+    gradients = (
+        (t * g_loss).to(dtype) if ctx.needs & bit and dtype is not None else None
+        for t, dtype, bit in zip(ctx.saved_tensors, ctx.dtypes, _BITS, strict=True)
+    )
+    d_hidden, d_weight, d_bias = differentiated_once(tuple(gradients))
+    return (d_hidden, d_weight, None, None, d_bias, *(None,) * (ctx.inputs - 5))
+
+
+class _Loss(torch.autograd.Function):
+    """What the registered formula does, for eager mode, without a copy of the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, op: Callable[..., Any], args: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor]:
+        loss, metrics, *gradients = op(hidden, weight, *args[:2], bias, *args[2:])
+        needs = args[-2]
+        dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.stored = Stored(tuple(g if needs & bit else None for g, bit in zip(gradients, _BITS, strict=True)), dtypes)
+        ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)
+        return loss, metrics
+
+    @staticmethod
+    def backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if g_loss is None:
+            return (None,) * 5
+        return (*differentiated_once(ctx.stored.times(g_loss.detach())), None, None)
 
 
 # ---- fake implementations --------------------------------------------------------------------------------------------

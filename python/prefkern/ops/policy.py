@@ -165,6 +165,26 @@ def policy_loss(
             every device.
     """
     check_tensors(logp=logp)
+    tensors, options = arguments(
+        old_logp, advantages, mask, cu_seqlens, kind, eps_low, eps_high, dual_clip, delta, tau_pos, tau_neg, agg, norm, scale,
+        token_weight, ref_logp, beta, kl, kl_clamp, kl_ratio, ratio_clamp, anchor, anchor_gamma, anchor_loss, entropy,
+    )  # fmt: skip
+    if validation() and not torch.compiler.is_compiling():
+        validate(logp, tensors, kind)
+    loss, metrics = _run(logp, (*tensors.values(), *options))
+    return LossOutput(loss, dict(zip(METRICS, metrics.unbind(0), strict=True)))
+
+
+def arguments(
+    old_logp: Tensor | None, advantages: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None, kind: Kind,
+    eps_low: float | Tensor, eps_high: float | Tensor, dual_clip: float | None, delta: float | None, tau_pos: float,
+    tau_neg: float, agg: Aggregation, norm: float | Tensor | None, scale: float | None, token_weight: Tensor | None,
+    ref_logp: Tensor | None, beta: float, kl: Kl, kl_clamp: float | None, kl_ratio: bool,
+    ratio_clamp: float | tuple[float | None, float | None] | None, anchor: Tensor | None, anchor_gamma: float,
+    anchor_loss: Literal["shaped", "nll"], entropy: Tensor | None,
+) -> tuple[dict[str, Tensor | None], tuple[float, ...]]:  # fmt: skip
+    """What :func:`policy_loss` is told beside logp, as its op takes it: tensors without gradients, then numbers, both in the
+    order of the schema. All that can be seen without the log-probs' shape is checked."""
     if kind != "none":
         check_tensors(advantages=advantages)
     tensors = {
@@ -180,10 +200,6 @@ def policy_loss(
             check_tensors(**{name: t})
         if t.requires_grad:
             tensors[name] = t.detach()
-    if validation() and not torch.compiler.is_compiling():
-        if logp.is_cuda:
-            _validate(logp, tensors, kind)
-        _validate_finite(logp, tensors)
     clamp = ratio_clamp if isinstance(ratio_clamp, tuple) else (ratio_clamp, ratio_clamp)
     if len(clamp) != 2:
         raise ValueError(f"ratio_clamp is {ratio_clamp!r}; a number, a pair or None is expected")
@@ -208,8 +224,7 @@ def policy_loss(
         _scale(scale),
         -1.0 if norm is None or tensors["norm"] is not None else _norm(norm),
     )
-    loss, metrics = _run(logp, (*tensors.values(), *options))
-    return LossOutput(loss, dict(zip(METRICS, metrics.unbind(0), strict=True)))
+    return tensors, options
 
 
 def _run(logp: Tensor, constants: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
@@ -242,14 +257,22 @@ def masked_aggregate(
     check_layout(cu_seqlens, values, "values", mask)
     tensor = norm.detach() if isinstance(norm, Tensor) else None
     numbers = (_scale(scale), -1.0 if norm is None or tensor is not None else _norm(norm))
-    modes = (KINDS.index("reinforce"), choice("agg", agg, AGGREGATIONS), 0, 0)
-    off = (0.2, 0.2, math.inf, math.inf, 1.0, 1.0, -math.inf, math.inf, 0.0, math.inf, 1.0)  # options without effect here
+    constants = aggregation(mask, cu_seqlens, tensor, choice("agg", agg, AGGREGATIONS), *numbers)
     try:
-        # Without advantages the loss of "reinforce" is the log-prob itself.
-        loss, _ = _run(values, (None, None, mask, cu_seqlens, *(None,) * 6, tensor, *modes, *off, *numbers))
+        loss, _ = _run(values, constants)
     except (ValueError, TypeError) as error:
         raise type(error)(re.sub(r"\blogp\b", "values", str(error))) from None
     return loss
+
+
+def aggregation(
+    mask: Tensor | None, cu_seqlens: Tensor | None, norm_tensor: Tensor | None, agg: int, scale: float, norm: float
+) -> tuple[Any, ...]:
+    """The constants with which the op's loss is the sum of its values: without advantages that of "reinforce" is the log-prob
+    itself."""
+    modes = (KINDS.index("reinforce"), agg, 0, 0)
+    off = (0.2, 0.2, math.inf, math.inf, 1.0, 1.0, -math.inf, math.inf, 0.0, math.inf, 1.0)  # options without effect here
+    return (None, None, mask, cu_seqlens, *(None,) * 6, norm_tensor, *modes, *off, scale, norm)
 
 
 def kl_penalty(
@@ -381,6 +404,13 @@ def _norm(value: Any) -> float:
     if not 0 <= norm < math.inf:
         raise ValueError(f"norm is {value}; it must be finite and not negative, or None")
     return norm
+
+
+def validate(logp: Tensor, tensors: dict[str, Any], kind: str) -> None:
+    """The checks of ``prefkern.set_validation``."""
+    if logp.is_cuda:
+        _validate(logp, tensors, kind)
+    _validate_finite(logp, tensors)
 
 
 def _validate(logp: Tensor, tensors: dict[str, Any], kind: str) -> None:

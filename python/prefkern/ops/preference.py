@@ -32,7 +32,12 @@ UNPAIRED_KINDS = ("kto", "bco", "squared", "apo_zero")
 SCORES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence", "log_odds", "chi", "exp")
 AVERAGES = (None, "logp", "score")
 REDUCTIONS = ("mean", "weighted_mean", "sum", "none")
-PAIR_TENSORS = 14  # of the op's arguments behind the log-probs
+# The op's arguments behind the log-probs that are tensors.
+NAMES = (
+    "ref_chosen_logp", "ref_rejected_logp", "desirable", "chosen_lengths", "rejected_lengths", "scale", "offset",
+    "label_smoothing", "chosen_target", "rejected_target", "weight", "tie", "mask", "norm",
+)  # fmt: skip
+PAIR_TENSORS = len(NAMES)
 METRICS = ("chosen_reward", "rejected_reward", "reward_margin", "accuracy", "clamped", "pairs")
 
 Kind = Literal[
@@ -305,8 +310,22 @@ def unpaired_loss(
     Raises:
         ValueError, TypeError: as there.
     """
-    _kind(kind, UNPAIRED_KINDS)
     check_tensors(logp=logp, desirable=desirable)
+    arguments = unpaired_arguments(
+        ref_logp, desirable, kind, beta, kl, scale, score, alpha, exp_cap, max_p, average, lengths, offset, weight,
+        desirable_weight, undesirable_weight, mask, factor, reduction, norm,
+    )  # fmt: skip
+    return _run(logp, None, *arguments)
+
+
+def unpaired_arguments(
+    ref_logp: Tensor | None, desirable: Tensor, kind: str, beta: float, kl: float | Tensor | None, scale: float | Tensor,
+    score: Score, alpha: float, exp_cap: float, max_p: float | None, average: str | None, lengths: Tensor | None,
+    offset: float | Tensor, weight: Tensor | None, desirable_weight: float, undesirable_weight: float, mask: Tensor | None,
+    factor: float, reduction: str, norm: float | Tensor | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What :func:`unpaired_loss` is told beside logp, as :func:`constants` takes it; all but tensors is checked."""
+    _kind(kind, UNPAIRED_KINDS)
     shift = _number_or_tensor("offset", offset)
     beta = number("beta", beta)
     if kl is not None:
@@ -325,8 +344,8 @@ def unpaired_loss(
     modes = (place, _kind(score, SCORES, "score"), _average(average), _kind(reduction, REDUCTIONS, "reduction"))
     bounds = (alpha, number("exp_cap", exp_cap), _bound("max_p", max_p))
     weights = (number("desirable_weight", desirable_weight), number("undesirable_weight", undesirable_weight))
-    return _run(
-        logp, None, (ref_logp, None), desirable, (lengths, None), (_number_or_tensor("scale", scale), shift, 0.0, 0.0, 0.0),
+    return (
+        (ref_logp, None), desirable, (lengths, None), (_number_or_tensor("scale", scale), shift, 0.0, 0.0, 0.0),
         (weight, None, mask), norm, modes, (beta,) * 4, (*bounds, 1.0, math.inf, number("factor", factor), *weights),
     )  # fmt: skip
 
@@ -533,11 +552,7 @@ def validate_pairs(chosen: Tensor, rejected: Tensor | None, fixed: tuple[Any, ..
 
 
 def _fake_loss(chosen: Tensor, rejected: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    names = (
-        "ref_chosen_logp", "ref_rejected_logp", "desirable", "chosen_lengths", "rejected_lengths", "scale", "offset",
-        "label_smoothing", "chosen_target", "rejected_target", "weight", "tie", "mask", "norm",
-    )  # fmt: skip
-    tensors = dict(zip(names, rest[:14], strict=True))
+    tensors = dict(zip(NAMES, rest[:PAIR_TENSORS], strict=True))
     same_device("chosen_logp", chosen, rejected_logp=rejected, **tensors)
     torch._check(chosen.dim() == 1, lambda: f"chosen_logp has shape {list(chosen.shape)}; expected [P]")
     reduction, with_grad = rest[17], rest[-1]
