@@ -167,7 +167,8 @@ def markdown_table(data: Results, ops: Iterable[str] | None = None) -> str:
 def provenance(data: Results) -> str:
     """One sentence that says where the figures are from."""
     env = data["environment"]
-    commit = f", commit {env['commit'][:12]}" if env.get("commit") else ""
+    dirty = "-dirty" if (env.get("commit") or "").endswith("-dirty") else ""
+    commit = f", commit {env['commit'][:12]}{dirty}" if env.get("commit") else ""
     threads = f"{env['threads']} thread{'s' if env['threads'] != 1 else ''}"
     versions = f"prefkern {env['prefkern']}{commit}, torch {env['torch']}"
     return f"`{data['command']}` on {env['device_name']}, {threads}; {versions}; {env['time'][:10]}."
@@ -177,7 +178,10 @@ OTHER_CORES, SPREAD = 0.1, 0.1  # quiet: others have less of each CPU, and ratio
 
 
 def busy(data: Results) -> str | None:
-    """A warning if others wanted the cores: before the run, while there was timing, or by what it did to the ratios."""
+    """A warning if others wanted the cores: before the run, while there was timing, or by what it did to the ratios. None of
+    results without times, which others do not change."""
+    if all(row.get("time_ms") is None for row in data["rows"]):
+        return None
     env, noise = data["environment"], data.get("noise") or {}
     load, cpus = (env.get("load_average") or [0.0])[0], env.get("cpus") or 1
     others, spread = noise.get("other_cores"), noise.get("spread_median") or 0.0
@@ -204,7 +208,8 @@ def yardstick(data: Results) -> tuple[str, str]:
 
 
 def plot(data: Results, path: Path) -> None:
-    """Bars of the time over the floor: a panel for each case, a bar for each peer and kind of output."""
+    """Bars of the time over the floor: a panel for each case, a bar for each peer and kind of output. Where nothing was timed,
+    of the MiB beyond gradients."""
     import textwrap
 
     import matplotlib
@@ -213,6 +218,8 @@ def plot(data: Results, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows = _measured(data, None)
+    timed = any(row["time_ms"] is not None for row in rows)
+    rows = [row for row in rows if row["ratio_floor" if timed else "peak_mib"] is not None]
     groups = _by_case(rows)
     titles = _unique(title for title, _ in groups)
     colours = {
@@ -225,21 +232,22 @@ def plot(data: Results, path: Path) -> None:
     )  # fmt: skip
     for axis, title in zip(axes[:, 0], titles, strict=False):
         bars = [row for (t, _), group in groups.items() if t == title for row in group.values()]
-        ratios = [row["ratio_floor"] for row in bars]
+        ratios = [row["ratio_floor"] if timed else max(0.0, row["peak_mib"] - (row["gradient_mib"] or 0.0)) for row in bars]
         labels = [f"{row['peer']}  {row['outputs']}" for row in bars]
         axis.barh(labels, ratios, color=[colours[row["peer"]] for row in bars])
         for i, ratio in enumerate(ratios):
-            axis.annotate(f" {times(ratio)}", (ratio, i), va="center", fontsize=8)
+            axis.annotate(f" {times(ratio) if timed else mebibytes(ratio)}", (ratio, i), va="center", fontsize=8)
         floor = next((row["note"] for row in rows if row["peer"] == "floor" and case_title(row) == title), "")
-        axis.axvline(1.0, color="black", linewidth=0.8)
-        if max(ratios, default=1.0) > 20:
+        if timed:
+            axis.axvline(1.0, color="black", linewidth=0.8)
+        if timed and max(ratios, default=1.0) > 20:
             axis.set_xscale("log")
             axis.xaxis.set_major_formatter("{x:g}")
         axis.margins(x=0.12)
         axis.invert_yaxis()
         axis.tick_params(labelsize=8)
-        axis.set_title(f"{title}   (1 = {floor})", fontsize=9, loc="left")
-    figure.supxlabel("time over the floor", fontsize=9)
+        axis.set_title(f"{title}   (1 = {floor})" if timed else title, fontsize=9, loc="left")
+    figure.supxlabel("time over the floor" if timed else "MiB beyond inputs and gradients", fontsize=9)
     figure.suptitle(textwrap.fill(provenance(data), 130), fontsize=7)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -64,7 +64,7 @@ def bench(
     try:
         peers = _peers(against)
         check_device(device)
-        _check_plot(plot_file)
+        check_plot("--plot", plot_file)
         if suite is not None:
             size = _size(quick, full)
             parts = _parts(suite, size, device, peers, ops, shapes, dtype, mode)
@@ -97,7 +97,9 @@ def bench(
     if json_file is not None:
         report.save(data, json_file)
     if plot_file is not None:
-        report.plot(data, plot_file)
+        from prefkern.bench import curves
+
+        (curves if suite == "scaling" else report).plot(data, plot_file)
 
 
 def _cases(ops: list[str] | None, shapes: str | None, dtype: str | None, mode: str | None) -> list[Case]:
@@ -153,14 +155,14 @@ def _peers(against: str | None) -> tuple[str, ...] | None:
     return () if against == "none" else choose_all("peer", against, NAMEABLE)
 
 
-def _check_plot(path: Path | None) -> None:
+def check_plot(what: str, path: Path | None) -> None:
     """Before anything is measured: a run should not fail at its end."""
     from importlib.util import find_spec
 
     from prefkern.bench.shapes import UsageError
 
     if path is not None and find_spec("matplotlib") is None:
-        raise UsageError('--plot needs matplotlib: pip install "prefkern[demo]"')
+        raise UsageError(f'{what} needs matplotlib: pip install "prefkern[demo]"')
 
 
 def _command() -> str:

@@ -169,8 +169,8 @@ class LinearPreferenceWorkload(_HeadLoss):
 
 
 class LinearUnpairedWorkload(_HeadLoss):
-    """B responses, every other one of which is desirable. The reference gives every token the policy's mean log-prob, so that no
-    loss is saturated; Liger, which takes the reference as hidden states only, gets its sum as KTO's reference point."""
+    """B responses, every other one of which is desirable. The reference gives every token the policy's mean log-prob, so that
+    no loss is saturated; Liger, which takes the reference as hidden states only, gets its sum as KTO's reference point."""
 
     variants = ("kto",)
 
