@@ -86,8 +86,8 @@ PAIR_OBJECTIVES = {
     "exo": PairObjective({"beta": PAIR_BETA, "kind": "exo_pair", "label_smoothing": 1e-3}),
 }
 ORPO_BETA = 0.1
-# As `prefkern.linear_preference_loss` is asked. ORPO's beta is a factor of the odds, beside a likelihood of weight 1: as a factor
-# of the whole, in HEAD_PAIR_SCALE, it divides that weight.
+# As `prefkern.linear_preference_loss` is asked. ORPO's beta is a factor of the odds, beside a likelihood of weight 1: taken as
+# one of the whole, HEAD_PAIR_SCALE, it divides that weight.
 HEAD_PAIR_OPTIONS: dict[str, dict[str, Any]] = {
     "dpo": PAIR_OBJECTIVES["dpo"].options,
     "simpo": PAIR_OBJECTIVES["simpo"].options,
