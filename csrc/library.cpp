@@ -44,6 +44,26 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "Tensor targets, Tensor? bias, Tensor? row_temperature, Tensor? lora_a, Tensor? lora_b, Tensor? keep_offsets, "
       "Tensor? keep_ids, Tensor entropy, Tensor stats, float temperature, float softcap, float logit_scale, int ignore_index, "
       "float lora_scale, int logits_dtype, int needs, int chunk_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // And with what the backward needs not compute again; save is Save of logprobs/linear_saved.h.
+  m.def(
+      "linear_logprobs_saving(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? row_temperature, "
+      "Tensor? lora_a, Tensor? lora_b, Tensor? keep_offsets, Tensor? keep_ids, float temperature, float softcap, "
+      "float logit_scale, int ignore_index, float lora_scale, int logits_dtype, int outputs, int chunk_bytes, int save) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_logprobs_saving_fwd(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? row_temperature, "
+      "Tensor? lora_a, Tensor? lora_b, Tensor? keep_offsets, Tensor? keep_ids, float temperature, float softcap, "
+      "float logit_scale, int ignore_index, float lora_scale, int logits_dtype, int outputs, int chunk_bytes, int save) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_logprobs_kept_backward(Tensor? g_logp, Tensor? g_entropy, Tensor? g_lse, Tensor hidden, Tensor weight, "
+      "Tensor targets, Tensor? bias, Tensor? row_temperature, Tensor? lora_a, Tensor? lora_b, Tensor? keep_offsets, "
+      "Tensor? keep_ids, Tensor entropy, Tensor stats, Tensor logits, float temperature, float softcap, float logit_scale, "
+      "int ignore_index, float lora_scale, int logits_dtype, int needs, int chunk_bytes) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_logprobs_u_backward(Tensor? g_logp, Tensor? g_entropy, Tensor? g_lse, Tensor gradients, int outputs, int dtype) "
+      "-> Tensor");
   m.def(
       "linear_chunk_(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? row_temperature, Tensor(a!) workspace, "
       "float temperature, float softcap, float logit_scale, int ignore_index, int outputs) "
@@ -260,6 +280,10 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("linear_logprobs_ext", PK_OP(linear_logprobs_ext));                        \
     m.impl("linear_logprobs_ext_fwd", PK_OP(linear_logprobs_ext));                    \
     m.impl("linear_logprobs_ext_backward", PK_OP(linear_logprobs_ext_backward));      \
+    m.impl("linear_logprobs_saving", PK_OP(linear_logprobs_saving));                  \
+    m.impl("linear_logprobs_saving_fwd", PK_OP(linear_logprobs_saving));              \
+    m.impl("linear_logprobs_kept_backward", PK_OP(linear_logprobs_kept_backward));    \
+    m.impl("linear_logprobs_u_backward", PK_OP(linear_logprobs_u_backward));          \
     m.impl("linear_chunk_", PK_OP(linear_chunk));                                     \
     m.impl("linear_chunk_backward_", PK_OP(linear_chunk_backward));                   \
     m.impl("linear_shard", PK_OP(linear_shard));                                      \

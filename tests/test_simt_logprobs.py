@@ -792,7 +792,31 @@ def test_the_upstream_of_targets_that_are_not_kept(simt, ids_dtype):
     assert 0 < out.count_nonzero() < 300
 
 
+@pytest.mark.parametrize("given", [("g_logp",), ("g_entropy", "g_lse"), ("g_logp", "g_entropy", "g_lse"), ()], ids=str)
+def test_targets_of_the_rows_that_contribute(simt, given):
+    generator = torch.Generator().manual_seed(1)
+    targets = torch.randint(50, (300,), generator=generator)
+    upstream = {name: torch.randn(300, generator=generator) * (torch.rand(300, generator=generator) < 0.3) for name in given}
+    for g in upstream.values():
+        g[5], g[6] = NAN, -0.0
+
+    def active():
+        args = simt.ActiveTargetsArgs()
+        out = torch.full((300,), 99)
+        args.rows, args.targets, args.ignore_index, args.out = 300, pointer(targets), -7, pointer(out)
+        for name, g in upstream.items():
+            setattr(args, name, pointer(g))
+        simt.cuda_active_targets(args)
+        return {"out": out}
+
+    out = same_bits_in_every_order(simt, active)["out"]
+    used = torch.stack([g != 0 for g in upstream.values()]).any(0) if given else torch.zeros(300, dtype=torch.bool)
+    assert torch.equal(out, torch.where(used, targets, -7))
+    assert bool(used[5]) == bool(given) and not used[6]
+
+
 def test_kept_of_no_rows_and_float64(simt):
+    simt.cuda_active_targets(simt.ActiveTargetsArgs())
     simt.cuda_keep_logits(simt.KeepArgs())
     simt.cuda_kept_upstream(simt.KeptUpstreamArgs())
     values, targets = sample(2, 10)

@@ -10,6 +10,7 @@
 #include "filters/select.h"
 #include "groups/group_folds.h"
 #include "groups/pair_walk.h"
+#include "logprobs/active_rows.h"
 #include "logprobs/logits_edit.h"
 #include "logprobs/logits_fold.h"
 #include "logprobs/shard_merge.h"
@@ -37,6 +38,7 @@ int cuda_grad_bias(const GradArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_round_logits(const RoundArgs&, void*) { return kBuiltWithoutCuda; }
 int cuda_keep_logits(const KeepArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_kept_upstream(const KeptUpstreamArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_active_targets(const ActiveTargetsArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_merge_shards(const ShardMergeArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_group_advantages(const GroupArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_conflict_runs(const ConflictArgs<int32_t>&, void*) { return kBuiltWithoutCuda; }

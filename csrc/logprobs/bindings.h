@@ -3,8 +3,10 @@
 #include <string>
 
 #include "core/bindings.h"
+#include "logprobs/active_rows.h"
 #include "logprobs/logits_edit.h"
 #include "logprobs/logits_fold.h"
+#include "logprobs/row_gradients.h"
 #include "logprobs/shard_merge.h"
 
 namespace prefkern {
@@ -40,6 +42,15 @@ template <class S> void bind_logit_structs(py::module_& m, const std::string& su
   u.member("targets", &KeptUpstream::targets);
   u.member("g", &KeptUpstream::g);
   u.member("out", &KeptUpstream::out);
+
+  using ActiveTargets = ActiveTargetsArgs<S>;
+  Struct<ActiveTargets> at(m, "ActiveTargetsArgs" + suffix);
+  at.member("rows", &ActiveTargets::rows).member("ignore_index", &ActiveTargets::ignore_index);
+  at.member("targets", &ActiveTargets::targets);
+  at.member("g_logp", &ActiveTargets::g_logp);
+  at.member("g_entropy", &ActiveTargets::g_entropy);
+  at.member("g_lse", &ActiveTargets::g_lse);
+  at.member("out", &ActiveTargets::out);
 
   using Fold = FoldArgs<S>;
   Struct<Fold> f(m, "FoldArgs" + suffix);
@@ -109,6 +120,8 @@ inline void bind_logprobs_cpu(py::module_& m) {
   bind_cpu<void, KeepArgs<double>>(m, "cpu_keep_logits64", &cpu_keep_logits);
   bind_cpu<void, KeptUpstreamArgs<float>>(m, "cpu_kept_upstream", &cpu_kept_upstream);
   bind_cpu<void, KeptUpstreamArgs<double>>(m, "cpu_kept_upstream64", &cpu_kept_upstream);
+  bind_cpu<void, ActiveTargetsArgs<float>>(m, "cpu_active_targets", &cpu_active_targets);
+  bind_cpu<void, ActiveTargetsArgs<double>>(m, "cpu_active_targets64", &cpu_active_targets);
   bind_cpu<void, ShardMergeArgs<float>>(m, "cpu_merge_shards", &cpu_merge_shards);
   bind_cpu<void, ShardMergeArgs<double>>(m, "cpu_merge_shards64", &cpu_merge_shards);
 }
@@ -120,6 +133,7 @@ inline void bind_logprobs_cuda(py::module_& m) {
   bind_cuda(m, "cuda_round_logits", &cuda_round_logits);
   bind_cuda(m, "cuda_keep_logits", &cuda_keep_logits);
   bind_cuda(m, "cuda_kept_upstream", &cuda_kept_upstream);
+  bind_cuda(m, "cuda_active_targets", &cuda_active_targets);
   bind_cuda(m, "cuda_merge_shards", &cuda_merge_shards);
 }
 

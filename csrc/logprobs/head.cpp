@@ -1,5 +1,6 @@
 #include "logprobs/head.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 
@@ -121,6 +122,25 @@ Upstream checked_upstream(const OptTensor& g_logp, const OptTensor& g_entropy, c
               shape_text(stats), "; expected [2, ", rows, "]");
   check_value(!g_entropy || entropy.numel() == rows, "entropy has shape ", shape_text(entropy), "; expected [", rows, "]");
   return {prepare(g_logp, "g_logp"), prepare(g_entropy, "g_entropy"), prepare(g_lse, "g_lse")};
+}
+
+ActiveRows active_rows_of(const Tensor& targets, int64_t ignore_index, const Upstream& up) {
+  const int64_t rows = targets.size(0);
+  ActiveRows active{empty({rows}, ScalarType::Long, targets), std::nullopt, rows};
+  const OptTensor& any = up.logp ? up.logp : up.entropy ? up.entropy : up.lse;
+  const auto run = [&](auto zero) {
+    using S = decltype(zero);
+    run_active_targets(
+        ActiveTargetsArgs<S>{rows, data<int64_t>(targets), ignore_index, data_or_null<S>(up.logp), data_or_null<S>(up.entropy),
+                             data_or_null<S>(up.lse), mutable_data<int64_t>(active.targets)},
+        current_stream(targets), targets.is_cuda());
+  };
+  any && any->scalar_type() == ScalarType::Double ? run(0.0) : run(0.0f);
+  if (!targets.is_cpu()) return active;
+  const int64_t* t = data<int64_t>(active.targets);
+  active.count = rows - std::count(t, t + rows, ignore_index);
+  if (active.count < rows) active.index = active_rows(active.targets, rows - active.count, ignore_index);
+  return active;
 }
 
 }  // namespace prefkern

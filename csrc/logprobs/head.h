@@ -2,6 +2,7 @@
 #pragma once
 #include "core/cuda_runtime.h"
 #include "core/tensor.h"
+#include "logprobs/active_rows.h"
 #include "logprobs/logits_edit.h"
 #include "logprobs/logits_fold.h"
 #include "logprobs/ops.h"
@@ -37,6 +38,17 @@ struct Upstream {
 };
 Upstream checked_upstream(const OptTensor& g_logp, const OptTensor& g_entropy, const OptTensor& g_lse, int64_t rows, DType acc,
                           const Tensor& entropy, const Tensor& stats);
+
+// The rows that a backward has to take: they count, and their upstream gradients are not all 0. No other row contributes, nor
+// is its hidden state looked at: 0 times NaN is no gradient.
+struct ActiveRows {
+  Tensor targets;   // [N], ignore_index in all others
+  OptTensor index;  // int64, ascending, where some are not active and the host knows which
+  int64_t count;    // of them; N where the host does not know
+};
+// The host knows on the CPU. On CUDA it would have to wait: all rows stay in their places, and kernels see by the targets
+// which are not active. A walk that takes the index and the number of rows from device memory has its place here.
+ActiveRows active_rows_of(const Tensor& targets, int64_t ignore_index, const Upstream& up);
 
 template <class S>
 LogitBlock<S> logit_block(DType dtype, int64_t rows, int64_t cols, int64_t vocab, const Tensor& targets, const HeadOptions& o,
@@ -110,6 +122,10 @@ inline void run_kept_upstream(const KeptUpstreamArgs<float>& u, void* stream, bo
   cuda ? check_cuda(cuda_kept_upstream(u, stream)) : cpu_kept_upstream(u);
 }
 inline void run_kept_upstream(const KeptUpstreamArgs<double>& u, void*, bool) { cpu_kept_upstream(u); }
+inline void run_active_targets(const ActiveTargetsArgs<float>& a, void* stream, bool cuda) {
+  cuda ? check_cuda(cuda_active_targets(a, stream)) : cpu_active_targets(a);
+}
+inline void run_active_targets(const ActiveTargetsArgs<double>& a, void*, bool) { cpu_active_targets(a); }
 // The gradient of the bias from float32 logits that run_grad has not overwritten yet.
 inline void bias_on_cuda(GradArgs<float> g, float* d_bias, bool add, void* stream) {
   g.d_bias = d_bias;

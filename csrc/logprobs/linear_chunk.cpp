@@ -4,6 +4,9 @@
 // The blocks are those of linear_logprobs, but lie one behind the other in the workspace: block v is [N, columns] at N * v.
 // On the CPU a block is folded while it is in cache, and again its gradient is multiplied while it is. On CUDA all columns
 // are one block.
+//
+// On the CPU the backward drops the rows that do not contribute: when the gradient of a block has been written, its active rows
+// move together, and the GEMMs see no others. So do the rows of hidden and of its gradient.
 #include "logprobs/linear_head.h"
 
 namespace prefkern {
@@ -77,7 +80,8 @@ template <class S> void forward_chunk(const Head& h, S* z, int64_t outputs, cons
 // The weight's gradient of a block of columns; of the weight's own type through a buffer.
 template <class S> class WeightGrad {
  public:
-  WeightGrad(const Head& h, const OptTensor& into, bool accumulate) : h_(h), into_(into), accumulate_(accumulate) {
+  WeightGrad(const Head& h, int64_t rows, const OptTensor& into, bool accumulate)
+      : h_(h), rows_(rows), into_(into), accumulate_(accumulate) {
     if (!into || h.cuda || into->scalar_type() == scalar_type(h.acc)) return;
     step_ = std::min(h.plan.vocab_block, kNarrowColumns);
     buffer_ = empty({step_, h.width}, scalar_type(h.acc), h.hidden);
@@ -100,9 +104,10 @@ template <class S> class WeightGrad {
 
  private:
   void multiply(DType type, int64_t cols, const Matrix& dz, const Matrix& x, void* into, DType into_type, bool accumulate) {
-    gemm(h_.hidden, type, cols, h_.width, h_.rows, {dz.data, dz.stride, true}, x, into, into_type, h_.width, accumulate);
+    gemm(h_.hidden, type, cols, h_.width, rows_, {dz.data, dz.stride, true}, x, into, into_type, h_.width, accumulate);
   }
   const Head& h_;
+  int64_t rows_;
   OptTensor into_, buffer_;
   bool accumulate_;
   int64_t step_ = 0;
@@ -113,16 +118,25 @@ struct ChunkGrads {
   bool accumulate;
 };
 
-template <class S> void backward_chunk(const Head& h, S* z, GradArgs<S> g, const ChunkGrads& grads) {
+// Of `h` all rows are in the workspace; those of `active` are multiplied.
+template <class S>
+void backward_chunk(const Head& h, const ActiveRows& active, S* z, GradArgs<S> g, const ChunkGrads& grads) {
+  const int64_t rows = active.count;
+  const int64_t* index = active.index ? data<int64_t>(*active.index) : nullptr;
   // On CUDA the logits' gradient is narrowed in place to the inputs' type, so that tensor cores take it.
   const DType type = h.cuda ? h.dtype : h.acc;
   OptTensor ones;
   if (grads.bias && !h.cuda) {
-    ones = empty({h.rows}, scalar_type(type), h.hidden);
+    ones = empty({rows}, scalar_type(type), h.hidden);
     ones = torch::stable::fill_(*ones, 1.0);
   }
-  WeightGrad<S> d_weight(h, grads.weight, grads.accumulate);
-  Operand hidden(h.hidden, h, h.rows), weight(h.weight, h, h.plan.vocab_block);
+  // On CUDA, where inactive rows stay between the others, 0 times NaN may not reach the weight's gradient.
+  const Tensor x = !grads.weight ? h.hidden
+                   : h.cuda      ? without_ignored_rows(h.hidden, h.targets, h.options.ignore_index)
+                   : index       ? index_rows(h.hidden, *active.index)
+                                 : h.hidden;
+  WeightGrad<S> d_weight(h, rows, grads.weight, grads.accumulate);
+  Operand hidden(x, h, rows), weight(h.weight, h, h.plan.vocab_block);
   for_blocks(h, [&](int64_t v, int64_t cols) {
     S* block = z + h.rows * v;
     g.block = block_of<S>(h, v, cols, 0, h.rows);
@@ -133,15 +147,17 @@ template <class S> void backward_chunk(const Head& h, S* z, GradArgs<S> g, const
     g.grad_map = {1, stride, 0};
     if (grads.bias && h.cuda) bias_on_cuda(g, mutable_data<S>(*grads.bias) + v, grads.accumulate, h.stream);
     run_grad(g, h.stream, h.cuda);
+    if (index) cpu_compact_rows(block, cols * int64_t(sizeof(S)), index, rows);
     const Matrix dz{block, stride, false};
     if (grads.hidden)
-      gemm(h.hidden, type, h.rows, h.width, cols, dz, weight.rows(v, cols), mutable_data<S>(*grads.hidden), h.acc, h.width,
+      gemm(h.hidden, type, rows, h.width, cols, dz, weight.rows(v, cols), mutable_data<S>(*grads.hidden), h.acc, h.width,
            v > 0);
-    if (grads.weight) d_weight.add(type, v, cols, dz, hidden.rows(0, h.rows));
+    if (grads.weight) d_weight.add(type, v, cols, dz, hidden.rows(0, rows));
     if (grads.bias && !h.cuda)
-      gemm(h.hidden, type, 1, cols, h.rows, {ones->const_data_ptr(), h.rows, false}, dz, mutable_data<S>(*grads.bias) + v,
-           h.acc, cols, grads.accumulate);
+      gemm(h.hidden, type, 1, cols, rows, {ones->const_data_ptr(), rows, false}, dz, mutable_data<S>(*grads.bias) + v, h.acc,
+           cols, grads.accumulate);
   });
+  if (index && grads.hidden) cpu_spread_rows(mutable_data<S>(*grads.hidden), h.width * int64_t(sizeof(S)), index, rows, h.rows);
 }
 
 }  // namespace
@@ -163,14 +179,17 @@ void linear_chunk_backward(OptTensor g_logp, OptTensor g_entropy, OptTensor g_ls
                            const Tensor& targets, OptTensor bias, OptTensor row_temperature, const Tensor& entropy,
                            const Tensor& stats, Tensor workspace, OptTensor d_hidden, OptTensor d_weight, OptTensor d_bias,
                            double temperature, double softcap, double logit_scale, int64_t ignore_index, bool accumulate) {
-  const Head h = chunk_head(hidden, weight, targets, bias, row_temperature, {temperature, softcap, logit_scale, ignore_index});
+  Head h = chunk_head(hidden, weight, targets, bias, row_temperature, {temperature, softcap, logit_scale, ignore_index});
   check_workspace(workspace, h);
   check_grad(d_hidden, "d_hidden", h, {h.rows, h.width}, false);
   check_grad(d_weight, "d_weight", h, {h.vocab, h.width}, !accumulate);
   check_grad(d_bias, "d_bias", h, {h.vocab}, false);
   const OnDevice guard(hidden);
   const Upstream up = checked_upstream(g_logp, g_entropy, g_lse, h.rows, h.acc, entropy, stats);
-  if (h.rows == 0) {
+  const ActiveRows active = active_rows_of(h.targets, ignore_index, up);
+  h.targets = active.targets;
+  if (active.count == 0) {
+    if (d_hidden) torch::stable::zero_(*d_hidden);
     for (OptTensor* t : {&d_weight, &d_bias})
       if (*t && !accumulate) torch::stable::zero_(**t);
     return;
@@ -180,7 +199,7 @@ void linear_chunk_backward(OptTensor g_logp, OptTensor g_entropy, OptTensor g_ls
     using S = decltype(zero);
     GradArgs<S> g;
     set_upstream(g, up, entropy, stats, h.rows);
-    backward_chunk(h, mutable_data<S>(workspace), g, grads);
+    backward_chunk(h, active, mutable_data<S>(workspace), g, grads);
   };
   h.acc == DType::f64 ? run(0.0) : run(0.0f);
 }

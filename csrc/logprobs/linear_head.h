@@ -118,24 +118,28 @@ class HeadFactors {
     const int64_t rank = h_.lora->rank();
     return {static_cast<const char*>(t_->const_data_ptr()) + r * rank * element_size(type()), rank, false};
   }
+  void write_lora_t(int64_t r, int64_t rows) {
+    const int64_t rank = h_.lora->rank();
+    gemm(h_.hidden, type(), rows, rank, h_.width, hidden(r, rows), lora_a(true), const_cast<void*>(lora_t(r).data), type(),
+         rank, false);
+  }
 
   // z [rows, cols], in the type of the blocks: the products, without the bias, which is part of the block's transform; or,
   // rounded, with it.
   void write_logits(int64_t v, int64_t cols, int64_t r, int64_t rows, void* z) {
     const Matrix x = hidden(r, rows);
     gemm(h_.hidden, type(), rows, cols, h_.width, x, weight(v, cols, true), z, h_.logits, cols, false);
-    if (h_.lora) add_lora(v, cols, r, rows, x, z);
+    if (h_.lora) add_lora(v, cols, r, rows, z);
     if (h_.rounded && h_.logits == h_.acc)
       run_round({static_cast<float*>(z), rows, cols, h_.bias ? data<float>(*h_.bias) + v : nullptr, *h_.rounded}, h_.stream,
                 h_.cuda);
   }
 
  private:
-  void add_lora(int64_t v, int64_t cols, int64_t r, int64_t rows, const Matrix& x, void* z) {
+  void add_lora(int64_t v, int64_t cols, int64_t r, int64_t rows, void* z) {
     const int64_t rank = h_.lora->rank();
-    const Matrix t = lora_t(r);
-    if (v == 0) gemm(h_.hidden, type(), rows, rank, h_.width, x, lora_a(true), const_cast<void*>(t.data), type(), rank, false);
-    gemm(h_.hidden, type(), rows, cols, rank, t, lora_b(v, cols, true), z, h_.acc, cols, true, h_.lora->scale);
+    if (v == 0) write_lora_t(r, rows);
+    gemm(h_.hidden, type(), rows, cols, rank, lora_t(r), lora_b(v, cols, true), z, h_.acc, cols, true, h_.lora->scale);
   }
 
   const Head& h_;

@@ -1,6 +1,6 @@
 // The walks behind linear_logprobs and behind a range of its vocabulary.
 #pragma once
-#include "logprobs/linear_head.h"
+#include "logprobs/linear_saved.h"
 
 namespace prefkern {
 
@@ -24,9 +24,14 @@ struct UpstreamInputs {
 };
 
 HeadOutputs head_forward(const HeadInputs& in, int64_t outputs);
+// The same, and `saved`: logits [N * V] in their kept type, or row gradients [K, N, H] in the accumulator type.
+HeadOutputs head_forward_saving(const HeadInputs& in, int64_t outputs, Save save, Tensor& saved);
 // [7, N]: the rows' state (load_state) after this range.
 Tensor head_state(const HeadInputs& in, int64_t outputs);
+// From the logits that head_forward_saving kept, or without them.
 HeadGrads head_backward(const HeadInputs& in, const UpstreamInputs& upstream, const Tensor& entropy, const Tensor& stats,
-                        int64_t needs);
+                        int64_t needs, const OptTensor& kept = std::nullopt);
+// The gradient of hidden from the row gradients of a forward with these outputs, in this type.
+Tensor head_row_backward(const UpstreamInputs& upstream, const Tensor& gradients, int64_t outputs, DType type);
 
 }  // namespace prefkern

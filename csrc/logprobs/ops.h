@@ -46,6 +46,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logprobs_ext_backward(
     const Tensor& entropy, const Tensor& stats, double temperature, double softcap, double logit_scale, int64_t ignore_index,
     double lora_scale, int64_t logits_dtype, int64_t needs, int64_t chunk_bytes);
 
+// The same with `saved`, which spares the backward its own logits. save 1: the raw logits, [N * V], in the type they are rounded to
+// or that of hidden; save 2, of a frozen head on the CPU, without lora: the gradients of logp, entropy and lse, as far as they are
+// outputs, in hidden, [K, N, H] in the accumulator type. outputs has kSaveStats.
+using SavingOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+SavingOutputs linear_logprobs_saving(const Tensor& hidden, const Tensor& weight, const Tensor& targets, OptTensor bias,
+                                     OptTensor row_temperature, OptTensor lora_a, OptTensor lora_b, OptTensor keep_offsets,
+                                     OptTensor keep_ids, double temperature, double softcap, double logit_scale,
+                                     int64_t ignore_index, double lora_scale, int64_t logits_dtype, int64_t outputs,
+                                     int64_t chunk_bytes, int64_t save);
+
+// From saved logits; chunk_bytes is that of the forward.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logprobs_kept_backward(
+    OptTensor g_logp, OptTensor g_entropy, OptTensor g_lse, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+    OptTensor bias, OptTensor row_temperature, OptTensor lora_a, OptTensor lora_b, OptTensor keep_offsets, OptTensor keep_ids,
+    const Tensor& entropy, const Tensor& stats, const Tensor& logits, double temperature, double softcap, double logit_scale,
+    int64_t ignore_index, double lora_scale, int64_t logits_dtype, int64_t needs, int64_t chunk_bytes);
+
+// The gradient of hidden from saved row gradients, in `dtype`, a DType.
+Tensor linear_logprobs_u_backward(OptTensor g_logp, OptTensor g_entropy, OptTensor g_lse, const Tensor& gradients,
+                                  int64_t outputs, int64_t dtype);
+
 // A chunk of rows whose logits are kept until the loss says what their gradient is, so that they are computed once. All of
 // the vocabulary, block after block, goes to `workspace`, which holds at least N * V elements of the accumulator type;
 // the backward, with the same arguments and the same workspace, overwrites it. d_hidden [N, H] and d_bias [V] have the

@@ -1,6 +1,7 @@
 """Typed, documented functions over ``torch.ops.prefkern``. One module per room of ``csrc``."""
 
 from . import _linear_shard as _linear_shard  # fakes
+from ._backward_plan import BackwardPlan
 from ._call import set_validation, validation
 from .advantages import (
     batch_moments,
@@ -18,7 +19,7 @@ from .linear_policy import linear_policy_loss
 from .linear_preference import linear_preference_loss
 from .linear_unpaired import linear_unpaired_loss
 from .lists import group_preference_loss, listwise_loss, skew_loss, skew_row_means, skew_score
-from .logprobs import linear_logprobs, logits_logprobs, plan_chunks
+from .logprobs import linear_logprobs, logits_logprobs, plan_backward, plan_chunks
 from .policy import importance_weights, kl_penalty, masked_aggregate, off_policy_mask, policy_loss
 from .preference import label_posterior, preference_loss, unpaired_loss
 from .sequence import discounted_returns, gae, masked_mean_pool, segmented_returns, sequence_mean, sequence_sum, step_mean
@@ -35,6 +36,7 @@ from .types import (
 )
 
 __all__ = [
+    "BackwardPlan",
     "ConflictRuns",
     "GaeOutput",
     "GroupAdvantages",
@@ -71,6 +73,7 @@ __all__ = [
     "merge_moments",
     "off_policy_mask",
     "pair_masked_advantages",
+    "plan_backward",
     "plan_chunks",
     "policy_loss",
     "preference_loss",

@@ -12,13 +12,16 @@ from torch import Tensor
 
 from .. import _C
 from .._names import nearest_hint
+from . import _backward_plan as _plans
 from ._arguments import accumulator, check_tensors, integer, is_dtensor, number, positive_int, same_device
+from ._backward_plan import BackwardPlan
 from ._call import call, no_double_backward, validation
 from .types import LinearLogprobs
 
 _OPS = torch.ops.prefkern
 _linear, _linear_fwd = _OPS.linear_logprobs.default, _OPS.linear_logprobs_fwd.default
 _ext, _ext_fwd = _OPS.linear_logprobs_ext.default, _OPS.linear_logprobs_ext_fwd.default
+_saving, _saving_fwd = _OPS.linear_logprobs_saving.default, _OPS.linear_logprobs_saving_fwd.default
 _logits, _logits_fwd = _OPS.logits_logprobs.default, _OPS.logits_logprobs_fwd.default
 
 OUTPUTS = ("entropy", "lse", "sum_sq_probs", "mean_logit", "is_top1")
@@ -32,6 +35,7 @@ _DTYPES = {
     torch.float16: _C.DType.float16,
     torch.float64: _C.DType.float64,
 }
+_DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # as an op takes them
 
 _LOGITS_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 
@@ -51,6 +55,8 @@ def linear_logprobs(
     lora: tuple[Tensor, Tensor, float] | None = None,
     logits_dtype: str | None = None,
     chunk_bytes: int | None = None,
+    save: str = "auto",
+    save_bytes: int | None = None,
     group: Any = None,
     vocab_offset: int | None = None,
     vocab: int | None = None,
@@ -89,7 +95,28 @@ def linear_logprobs(
             stay as they are accumulated. Rounding is for float32, bfloat16 and float16 inputs.
         chunk_bytes: workspace budget in bytes; None for the default (see ``prefkern.plan_chunks``). Results do not depend
             on it beyond rounding, which is that of ``logits_dtype`` where there is one; equal calls give equal bits.
+        save: what the forward leaves for the backward, so that the logits are not computed again. F is a GEMM of 2 N V H flops.
+
+            ``"recompute"``: two numbers per row. 4F in all with the gradients of hidden and weight, 3F with one of them.
+
+            ``"logits"``: the raw logits, N V elements in the dtype of the inputs or of ``logits_dtype``. 3F, or 2F with one
+            gradient. Log-probs and statistics are those of the float32 logits all the same; the gradient of bfloat16 and
+            float16 inputs is taken from logits rounded to that type, which gives it the accuracy of a head in plain PyTorch.
+
+            ``"u"``: where nothing but hidden needs a gradient, the gradient of each row's logp in its hidden state,
+            :math:`u = s/\tau\,(W_y - E_p W)` (with a softcap, its slopes in it), N H elements in the accumulators' type, which
+            the backward multiplies with the upstream gradient: 2F in all. With ``"entropy"`` among the outputs a third product
+            and N H elements more, with ``"lse"`` N H elements more. On the CPU, without ``lora``; hidden and weight are not
+            held. Rounding is that of float32.
+
+            ``"auto"``: the fewest F that ``save_bytes`` has room for, then the fewest bytes; see ``prefkern.plan_backward``.
+            With no budget given: ``"u"`` where it can be and neither entropy nor lse is an output, because u is then no
+            larger than hidden's gradient in float32; else ``"recompute"``.
+        save_bytes: how many bytes ``"auto"`` may hold from the forward to the backward; 0 to save nothing.
         group, vocab_offset, vocab: see below.
+
+    Rows whose upstream gradients are all exactly 0 leave the backward on the CPU as ignored rows do, and nothing of their
+    hidden states is looked at: with a part :math:`\rho` of them left, recomputing costs :math:`F + 3\rho F` in all.
 
     Returns:
         LinearLogprobs with fields shaped like ``targets``, float32 (float64 for float64 input, is_top1 bool), None where
@@ -102,8 +129,8 @@ def linear_logprobs(
             ``prefkern.set_validation(True)``. Likewise offsets and ids of ``keep``; on CUDA wrong ones are never read beyond
             their ends, but their rows have no meaning.
 
-    Memory: one block of logits plus converted operands, O(chunk_bytes), and O((N + V) H) for gradients; with ``lora``
-        also ``[N, r]``, twice in the backward.
+    Memory: one block of logits plus converted operands, O(chunk_bytes), and O((N + V) H) for gradients, with ``"u"`` from the
+        forward on; with ``lora`` also ``[N, r]``, twice in the backward; with ``save="logits"`` or a budget what they say.
 
     A vocabulary over several processes: ``group`` is a process group of ``torch.distributed``, or ``"world"`` (gloo for tensors
     on the CPU, NCCL on GPUs), whose processes hold the weight's rows, and the bias, in ranges ``[V_r, H]`` one after the other
@@ -120,7 +147,8 @@ def linear_logprobs(
     options or ranges raise ValueError, all of them, and RuntimeError where another one refuses its arguments; on CUDA, with
     the ranges given and without ``prefkern.set_validation(True)``, they get NaN instead. What cannot be told so, as messages
     of two lengths, ends with an error of the backend or the group's timeout. Such a call cannot be compiled: put it under
-    ``torch.compiler.disable``, and it takes no ``keep``, ``lora`` or ``logits_dtype``.
+    ``torch.compiler.disable``, and it takes no ``keep``, ``lora`` or ``logits_dtype``, and saves nothing: of
+    ``save`` it takes ``"auto"`` and ``"recompute"``, without ``save_bytes``.
 
     A DTensor as weight means its whole, gathered by ``full_tensor()``: each process has rows of its own, as in FSDP2, and the
     weight's gradient, a DTensor of the same placements, is the mean over the processes of its mesh
@@ -128,7 +156,9 @@ def linear_logprobs(
     on a mesh of those processes is used in place, each process its own part, whose place in the vocabulary is known; one in
     other placements is gathered, and every process computes the whole head.
     """
+    budget = None if save == "auto" and save_bytes is None else _plans.checked(save, save_bytes)
     if group is not None or vocab_offset is not None or vocab is not None or is_dtensor(weight):
+        _plans.check_recomputes(save, save_bytes)
         from ..distributed import vocab_parallel
 
         return vocab_parallel.linear_logprobs(
@@ -156,6 +186,17 @@ def linear_logprobs(
     args = (tau, _softcap(softcap), number("logit_scale", logit_scale), integer("ignore_index", ignore_index))
     chunk = 0 if chunk_bytes is None else positive_int("chunk_bytes", chunk_bytes)
     rounding = 0 if logits_dtype is None else _logits_dtype(logits_dtype)
+    if (
+        save != "recompute"
+        and torch.is_grad_enabled()
+        and (saving := _saved(hidden, weight, bias, lora_a, lora_b, bits, rounding, save, budget))
+    ):
+        out = call(
+            _differentiable(_saving, _LinearLogprobsSaving),
+            hidden, weight, targets, bias, row_temperature, lora_a, lora_b, keep_offsets, keep_ids,
+            *args, lora_scale, rounding, bits | _SAVE_STATS, chunk, saving,
+        )  # fmt: skip
+        return _result(out, bits, shape)
     if lora_a is not None or rounding or keep_offsets is not None:
         tensors = (hidden, weight, targets, bias, row_temperature, lora_a, lora_b, keep_offsets, keep_ids)
         numbers = (*args, lora_scale, rounding)
@@ -257,6 +298,76 @@ def plan_chunks(
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"device is {device!r}; accepted: 'cpu', 'cuda'")
     return _C.plan_chunks(rows, hidden, vocab, _DTYPES[dtype], kind == "cuda", backward, budget)
+
+
+def plan_backward(
+    rows: int,
+    hidden: int,
+    vocab: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    needs: Iterable[str] = ("hidden", "weight"),
+    outputs: Iterable[str] = (),
+    lora: bool = False,
+    logits_dtype: str | None = None,
+    save: str = "auto",
+    save_bytes: int | None = None,
+    chunk_bytes: int | None = None,
+) -> BackwardPlan:
+    """What :func:`linear_logprobs` will save for its backward, and what that costs.
+
+    Args:
+        rows, hidden, vocab, dtype, device, chunk_bytes: as in :func:`plan_chunks`.
+        needs: what needs a gradient: any of ``"hidden"``, ``"weight"``, ``"bias"``, ``"lora"``.
+        outputs: as in :func:`linear_logprobs`; entropy and lse make u larger.
+        lora: whether there is a low-rank update, trained or not; ``"lora"`` in ``needs`` says so too.
+        logits_dtype, save, save_bytes: as in :func:`linear_logprobs`.
+
+    Returns:
+        BackwardPlan: ``save``, ``forward_products`` and ``backward_products`` (of 2 N V H flops each, ``products`` in all),
+        ``saved_bytes``, ``workspace_bytes``. It depends on nothing but these arguments.
+
+    Raises:
+        ValueError, TypeError: naming the argument; and where ``save="u"`` cannot be.
+    """
+    forward, backward = (
+        plan_chunks(rows, hidden, vocab, dtype=dtype, device=device, backward=b, chunk_bytes=chunk_bytes) for b in (False, True)
+    )
+    rounding = 0 if logits_dtype is None else _logits_dtype(logits_dtype)
+    bits, names = _output_bits(outputs), _plans.needed(needs)
+    budget = _plans.checked(save, save_bytes)
+    width = 8 if dtype == torch.float64 else 4
+    planned = _plans.Call(
+        rows, hidden, vocab, width, _plans.kept_bytes(dtype, rounding), torch.device(device).type == "cuda", names,
+        lora or "lora" in names, bool(bits & _ENTROPY), bool(bits & _LSE),
+    )  # fmt: skip
+    chosen = _plans.decide(planned, save, budget) if names else "recompute"
+    return BackwardPlan(
+        chosen, *_plans.products(planned, chosen), _plans.saved_bytes(planned, chosen),
+        _plans.workspace_bytes(planned, chosen, forward, backward),
+    )  # fmt: skip
+
+
+def _saved(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, bits: int, rounding: int,
+    save: str, budget: int | None,
+) -> int:  # fmt: skip
+    """What the forward of these saves, as its op takes it; 0 for nothing."""
+    if save == "auto" and budget is None and (weight.requires_grad or bits & (_ENTROPY | _LSE)):
+        return 0  # the plan would say so too, later
+    grads = {"hidden": hidden, "weight": weight, "bias": bias}
+    names = tuple(name for name, t in grads.items() if t is not None and t.requires_grad)
+    if any(t is not None and t.requires_grad for t in (lora_a, lora_b)):
+        names += ("lora",)
+    if not names or hidden.dtype not in _DTYPES or hidden.ndim != 2 or weight.ndim != 2:
+        return 0  # of no use, or the op's to refuse
+    planned = _plans.Call(
+        hidden.shape[0], hidden.shape[1], weight.shape[0], 8 if hidden.dtype == torch.float64 else 4,
+        _plans.kept_bytes(hidden.dtype, rounding), hidden.is_cuda, names, lora_a is not None, bool(bits & _ENTROPY),
+        bool(bits & _LSE),
+    )  # fmt: skip
+    return _plans.SAVES.index(_plans.decide(planned, save, budget))
 
 
 def _differentiable(op: Any, function: type[torch.autograd.Function]) -> Any:
@@ -472,6 +583,25 @@ def _fake_logits(
     return _fake_outputs(logits, rows, outputs)
 
 
+def _fake_saving(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, row_temperature: Tensor | None, lora_a: Tensor | None,
+    lora_b: Tensor | None, keep_offsets: Tensor | None, keep_ids: Tensor | None, temperature: float, softcap: float,
+    logit_scale: float, ignore_index: int, lora_scale: float, logits_dtype: int, outputs: int, chunk_bytes: int, save: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    out = _fake_ext(
+        hidden, weight, targets, bias, row_temperature, lora_a, lora_b, keep_offsets, keep_ids, temperature, softcap,
+        logit_scale, ignore_index, lora_scale, logits_dtype, outputs, chunk_bytes,
+    )  # fmt: skip
+    rows, width = hidden.shape
+    if _plans.SAVES[save] == _plans.LOGITS:
+        dtype = (hidden.dtype, torch.bfloat16, torch.float16)[logits_dtype]
+        return (*out, hidden.new_empty((rows * weight.shape[0],), dtype=dtype))
+    sets = 1 + bool(outputs & _ENTROPY) + bool(outputs & _LSE)
+    return (*out, hidden.new_empty((sets, rows, width), dtype=accumulator(hidden)))
+
+
+for _name in ("linear_logprobs_saving", "linear_logprobs_saving_fwd"):
+    torch.library.register_fake(f"prefkern::{_name}", _fake_saving)
 for _name in ("linear_logprobs", "linear_logprobs_fwd"):
     torch.library.register_fake(f"prefkern::{_name}", _fake_linear)
 for _name in ("linear_logprobs_ext", "linear_logprobs_ext_fwd"):
@@ -507,6 +637,26 @@ def _fake_ext_backward(
     )
 
 
+@torch.library.register_fake("prefkern::linear_logprobs_kept_backward")
+def _fake_kept_backward(
+    g_logp: Tensor | None, g_entropy: Tensor | None, g_lse: Tensor | None, hidden: Tensor, weight: Tensor, targets: Tensor,
+    bias: Tensor | None, row_temperature: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
+    keep_offsets: Tensor | None, keep_ids: Tensor | None, entropy: Tensor, stats: Tensor, logits: Tensor, temperature: float,
+    softcap: float, logit_scale: float, ignore_index: int, lora_scale: float, logits_dtype: int, needs: int, chunk_bytes: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return _fake_ext_backward(
+        g_logp, g_entropy, g_lse, hidden, weight, targets, bias, row_temperature, lora_a, lora_b, keep_offsets, keep_ids,
+        entropy, stats, temperature, softcap, logit_scale, ignore_index, lora_scale, logits_dtype, needs, chunk_bytes,
+    )  # fmt: skip
+
+
+@torch.library.register_fake("prefkern::linear_logprobs_u_backward")
+def _fake_u_backward(
+    g_logp: Tensor | None, g_entropy: Tensor | None, g_lse: Tensor | None, gradients: Tensor, outputs: int, dtype: int
+) -> Tensor:
+    return gradients.new_empty(gradients.shape[1:], dtype=next(d for d, n in _DTYPE_NUMBERS.items() if n == dtype))
+
+
 @torch.library.register_fake("prefkern::logits_logprobs_backward")
 def _fake_logits_backward(
     g_logp: Tensor | None, g_entropy: Tensor | None, g_lse: Tensor | None, logits: Tensor, targets: Tensor,
@@ -521,9 +671,9 @@ def _fake_logits_backward_inplace(*args: Any) -> None:
     return None
 
 
-def _mark_outputs(ctx: Any, output: tuple[Tensor, ...], outputs: int) -> None:
+def _mark_outputs(ctx: Any, output: tuple[Tensor, ...], outputs: int, *more: Tensor) -> None:
     _, entropy, lse, sum_sq_probs, mean_logit, is_top1, stats = output
-    fixed = [sum_sq_probs, mean_logit, is_top1, stats]
+    fixed = [sum_sq_probs, mean_logit, is_top1, stats, *more]
     fixed += [t for t, bit in ((entropy, _ENTROPY), (lse, _LSE)) if not outputs & bit]
     ctx.mark_non_differentiable(*fixed)
     ctx.set_materialize_grads(False)
@@ -578,16 +728,38 @@ def _setup_ext(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     _mark_outputs(ctx, output, outputs)
 
 
-def _backward_ext(ctx: Any, g_logp: Any, g_entropy: Any, g_lse: Any, *_: Any) -> tuple[Tensor | None, ...]:
+def _ext_gradients(op: Any, ctx: Any, g_logp: Any, g_entropy: Any, g_lse: Any) -> tuple[Tensor | None, ...]:
     wanted = sum(bit for place, bit in _EXT_GRADS.items() if ctx.needs_input_grad[place])
     result: list[Tensor | None] = [None] * ctx.inputs
     if (g_logp is not None or g_entropy is not None or g_lse is not None) and wanted:
-        found = _OPS.linear_logprobs_ext_backward(
-            g_logp, g_entropy, g_lse, *ctx.saved_tensors, *ctx.options, wanted, ctx.chunk_bytes
-        )
+        found = op(g_logp, g_entropy, g_lse, *ctx.saved_tensors, *ctx.options, wanted, ctx.chunk_bytes)
         for (place, bit), gradient in zip(_EXT_GRADS.items(), found, strict=True):
             if wanted & bit:
                 result[place] = gradient
+    return tuple(result)
+
+
+def _backward_ext(ctx: Any, g_logp: Any, g_entropy: Any, g_lse: Any, *_: Any) -> tuple[Tensor | None, ...]:
+    return _ext_gradients(_OPS.linear_logprobs_ext_backward, ctx, g_logp, g_entropy, g_lse)
+
+
+def _setup_saving(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *options, outputs, chunk_bytes, save = inputs[_EXT_TENSORS:]
+    ctx.options, ctx.outputs, ctx.chunk_bytes, ctx.inputs = options, outputs, chunk_bytes, len(inputs)
+    ctx.keeps_logits, ctx.dtype = _plans.SAVES[save] == _plans.LOGITS, _DTYPE_NUMBERS[inputs[0].dtype]
+    if ctx.keeps_logits:
+        ctx.save_for_backward(*inputs[:_EXT_TENSORS], output[1], output[6], output[7])
+    else:
+        ctx.save_for_backward(output[7])
+    _mark_outputs(ctx, output[:7], outputs, output[7])
+
+
+def _backward_saving(ctx: Any, g_logp: Any, g_entropy: Any, g_lse: Any, *_: Any) -> tuple[Tensor | None, ...]:
+    if ctx.keeps_logits:
+        return _ext_gradients(_OPS.linear_logprobs_kept_backward, ctx, g_logp, g_entropy, g_lse)
+    result: list[Tensor | None] = [None] * ctx.inputs
+    if (g_logp is not None or g_entropy is not None or g_lse is not None) and ctx.needs_input_grad[0]:
+        result[0] = _OPS.linear_logprobs_u_backward(g_logp, g_entropy, g_lse, *ctx.saved_tensors, ctx.outputs, ctx.dtype)
     return tuple(result)
 
 
@@ -633,6 +805,16 @@ class _LinearLogprobsExt(torch.autograd.Function):
     backward = staticmethod(_backward_ext)
 
 
+class _LinearLogprobsSaving(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _saving_fwd(*inputs)
+        _setup_saving(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward_saving)
+
+
 class _LogitsLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
@@ -645,7 +827,10 @@ class _LogitsLogprobs(torch.autograd.Function):
 
 torch.library.register_autograd("prefkern::linear_logprobs", _backward_linear, setup_context=_setup_linear)
 torch.library.register_autograd("prefkern::linear_logprobs_ext", _backward_ext, setup_context=_setup_ext)
+torch.library.register_autograd("prefkern::linear_logprobs_saving", _backward_saving, setup_context=_setup_saving)
 torch.library.register_autograd("prefkern::logits_logprobs", _backward_logits, setup_context=_setup_logits)
 no_double_backward("linear_logprobs_backward")
 no_double_backward("linear_logprobs_ext_backward")
+no_double_backward("linear_logprobs_kept_backward")
+no_double_backward("linear_logprobs_u_backward")
 no_double_backward("logits_logprobs_backward")
