@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -627,3 +628,54 @@ def test_the_script_for_cpus_refuses(arguments, message):
     )
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_the_script_for_documents_writes_tables_and_figures(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    script = runpy.run_path(str(ROOT / "benchmarks/tables.py"))
+    monkeypatch.setitem(script["main"].__globals__, "ROOT", tmp_path)
+    report.save(results_of(ROWS), tmp_path / "cpu-new-head.json")
+    report.save(scaling(), tmp_path / "cpu-new-scaling.json")
+    document = tmp_path / "page.md"
+    document.write_text(
+        "<!-- results: ./cpu-old-head.json ratios -->\n<!-- results: end -->\n"
+        "<!-- results: ./cpu-old-scaling.json plot image=curves.png -->\n<!-- results: end -->\n"
+    )
+    assert script["main"]([str(document), "--cpu", "new", "--check"]) == 1
+    assert "cpu-old" in document.read_text()
+    assert script["main"]([str(document), "--cpu", "new"]) == 0
+    assert "| linear_logprobs 8x4x16 fp32 fwd | logp | 500 us | 0.90x |" in document.read_text()
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert script["main"]([str(document), "--check"]) == 0
+    assert "differs from its results" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("peer", "mode", "save"),
+    [("prefkern-recompute", "bwd", "recompute"), ("prefkern-kept", "bwd", "logits"), ("prefkern-u", "frozen", "u")],
+)
+def test_ways_of_saving_are_peers_of_their_own(monkeypatch, peer, mode, save):
+    import prefkern
+
+    real, asked = prefkern.linear_logprobs, []
+
+    def linear_logprobs(*tensors, **options):
+        asked.append(options["save"])
+        return real(*tensors, **options)
+
+    monkeypatch.setattr(prefkern, "linear_logprobs", linear_logprobs)
+    workload = WORKLOADS["linear_logprobs"](Case("linear_logprobs", (8, 8, 50), "fp32", mode), "cpu")
+    outputs = workload.call(peers.PEERS[peer](), "logp+entropy")()
+    assert asked == [save]
+    errors = workload.errors(outputs, "logp+entropy")
+    assert errors.forward < 1e-5
+    assert errors.gradient < 1e-5
+    assert set(runner.ours(Case("linear_logprobs", (8, 8, 50), "fp32", "frozen"))) > {"prefkern-u", "prefkern-kept"}
+
+
+def test_stages_are_for_cuda():
+    names = runner.ours(Case("linear_logprobs", (8, 8, 50), "bf16", "fwd"), "cuda")
+    assert set(names) > {"prefkern-stage1", "prefkern-stage2"}
+    rows = runner.run_case(Case("linear_logprobs", (8, 8, 50), "fp32", "fwd"), ["prefkern-stage2"], rounds=1)
+    (status,) = {row.status for row in rows if row.peer == "prefkern-stage2"}
+    assert status in ("this build has one forward on CUDA", "is for CUDA")

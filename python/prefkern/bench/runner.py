@@ -87,11 +87,15 @@ def run_case(
         torch.set_num_threads(before)
 
 
-def ours(case: Case) -> list[str]:
+def ours(case: Case, device: str = "cpu") -> list[str]:
     """This library, in the ways that there are for a case."""
     names = ["prefkern"]
     if case.op == "logits_logprobs" and case.mode != "fwd":
         names.append("prefkern-inplace")
+    if case.op == "linear_logprobs" and case.mode in ("bwd", "frozen"):
+        names += ["prefkern-kept"] if case.mode == "bwd" else ["prefkern-recompute", "prefkern-kept", "prefkern-u"]
+    if case.op == "linear_logprobs" and device == "cuda":
+        names += ["prefkern-stage1", "prefkern-stage2"]
     if case.op in HEAD_LOSSES:
         names.append("prefkern-two-step")
     if case.dtype in ("bf16", "fp16"):
@@ -103,7 +107,7 @@ def _run_case(
     case: Case, against: Sequence[str], device: str, rounds: int, budget_s: float, variants: Sequence[str] | None
 ) -> list[Row]:
     workload = WORKLOADS[case.op](case, device)
-    names = list(dict.fromkeys([*ours(case), *against]))
+    names = list(dict.fromkeys([*ours(case, device), *against]))
     adapters = {name: _adapter(name) for name in names}
     slow = seconds_in_own_type(case, device)
     if slow > PATIENCE_S:

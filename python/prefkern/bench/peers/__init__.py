@@ -49,7 +49,17 @@ from prefkern.bench.peers.base import (
     Unavailable,
 )
 from prefkern.bench.peers.libraries import Cce, Liger, Torch, TorchChunked, Trl
-from prefkern.bench.peers.ours import Prefkern, PrefkernFp32, PrefkernInplace, PrefkernTwoStep
+from prefkern.bench.peers.ours import (
+    Prefkern,
+    PrefkernFp32,
+    PrefkernInplace,
+    PrefkernKept,
+    PrefkernRecompute,
+    PrefkernStage1,
+    PrefkernStage2,
+    PrefkernTwoStep,
+    PrefkernU,
+)
 from prefkern.bench.peers.plain import Compile, Eager
 from prefkern.bench.peers.python import Python
 
@@ -60,6 +70,11 @@ PEERS: dict[str, type[Peer]] = {
         PrefkernFp32,
         PrefkernInplace,
         PrefkernTwoStep,
+        PrefkernRecompute,
+        PrefkernKept,
+        PrefkernU,
+        PrefkernStage1,
+        PrefkernStage2,
         Eager,
         Compile,
         Torch,
@@ -97,7 +112,12 @@ __all__ = [
     "Prefkern",
     "PrefkernFp32",
     "PrefkernInplace",
+    "PrefkernKept",
+    "PrefkernRecompute",
+    "PrefkernStage1",
+    "PrefkernStage2",
     "PrefkernTwoStep",
+    "PrefkernU",
     "Python",
     "Reduction",
     "Rule",

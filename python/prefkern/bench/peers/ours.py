@@ -25,6 +25,7 @@ from prefkern.bench.peers.base import (
     Peer,
     Reduction,
     Rule,
+    Unavailable,
 )
 
 
@@ -204,6 +205,82 @@ class PrefkernTwoStep(Prefkern):
 
         logp = prefkern.linear_logprobs(hidden, weight, targets).logp
         return prefkern.unpaired_loss(prefkern.sequence_sum(logp, minus=ref_logp), None, desirable, beta=PAIR_BETA).loss
+
+
+class _Saving(Prefkern):
+    """This library's head, told what to save for the backward."""
+
+    save = ""
+
+    def linear_logprobs(self, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
+        import prefkern
+
+        out = prefkern.linear_logprobs(hidden, weight, targets, outputs=("entropy",) if entropy else (), save=self.save)
+        return out.logp, out.entropy
+
+
+class PrefkernRecompute(_Saving):
+    """This library computing the logits again in the backward."""
+
+    name = "prefkern-recompute"
+    about = 'this library, save="recompute"'
+    save = "recompute"
+
+
+class PrefkernKept(_Saving):
+    """This library keeping the logits."""
+
+    name = "prefkern-kept"
+    about = 'this library, save="logits"'
+    save = "logits"
+
+
+class PrefkernU(_Saving):
+    """This library keeping the gradient of each row's log-probability in its hidden state, where the weight is frozen."""
+
+    name = "prefkern-u"
+    about = 'this library, save="u"'
+    save = "u"
+
+
+class _Stage(Prefkern):
+    """This library's head with one of its forwards on CUDA, whichever it would take by itself."""
+
+    stage = ""
+
+    def __init__(self) -> None:
+        from prefkern import _C
+
+        if not hasattr(_C, "set_cuda_forward"):
+            raise Unavailable("this build has one forward on CUDA")
+
+    def linear_logprobs(self, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
+        from prefkern import _C
+
+        if not hidden.is_cuda:
+            raise Unavailable("is for CUDA")
+        before = _C.cuda_forward()
+        _C.set_cuda_forward(self.stage)
+        try:
+            return super().linear_logprobs(hidden, weight, targets, entropy)
+        finally:
+            _C.set_cuda_forward(before)
+
+
+class PrefkernStage1(_Stage):
+    """Products by cuBLAS, and a kernel that reads the logits."""
+
+    name = "prefkern-stage1"
+    about = "this library, products by cuBLAS"
+    stage = "stage1"
+
+
+class PrefkernStage2(_Stage):
+    """Logits folded while they are in registers."""
+
+    name = "prefkern-stage2"
+    about = "this library, logits folded in the product"
+    stage = "stage2"
 
 
 class PrefkernFp32(Prefkern):
