@@ -99,6 +99,9 @@ if wanted bench; then
   prefkern bench_tokens bench conflict_runs top_quantile_mask sequence_sum gae --device cuda --mode fwd --against eager,torch \
     --json "$work/bench_tokens.json"
   prefkern bench_overhead bench overhead --device cuda --json "$work/bench_overhead.json"
+  for suite in head losses memory; do
+    prefkern "suite_$suite" bench --suite "$suite" --device cuda --limit 600 --json "$work/suite_$suite.json"
+  done
 fi
 
 if wanted demo; then
@@ -210,6 +213,12 @@ slug = re.sub(r"[^a-z0-9]+", "-", properties.name.lower()).strip("-")
 name = f"{slug}-{time.strftime('%Y%m%d-%H%M', time.gmtime())}-{(commit or 'unknown')[:7]}.json"
 out = Path(os.environ["OUT"] or f"benchmarks/results/{name}")
 out.parent.mkdir(parents=True, exist_ok=True)
+out.write_text(json.dumps(document, indent=1) + "\n")
+# The suites once more by themselves, where benchmarks/tables.py looks for them.
+for suite in ("head", "losses", "memory"):
+    if "result" in steps.get(f"suite_{suite}", {}):
+        alone = out.parent / f"gpu-{slug.removeprefix('nvidia-')}-{suite}.json"
+        alone.write_text(json.dumps(steps[f"suite_{suite}"].pop("result"), indent=1) + "\n")
 out.write_text(json.dumps(document, indent=1) + "\n")
 print(f"\n{properties.name}, torch {torch.__version__}, driver {document['driver']}, commit {commit}")
 for step, outcome in steps.items():

@@ -28,8 +28,8 @@ from torch import Tensor
 
 import prefkern
 from prefkern.bench import report
+from prefkern.bench.runner import Row
 from prefkern.bench.shapes import DTYPES
-from prefkern.bench.suites import Row
 from prefkern.distributed import vocab_shard
 
 Results = list[dict[str, object]]

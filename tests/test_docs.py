@@ -12,6 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from prefkern.bench.report import markdown_table
+from prefkern.bench.suites import SUITES
+from prefkern.bench.tables import BLOCK, fill
 from prefkern.cli import app
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -46,6 +48,18 @@ def test_the_tables_are_those_of_the_committed_measurements() -> None:
     assert stated("integrations/trl.md", "trl step") == step["table"](measured("cpu-epyc-trl-step.json")["rows"])
     shared = markdown_table(measured("cpu-epyc-vocab-parallel.json"), ["linear_logprobs"])
     assert stated("scaling.md", "vocabulary") == shared.strip()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_of_suites_are_as_their_results_have_them(page: str) -> None:
+    text = (DOCS / page).read_text()
+    assert fill(text, DOCS.parent) == text, "python benchmarks/tables.py writes them"
+
+
+def test_performance_has_a_table_of_every_suite() -> None:
+    named = {match[1] for match in BLOCK.finditer((DOCS / "performance.md").read_text())}
+    for suite in SUITES:
+        assert any(name.startswith("benchmarks/results/cpu-") and name.endswith(f"-{suite}.json") for name in named), suite
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -11,7 +11,8 @@ import torch
 from prefkern._names import nearest_hint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-MODES = ("fwd", "bwd")
+MODES = ("fwd", "bwd", "frozen", "active")
+BOTH = MODES[:2]
 
 Shape = tuple[int, ...]
 
@@ -39,16 +40,18 @@ OPS = {
     op.name: op
     for op in (
         Op("linear_logprobs", ("N", "H", "V"), ((512, 1024, 32000),), tuple(DTYPES), MODES),
-        Op("logits_logprobs", ("N", "V"), ((256, 128256),), tuple(DTYPES), MODES),
+        Op("logits_logprobs", ("N", "V"), ((256, 128256),), tuple(DTYPES), BOTH),
         Op("group_advantages", ("B", "G"), ((100000, 8),), ("fp32", "fp64"), ("fwd",)),
-        Op("group_reduce", ("B", "G"), ((100000, 8),), ("fp32", "fp64"), MODES),
+        Op("group_reduce", ("B", "G"), ((100000, 8),), ("fp32", "fp64"), BOTH),
         Op("conflict_runs", ("G", "L", "V"), ((16, 1024, 128256),), ("fp32",), ("fwd",)),
-        Op("policy_loss", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), MODES),
-        Op("preference_loss", ("P",), ((65536,),), ("fp32", "fp64"), MODES),
-        Op("listwise_loss", ("B", "K"), ((4096, 64),), ("fp32", "fp64"), MODES),
-        Op("linear_preference_loss", ("P", "T", "H", "V"), ((8, 64, 1024, 32000),), tuple(DTYPES), MODES),
+        Op("policy_loss", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), BOTH),
+        Op("preference_loss", ("P",), ((65536,),), ("fp32", "fp64"), BOTH),
+        Op("listwise_loss", ("B", "K"), ((4096, 64),), ("fp32", "fp64"), BOTH),
+        Op("linear_policy_loss", ("B", "T", "H", "V"), ((8, 64, 1024, 32000),), tuple(DTYPES), MODES),
+        Op("linear_preference_loss", ("P", "T", "H", "V"), ((8, 64, 1024, 32000),), tuple(DTYPES), MODES[:3]),
+        Op("linear_unpaired_loss", ("B", "T", "H", "V"), ((8, 64, 1024, 32000),), tuple(DTYPES), MODES[:3]),
         Op("top_quantile_mask", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), ("fwd",)),
-        Op("sequence_sum", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), MODES),
+        Op("sequence_sum", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), BOTH),
         Op("gae", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), ("fwd",)),
         Op("overhead", (), ((),), ("fp32",), ("fwd",)),
     )
@@ -59,17 +62,21 @@ DEFAULT_MODES = ("fwd",)
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape, in one type; "bwd" is forward and backward together."""
+    """One op at one shape, in one type. Modes: "fwd" is forward alone; the others are forward and backward together, with
+    every gradient ("bwd"), without that of the weight ("frozen"), with a fifth of the rows having any ("active")."""
 
     op: str
     shape: Shape
     dtype: str
     mode: str
+    threads: int = 0
+    """0: as many as are set."""
 
     @property
     def title(self) -> str:
         dims = "x".join(map(str, self.shape))
-        return f"{self.op} {dims} {self.dtype} {self.mode}".replace("  ", " ")
+        threads = f"{self.threads} thread{'s' if self.threads != 1 else ''}" if self.threads else ""
+        return " ".join(word for word in (self.op, dims, self.dtype, self.mode, threads) if word)
 
 
 def choose(kind: str, name: str, accepted: Iterable[str]) -> str:

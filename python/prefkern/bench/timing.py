@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from prefkern.bench.machine import Watch
+
 SAMPLE_SECONDS = 20e-3  # shorter calls are repeated back to back until a sample takes about this long
 MAX_REPEATS = 2000
 SLOW_SECONDS, SLOW_FACTOR, SLOW_ROUNDS = 1.0, 10.0, 2
@@ -55,6 +57,19 @@ class Timing:
         """The same of CPU time, which waiting for a core does not lengthen."""
         return _median_ratio(self.cpu_s, other.cpu_s)
 
+    def min_ratio(self, other: Timing) -> float:
+        """The least wall time over the other's least: what is left when each was once undisturbed."""
+        return min(self.wall_s) / max(min(other.wall_s), 1e-9)
+
+    def cpu_min_ratio(self, other: Timing) -> float:
+        """The same of CPU time."""
+        return min(self.cpu_s) / max(min(other.cpu_s), 1e-9)
+
+    def spread(self, other: Timing) -> float | None:
+        """How far apart the ratios of the rounds lie, over their median: a sign of disturbance. None of a single round."""
+        ratios = _ratios(self.wall_s, other.wall_s)
+        return (max(ratios) - min(ratios)) / statistics.median(ratios) if len(ratios) > 1 else None
+
 
 def compare(
     calls: Mapping[str, Call],
@@ -64,23 +79,25 @@ def compare(
     min_rounds: int = 3,
     budget_s: float = 60.0,
     warmup: int = 1,
+    watch: Watch | None = None,
 ) -> dict[str, Timing]:
     """Times the calls against each other, for `rounds` rounds; after `min_rounds` the end of `budget_s` stops it, too.
 
-    The time of slow calls does not count towards the budget.
+    The time of slow calls does not count towards the budget. `watch` looks on while there is timing. With `rounds=0` memory
+    alone is measured.
 
     A call that raises while it warms up is left out, and its `error` says why.
     """
     gc.collect()
     gc.freeze()  # what is there now is no garbage of the calls: the collections between samples pass over it
     try:
-        return _compare(calls, device, rounds, min_rounds, budget_s, warmup)
+        return _compare(calls, device, rounds, min_rounds, budget_s, warmup, watch or Watch())
     finally:
         gc.unfreeze()
 
 
 def _compare(
-    calls: Mapping[str, Call], device: str, rounds: int, min_rounds: int, budget_s: float, warmup: int
+    calls: Mapping[str, Call], device: str, rounds: int, min_rounds: int, budget_s: float, warmup: int, watch: Watch
 ) -> dict[str, Timing]:
     timings = {name: Timing() for name in calls}
     repeats: dict[str, int] = {}
@@ -92,6 +109,8 @@ def _compare(
             start = time.perf_counter()
             timings[name].peak_bytes = peak_extra_bytes(call, device)
             seconds[name] = time.perf_counter() - start
+            if rounds == 0:
+                continue
             long = seconds[name] > 50 * SAMPLE_SECONDS
             repeats[name] = 1 if long else _repeats(call, device)
             timings[name].launches, timings[name].kernel_s = look_at_kernels(call, device)
@@ -106,7 +125,8 @@ def _compare(
             break
         for name in _order([name for name in alive if done < SLOW_ROUNDS or name not in slow], done):
             start = time.perf_counter()
-            wall, cpu = _sample(calls[name], repeats[name], device)
+            with watch:
+                wall, cpu = _sample(calls[name], repeats[name], device)
             timings[name].wall_s.append(wall)
             timings[name].cpu_s.append(cpu)
             if name not in slow:
@@ -118,6 +138,17 @@ def describe(error: BaseException) -> str:
     """The first line of an error, shortened."""
     text = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {text[0]}"[:160]
+
+
+def seconds_of(call: Call, device: str = "cpu") -> float:
+    """Of one call, by the clock."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def peak_extra_bytes(call: Call, device: str = "cpu") -> int | None:
@@ -175,8 +206,12 @@ def look_at_kernels(call: Call, device: str) -> tuple[int | None, float | None]:
 
 
 def _median_ratio(mine: list[float], theirs: list[float]) -> float:
-    """Over the rounds that both took part in."""
-    return statistics.median(x / max(y, 1e-9) for x, y in zip(mine, theirs, strict=False))
+    return statistics.median(_ratios(mine, theirs))
+
+
+def _ratios(mine: list[float], theirs: list[float]) -> list[float]:
+    """Of the rounds that both took part in."""
+    return [x / max(y, 1e-9) for x, y in zip(mine, theirs, strict=False)]
 
 
 def _order(names: list[str], done: int) -> list[str]:

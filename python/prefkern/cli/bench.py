@@ -8,15 +8,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from prefkern.bench.runner import Row
     from prefkern.bench.shapes import Case
-    from prefkern.bench.suites import Row
+    from prefkern.bench.suites import Part
 
 
 def bench(
     ops: Annotated[list[str] | None, typer.Argument(metavar="[OP ...]", help="Ops to measure; all by default.")] = None,
     shapes: Annotated[str | None, typer.Option(metavar="NxHxV[,...]", help="Shapes, in the op's dimensions.")] = None,
     dtype: Annotated[str | None, typer.Option(metavar="fp32,bf16", help="Types of the inputs.")] = None,
-    mode: Annotated[str | None, typer.Option(metavar="fwd,bwd", help="Forward, or forward and backward.")] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            metavar="fwd,bwd,...",
+            help="fwd; bwd: forward and backward; frozen: without the weight's gradient; active: for a fifth of the rows.",
+        ),
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -28,6 +35,14 @@ def bench(
     plot_file: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the results.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own choice by default.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds at most; fewer when a case takes long.")] = 5,
+    suite: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Instead of ops a suite: head, losses, small, memory or scaling.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A suite in seconds: whether everything runs.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="A suite with all its shapes: hours on a CPU.")] = False,
+    limit: Annotated[
+        float | None, typer.Option(min=0, help="Seconds after which a suite begins no further case; what is left out is saved.")
+    ] = None,
     budget: Annotated[float, typer.Option(min=0, help="Seconds after which a case starts no further round.")] = 4.0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
@@ -37,34 +52,54 @@ def bench(
 
     The floor is the least work that any implementation has to do.
 
-    Without an OP, --shapes is about linear_logprobs.
+    Without an OP, --shapes is about linear_logprobs. --dtype and --mode leave out cases of a suite.
     """
     import torch
 
-    from prefkern.bench import report, suites
+    from prefkern.bench import report, runner
     from prefkern.bench.shapes import UsageError, check_device
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     try:
-        cases = _cases(ops, shapes, dtype, mode)
         peers = _peers(against)
         check_device(device)
-        _check_plot(plot_file)
+        check_plot("--plot", plot_file)
+        if suite is not None:
+            size = _size(quick, full)
+            parts = _parts(suite, size, device, peers, ops, shapes, dtype, mode)
+        elif quick or full or limit is not None:
+            raise UsageError("--quick, --full and --limit are about a --suite")
+        else:
+            cases = _cases(ops, shapes, dtype, mode)
     except UsageError as error:
         typer.echo(f"prefkern bench: {error}", err=True)
         raise typer.Exit(2) from None
-    if threads is not None:
-        torch.set_num_threads(threads)
-    # fewer rounds than three only when asked for
     surroundings = report.environment(device)
-    rows = suites.run_cases(cases, peers, device=device, rounds=rounds, budget_s=budget, each=_print_case)
-    data = report.results(rows, surroundings, _command())
+    if suite is not None:
+        from prefkern.bench.suites import run_suite, scaling_base
+
+        found = run_suite(
+            suite, parts, device=device, rounds=rounds, budget_s=budget, limit_s=limit, each=_print_case
+        )  # fmt: skip
+        more = {"suite": suite, "size": size, "left_out": found["left_out"]}
+        if suite == "scaling":
+            more["base"] = scaling_base(size, device)
+        data = report.results(found["rows"], surroundings, _command(), **more)
+        if found["left_out"]:
+            typer.echo(f"Left out, for want of time: {', '.join(found['left_out'])}.")
+    else:
+        rows = runner.run_cases(cases, peers, device=device, rounds=rounds, budget_s=budget, each=_print_case)
+        data = report.results(rows, surroundings, _command())
     typer.echo(report.provenance(data))
     if warning := report.busy(data):
         typer.echo(warning)
     if json_file is not None:
         report.save(data, json_file)
     if plot_file is not None:
-        report.plot(data, plot_file)
+        from prefkern.bench import curves
+
+        (curves if suite == "scaling" else report).plot(data, plot_file)
 
 
 def _cases(ops: list[str] | None, shapes: str | None, dtype: str | None, mode: str | None) -> list[Case]:
@@ -78,6 +113,39 @@ def _cases(ops: list[str] | None, shapes: str | None, dtype: str | None, mode: s
     )
 
 
+def _size(quick: bool, full: bool) -> str:
+    from prefkern.bench.shapes import UsageError
+
+    if quick and full:
+        raise UsageError("--quick and --full are given; one of them is expected")
+    return "quick" if quick else "full" if full else "default"
+
+
+def _parts(
+    suite: str,
+    size: str,
+    device: str,
+    peers: tuple[str, ...] | None,
+    ops: list[str] | None,
+    shapes: str | None,
+    dtype: str | None,
+    mode: str | None,
+) -> list[Part]:
+    from prefkern.bench.shapes import DTYPES, MODES, UsageError, choose_all
+    from prefkern.bench.suites import parts_of
+
+    if ops or shapes:
+        raise UsageError("--suite has ops and shapes of its own; none are expected beside it")
+    parts = parts_of(
+        suite, size, device=device, against=peers,
+        dtypes=choose_all("dtype", dtype, DTYPES) if dtype else None,
+        modes=choose_all("mode", mode, MODES) if mode else None,
+    )  # fmt: skip
+    if not parts:
+        raise UsageError(f"suite {suite} has nothing with --dtype {dtype} --mode {mode}")
+    return parts
+
+
 def _peers(against: str | None) -> tuple[str, ...] | None:
     from prefkern.bench.peers import NAMEABLE
     from prefkern.bench.shapes import choose_all
@@ -87,14 +155,14 @@ def _peers(against: str | None) -> tuple[str, ...] | None:
     return () if against == "none" else choose_all("peer", against, NAMEABLE)
 
 
-def _check_plot(path: Path | None) -> None:
+def check_plot(what: str, path: Path | None) -> None:
     """Before anything is measured: a run should not fail at its end."""
     from importlib.util import find_spec
 
     from prefkern.bench.shapes import UsageError
 
     if path is not None and find_spec("matplotlib") is None:
-        raise UsageError('--plot needs matplotlib: pip install "prefkern[demo]"')
+        raise UsageError(f'{what} needs matplotlib: pip install "prefkern[demo]"')
 
 
 def _command() -> str:
@@ -121,7 +189,9 @@ def _print_case(case: Case, rows: list[Row]) -> None:
         "grad error": any(row.grad_error is not None for row in rows),
         "kernels": any(row.kernel_ms is not None for row in rows),
         "launches": any(row.launches is not None for row in rows),
+        "time": any(row.time_ms is not None for row in rows),
     }
+    optional |= dict.fromkeys(("CPU time", "/ eager", "/ floor"), optional["time"])
     table = Table(title=case.title, title_justify="left")
     for name in ("outputs", "peer"):
         table.add_column(name, no_wrap=True)
@@ -150,7 +220,9 @@ def _print_case(case: Case, rows: list[Row]) -> None:
         table.add_row(*cells, style="bold" if row.peer.startswith("prefkern") else None)
     console = make_console()
     console.print(table)
-    console.print(f"floor: {next(row.note for row in rows if row.peer == 'floor')}", style="dim")
+    for row in rows:
+        if row.peer == "floor":
+            console.print(f"floor: {row.note}", style="dim")
     if reasons := _not_measured(rows):
         console.print(f"not measured: {reasons}", style="dim")
     console.print()

@@ -37,7 +37,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     import prefkern
-    from prefkern.bench.report import cpu_model
+    from prefkern.bench.machine import cpu_model
 
     build, capabilities = prefkern.build_info(), prefkern.capabilities()
     cuda = torch.cuda.is_available()

@@ -11,27 +11,34 @@ library has no such op. Every method takes and returns tensors and is differenti
     policy_loss(logp, old_logp, advantages, mask, ref_logp, entropy, objective)   -> loss and metrics; [B, T], advantages [B]
     preference_loss(chosen [P], rejected [P], refs, lengths, objective)     -> loss and metrics
     listwise_loss(scores [B, K], labels [B, K], objective)                  -> loss
-    linear_preference_loss(hidden [2P, T, H], weight, targets, ref_logp)    -> DPO's loss
+    linear_policy_loss(hidden [B, T, H], weight, targets, old_logp, ref_logp, advantages [B], token_weight, objective) -> loss
+    linear_preference_loss(hidden [2P, T, H], weight, targets, ref_logp, objective)        -> loss
+    linear_unpaired_loss(hidden [B, T, H], weight, targets, ref_logp, desirable [B])       -> KTO's loss
     top_quantile_mask(values [B, T], mask, rule)                            -> bool [B, T]
     sequence_sum(values [B, T] or [N], mask, cu_seqlens)                    -> [B]
     gae(rewards [B, T], values [B, T], mask)                                -> advantages, returns
 
 `size` is the size of the groups when they lie one behind the other, None when they do not. `estimator` and `objective`
-are names from `ESTIMATORS`, `OBJECTIVES` and, for pairs and lists, `PAIR_OBJECTIVES` and `LIST_OBJECTIVES`.
+are names from `ESTIMATORS`, `OBJECTIVES` and, for pairs and lists, `PAIR_OBJECTIVES` and `LIST_OBJECTIVES`; for losses from
+hidden states from `HEAD_OBJECTIVES` and `HEAD_PAIR_OPTIONS`.
 
 base       the methods, the constants
 ours       this library
 plain      PyTorch as it is usually written, eager and compiled
 python     Python loops
+objectives losses in plain PyTorch behind whoever has a head
 libraries  PyTorch's own fused functions, Liger, TRL, Cut Cross-Entropy
 """
 
 from prefkern.bench.peers.base import (
     ESTIMATORS,
+    HEAD_OBJECTIVES,
+    HEAD_PAIR_OPTIONS,
     LIST_OBJECTIVES,
     OBJECTIVES,
     PAIR_OBJECTIVES,
     Estimator,
+    HeadObjective,
     Logprobs,
     LossAndMetrics,
     Objective,
@@ -42,7 +49,17 @@ from prefkern.bench.peers.base import (
     Unavailable,
 )
 from prefkern.bench.peers.libraries import Cce, Liger, Torch, TorchChunked, Trl
-from prefkern.bench.peers.ours import Prefkern, PrefkernFp32, PrefkernInplace, PrefkernTwoStep
+from prefkern.bench.peers.ours import (
+    Prefkern,
+    PrefkernFp32,
+    PrefkernInplace,
+    PrefkernKept,
+    PrefkernRecompute,
+    PrefkernStage1,
+    PrefkernStage2,
+    PrefkernTwoStep,
+    PrefkernU,
+)
 from prefkern.bench.peers.plain import Compile, Eager
 from prefkern.bench.peers.python import Python
 
@@ -53,6 +70,11 @@ PEERS: dict[str, type[Peer]] = {
         PrefkernFp32,
         PrefkernInplace,
         PrefkernTwoStep,
+        PrefkernRecompute,
+        PrefkernKept,
+        PrefkernU,
+        PrefkernStage1,
+        PrefkernStage2,
         Eager,
         Compile,
         Torch,
@@ -69,6 +91,8 @@ NAMEABLE = (*AGAINST, "torch-chunked")
 __all__ = [
     "AGAINST",
     "ESTIMATORS",
+    "HEAD_OBJECTIVES",
+    "HEAD_PAIR_OPTIONS",
     "LIST_OBJECTIVES",
     "NAMEABLE",
     "OBJECTIVES",
@@ -78,6 +102,7 @@ __all__ = [
     "Compile",
     "Eager",
     "Estimator",
+    "HeadObjective",
     "Liger",
     "Logprobs",
     "LossAndMetrics",
@@ -87,7 +112,12 @@ __all__ = [
     "Prefkern",
     "PrefkernFp32",
     "PrefkernInplace",
+    "PrefkernKept",
+    "PrefkernRecompute",
+    "PrefkernStage1",
+    "PrefkernStage2",
     "PrefkernTwoStep",
+    "PrefkernU",
     "Python",
     "Reduction",
     "Rule",

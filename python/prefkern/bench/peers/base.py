@@ -53,6 +53,24 @@ OBJECTIVES = {
 
 
 @dataclass(frozen=True)
+class HeadObjective:
+    """A policy loss from hidden states as `prefkern.linear_policy_loss` is asked for it."""
+
+    options: dict[str, Any]
+    reference: bool = False
+    entropy_coef: float = 0.0
+
+
+ENTROPY_COEF = 1e-3
+HEAD_OBJECTIVES = {
+    "clip": HeadObjective(CLIP),
+    "grpo": HeadObjective(CLIP | {"beta": BETA}, reference=True),
+    "grpo+entropy": HeadObjective(CLIP | {"beta": BETA}, reference=True, entropy_coef=ENTROPY_COEF),
+    "gspo": HeadObjective(CLIP | {"kind": "gspo", "agg": "trl-grpo"}),
+}
+
+
+@dataclass(frozen=True)
 class PairObjective:
     """A loss of pairs as `prefkern.preference_loss` is asked for it."""
 
@@ -67,12 +85,21 @@ PAIR_OBJECTIVES = {
     "simpo": PairObjective({"beta": SIMPO_BETA, "offset": SIMPO_GAMMA, "average": "logp"}, reference=False, lengths=True),
     "exo": PairObjective({"beta": PAIR_BETA, "kind": "exo_pair", "label_smoothing": 1e-3}),
 }
+ORPO_BETA = 0.1
+# As `prefkern.linear_preference_loss` is asked. ORPO's beta is a factor of the odds, beside a likelihood of weight 1: taken as
+# one of the whole, HEAD_PAIR_SCALE, it divides that weight.
+HEAD_PAIR_OPTIONS: dict[str, dict[str, Any]] = {
+    "dpo": PAIR_OBJECTIVES["dpo"].options,
+    "simpo": PAIR_OBJECTIVES["simpo"].options,
+    "orpo": {"beta": 1.0, "score": "log_odds", "average": "logp", "sft_weight": 1 / ORPO_BETA},
+}
 
 LIST_OBJECTIVES: dict[str, dict[str, Any]] = {
     "lambda": {"kind": "lambda", "beta": 0.5},
     "plackett_luce": {"kind": "plackett_luce"},
     "exo": {"kind": "exo"},
 }
+HEAD_PAIR_SCALE = {"orpo": ORPO_BETA}
 
 Logprobs = tuple[Tensor, Tensor | None]
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
@@ -130,7 +157,27 @@ class Peer:
     def listwise_loss(self, scores: Tensor, labels: Tensor, objective: str) -> Tensor:
         raise Unavailable("has no such op")
 
-    def linear_preference_loss(self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor) -> Tensor:
+    def linear_policy_loss(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        old_logp: Tensor,
+        ref_logp: Tensor | None,
+        advantages: Tensor,
+        token_weight: Tensor | None,
+        objective: str,
+    ) -> Tensor:
+        raise Unavailable("has no such op")
+
+    def linear_preference_loss(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor | None, objective: str
+    ) -> Tensor:
+        raise Unavailable("has no such op")
+
+    def linear_unpaired_loss(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor, desirable: Tensor
+    ) -> Tensor:
         raise Unavailable("has no such op")
 
     def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: Rule) -> Tensor:

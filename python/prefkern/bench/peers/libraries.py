@@ -12,7 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefkern.bench.peers.base import TOP_FRACTION, Logprobs, Peer, Rule, Unavailable
+from prefkern.bench.peers.base import (
+    BETA,
+    EPS_HIGH,
+    EPS_LOW,
+    HEAD_OBJECTIVES,
+    ORPO_BETA,
+    PAIR_BETA,
+    SIMPO_BETA,
+    SIMPO_GAMMA,
+    TOP_FRACTION,
+    Logprobs,
+    Peer,
+    Rule,
+    Unavailable,
+)
+from prefkern.bench.peers.objectives import TwoStep
 
 
 class Torch(Peer):
@@ -74,26 +89,77 @@ class TorchChunked(Torch):
 
 
 class Liger(Peer):
-    """Liger Kernel's chunked selective log-probability: torch operations, no Triton kernel."""
+    """Liger Kernel's losses that take the head's weight, in chunks of one response or pair, and the chunked selective
+    log-probability of its policy losses: torch operations, no Triton kernel."""
 
     name = "liger"
-    about = "liger_kernel.chunked_loss, the head of its policy losses"
+    about = "liger_kernel.chunked_loss: fused linear GRPO, DPO, SimPO, ORPO, KTO; the head of its policy losses"
 
     def __init__(self) -> None:
         module = _import("liger_kernel.chunked_loss.fused_linear_ppo", "liger_kernel")
         self._function: Any = _member(module, "_ChunkedSelectiveLogProbFunction")
         self._chunk: int = _member(module, "_SELECTIVE_LOGPROB_VOCAB_CHUNK_SIZE")
+        self._losses: dict[str, Any] = {}
+
+    def _loss(self, name: str, **options: Any) -> Any:
+        """The module of a loss, made once: what it compiles is compiled once, too."""
+        key = f"{name} {options}"
+        if key not in self._losses:
+            self._losses[key] = _member(_import("liger_kernel.chunked_loss", "liger_kernel"), name)(**options)
+        return self._losses[key]
 
     def linear_logprobs(self, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
         _no_entropy(entropy)
         return self._function.apply(hidden, weight, targets, None, 1.0, self._chunk), None
 
+    def linear_policy_loss(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        old_logp: Tensor,
+        ref_logp: Tensor | None,
+        advantages: Tensor,
+        token_weight: Tensor | None,
+        objective: str,
+    ) -> Tensor:
+        _no_entropy(HEAD_OBJECTIVES[objective].entropy_coef != 0)
+        by_sequence = objective == "gspo"
+        loss = self._loss(
+            "LigerFusedLinearGRPOLoss", beta=0.0 if ref_logp is None else BETA, use_ref_model=ref_logp is not None,
+            epsilon_low=EPS_LOW, epsilon_high=EPS_HIGH, loss_type="grpo" if by_sequence else "bnpo",
+            importance_sampling_level="sequence" if by_sequence else "token",
+        )  # fmt: skip
+        return loss(
+            hidden, weight, targets, torch.ones_like(old_logp), advantages, ref_per_token_logps=ref_logp,
+            old_per_token_logps=old_logp, vllm_is_ratio=token_weight,
+        )[0]  # fmt: skip
 
-class Trl(Peer):
-    """TRL's chunked head, and its functions over logits. Importing the latter takes the whole trainer along."""
+    def linear_preference_loss(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor | None, objective: str
+    ) -> Tensor:
+        options: dict[str, dict[str, Any]] = {
+            "dpo": {"beta": PAIR_BETA, "use_ref_model": False},  # it takes the reference as hidden states only
+            "simpo": {"beta": SIMPO_BETA, "gamma": SIMPO_GAMMA, "compute_nll_loss": False},
+            "orpo": {"beta": ORPO_BETA},
+        }
+        names = {"dpo": "DPO", "simpo": "SimPO", "orpo": "ORPO"}
+        return self._loss(f"LigerFusedLinear{names[objective]}Loss", **options[objective])(weight, hidden, targets)[0]
+
+    def linear_unpaired_loss(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor, desirable: Tensor
+    ) -> Tensor:
+        loss = self._loss("LigerFusedLinearKTOLoss", beta=PAIR_BETA)
+        # The reference is the same for all responses here: a constant, as the reference point is.
+        return loss(hidden, weight, targets, preference_labels=desirable, kl=ref_logp[0].sum())[0]
+
+
+class Trl(TwoStep):
+    """TRL's chunked head, with losses in plain PyTorch behind it, and its functions over logits. Importing the latter takes the
+    whole trainer along."""
 
     name = "trl"
-    about = "trl.kernels.ChunkedLogProbFunction; selective_log_softmax and entropy_from_logits"
+    about = "trl.kernels.ChunkedLogProbFunction, plain PyTorch behind it; selective_log_softmax and entropy_from_logits"
     vocab_chunk = 32768  # what TRL's patched heads pass
 
     def __init__(self) -> None:

@@ -11,9 +11,13 @@ from prefkern.bench.peers.base import (
     ADVANTAGE_EPS,
     ESTIMATORS,
     GAMMA,
+    HEAD_OBJECTIVES,
+    HEAD_PAIR_OPTIONS,
+    HEAD_PAIR_SCALE,
     LAMBDA,
     LIST_OBJECTIVES,
     OBJECTIVES,
+    PAIR_BETA,
     PAIR_OBJECTIVES,
     TOP_FRACTION,
     Logprobs,
@@ -21,6 +25,7 @@ from prefkern.bench.peers.base import (
     Peer,
     Reduction,
     Rule,
+    Unavailable,
 )
 
 
@@ -100,10 +105,40 @@ class Prefkern(Peer):
 
         return prefkern.listwise_loss(scores, labels, **LIST_OBJECTIVES[objective]).loss
 
-    def linear_preference_loss(self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor) -> Tensor:
+    def linear_policy_loss(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        old_logp: Tensor,
+        ref_logp: Tensor | None,
+        advantages: Tensor,
+        token_weight: Tensor | None,
+        objective: str,
+    ) -> Tensor:
         import prefkern
 
-        return prefkern.linear_preference_loss(hidden, weight, targets, ref_logp=ref_logp).loss
+        head = HEAD_OBJECTIVES[objective]
+        return prefkern.linear_policy_loss(
+            hidden, weight, targets, old_logp, advantages, ref_logp=ref_logp, token_weight=token_weight,
+            entropy_coef=head.entropy_coef, **head.options,
+        ).loss  # fmt: skip
+
+    def linear_preference_loss(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor | None, objective: str
+    ) -> Tensor:
+        import prefkern
+
+        options = HEAD_PAIR_OPTIONS[objective]
+        loss = prefkern.linear_preference_loss(hidden, weight, targets, ref_logp=ref_logp, **options).loss
+        return loss * HEAD_PAIR_SCALE[objective] if objective in HEAD_PAIR_SCALE else loss
+
+    def linear_unpaired_loss(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor, desirable: Tensor
+    ) -> Tensor:
+        import prefkern
+
+        return prefkern.linear_unpaired_loss(hidden, weight, targets, desirable, ref_logp=ref_logp, beta=PAIR_BETA).loss
 
     def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: Rule) -> Tensor:
         import prefkern
@@ -125,13 +160,127 @@ class PrefkernTwoStep(Prefkern):
     """This library, head and loss one after the other: the logits are computed again in the backward."""
 
     name = "prefkern-two-step"
-    about = "linear_logprobs, sequence_sum, preference_loss"
+    about = "linear_logprobs, sequence_sum, and the loss behind them"
 
-    def linear_preference_loss(self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor) -> Tensor:
+    def linear_policy_loss(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        old_logp: Tensor,
+        ref_logp: Tensor | None,
+        advantages: Tensor,
+        token_weight: Tensor | None,
+        objective: str,
+    ) -> Tensor:
+        import prefkern
+
+        head = HEAD_OBJECTIVES[objective]
+        out = prefkern.linear_logprobs(hidden, weight, targets, outputs=("entropy",) if head.entropy_coef else ())
+        options = {**head.options, "ref_logp": ref_logp, "token_weight": token_weight}
+        loss = prefkern.policy_loss(out.logp, old_logp, advantages, **options).loss
+        return loss if out.entropy is None else loss - head.entropy_coef * out.entropy.mean()
+
+    def linear_preference_loss(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor | None, objective: str
+    ) -> Tensor:
+        import prefkern
+
+        options = dict(HEAD_PAIR_OPTIONS[objective])
+        likelihood = options.pop("sft_weight", 0.0)
+        logp = prefkern.linear_logprobs(hidden, weight, targets).logp
+        chosen, rejected = prefkern.sequence_sum(logp, minus=ref_logp).chunk(2)
+        if "average" in options:
+            lengths = torch.full((len(chosen),), float(targets.shape[1]), device=hidden.device)
+            options |= {"chosen_lengths": lengths, "rejected_lengths": lengths}
+        loss = prefkern.preference_loss(chosen, rejected, **options).loss
+        if likelihood:
+            loss = loss - likelihood * chosen.mean() / targets.shape[1]
+        return loss * HEAD_PAIR_SCALE[objective] if objective in HEAD_PAIR_SCALE else loss
+
+    def linear_unpaired_loss(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor, desirable: Tensor
+    ) -> Tensor:
         import prefkern
 
         logp = prefkern.linear_logprobs(hidden, weight, targets).logp
-        return prefkern.preference_loss(*prefkern.sequence_sum(logp, minus=ref_logp).chunk(2)).loss
+        return prefkern.unpaired_loss(prefkern.sequence_sum(logp, minus=ref_logp), None, desirable, beta=PAIR_BETA).loss
+
+
+class _Saving(Prefkern):
+    """This library's head, told what to save for the backward."""
+
+    save = ""
+
+    def linear_logprobs(self, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
+        import prefkern
+
+        out = prefkern.linear_logprobs(hidden, weight, targets, outputs=("entropy",) if entropy else (), save=self.save)
+        return out.logp, out.entropy
+
+
+class PrefkernRecompute(_Saving):
+    """This library computing the logits again in the backward."""
+
+    name = "prefkern-recompute"
+    about = 'this library, save="recompute"'
+    save = "recompute"
+
+
+class PrefkernKept(_Saving):
+    """This library keeping the logits."""
+
+    name = "prefkern-kept"
+    about = 'this library, save="logits"'
+    save = "logits"
+
+
+class PrefkernU(_Saving):
+    """This library keeping the gradient of each row's log-probability in its hidden state, where the weight is frozen."""
+
+    name = "prefkern-u"
+    about = 'this library, save="u"'
+    save = "u"
+
+
+class _Stage(Prefkern):
+    """This library's head with one of its forwards on CUDA, whichever it would take by itself."""
+
+    stage = ""
+
+    def __init__(self) -> None:
+        from prefkern import _C
+
+        if not hasattr(_C, "set_cuda_forward"):
+            raise Unavailable("this build has one forward on CUDA")
+
+    def linear_logprobs(self, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
+        from prefkern import _C
+
+        if not hidden.is_cuda:
+            raise Unavailable("is for CUDA")
+        before = _C.cuda_forward()
+        _C.set_cuda_forward(self.stage)
+        try:
+            return super().linear_logprobs(hidden, weight, targets, entropy)
+        finally:
+            _C.set_cuda_forward(before)
+
+
+class PrefkernStage1(_Stage):
+    """Products by cuBLAS, and a kernel that reads the logits."""
+
+    name = "prefkern-stage1"
+    about = "this library, products by cuBLAS"
+    stage = "stage1"
+
+
+class PrefkernStage2(_Stage):
+    """Logits folded while they are in registers."""
+
+    name = "prefkern-stage2"
+    about = "this library, logits folded in the product"
+    stage = "stage2"
 
 
 class PrefkernFp32(Prefkern):

@@ -32,10 +32,11 @@ from prefkern.bench.peers.base import (
     Rule,
     Unavailable,
 )
+from prefkern.bench.peers.objectives import TwoStep
 from prefkern.bench.timing import free_bytes
 
 
-class Eager(Peer):
+class Eager(TwoStep):
     """The usual plain PyTorch."""
 
     name = "eager"
@@ -207,11 +208,6 @@ class Eager(Peer):
         losses = -F.logsigmoid(u[:, :, None] - u[:, None, :]) * weight
         return torch.where(labels[:, :, None] > labels[:, None, :], losses, 0.0).sum((1, 2)).mean()
 
-    def linear_preference_loss(self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor) -> Tensor:
-        logp = F.log_softmax(_wide(hidden @ weight.T), dim=-1).gather(-1, targets[..., None]).squeeze(-1)
-        chosen, rejected = (logp - ref_logp).sum(1).chunk(2)
-        return -F.logsigmoid(PAIR_BETA * (chosen - rejected)).mean()
-
     def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: Rule) -> Tensor:
         if rule == "trl":
             return (values >= torch.quantile(values[mask], 1 - TOP_FRACTION)) & mask
@@ -256,7 +252,9 @@ class Compile(Peer):
         self._policy = torch.compile(eager.policy_loss, dynamic=False)
         self._preference = torch.compile(eager.preference_loss, dynamic=False)
         self._listwise = torch.compile(eager.listwise_loss, dynamic=False)
+        self._linear_policy = torch.compile(eager.linear_policy_loss, dynamic=False)
         self._linear_preference = torch.compile(eager.linear_preference_loss, dynamic=False)
+        self._linear_unpaired = torch.compile(eager.linear_unpaired_loss, dynamic=False)
         self._sequence_sum = torch.compile(eager.sequence_sum, dynamic=False)
 
     def linear_logprobs(self, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
@@ -303,8 +301,28 @@ class Compile(Peer):
     def listwise_loss(self, scores: Tensor, labels: Tensor, objective: str) -> Tensor:
         return self._listwise(scores, labels, objective)
 
-    def linear_preference_loss(self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor) -> Tensor:
-        return self._linear_preference(hidden, weight, targets, ref_logp)
+    def linear_policy_loss(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        old_logp: Tensor,
+        ref_logp: Tensor | None,
+        advantages: Tensor,
+        token_weight: Tensor | None,
+        objective: str,
+    ) -> Tensor:
+        return self._linear_policy(hidden, weight, targets, old_logp, ref_logp, advantages, token_weight, objective)
+
+    def linear_preference_loss(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor | None, objective: str
+    ) -> Tensor:
+        return self._linear_preference(hidden, weight, targets, ref_logp, objective)
+
+    def linear_unpaired_loss(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor, desirable: Tensor
+    ) -> Tensor:
+        return self._linear_unpaired(hidden, weight, targets, ref_logp, desirable)
 
     def top_quantile_mask(self, values: Tensor, mask: Tensor, rule: Rule) -> Tensor:
         raise Unavailable("the number of values depends on the mask, which is not compiled")

@@ -2,9 +2,10 @@
 
 The floor is the least that an implementation of the same kind has to do, in plain PyTorch with buffers made before:
 
-    linear_logprobs   the bare torch.mm products in the type of the inputs: one forward; four with backward, of which
-                      the second recomputes the logits that are not kept
-    linear_preference_loss   the bare torch.mm products: one forward, three with backward
+    linear_logprobs, linear_policy_loss, linear_preference_loss, linear_unpaired_loss
+                      the bare torch.mm products, in the type of the inputs or in float32 where that is quicker: one forward;
+                      three with backward, two if the weight is frozen; with a fifth of the rows active 1 + 2 / 5. Beside it,
+                      as "floor-recompute", one more: linear_logprobs knows no gradient in its forward
     logits_logprobs   the fastest plain read of the logits; with backward two reads and one write
     conflict_runs     a copy of the tokens
     group_advantages, group_reduce, policy_loss, preference_loss, listwise_loss, top_quantile_mask,
@@ -19,9 +20,10 @@ from prefkern.bench.workloads.conflicts import ConflictRunsWorkload
 from prefkern.bench.workloads.filters import TopQuantileWorkload
 from prefkern.bench.workloads.groups import GroupReduceWorkload
 from prefkern.bench.workloads.logprobs import LinearWorkload, LogitsWorkload
+from prefkern.bench.workloads.losses import LinearPolicyWorkload, LinearPreferenceWorkload, LinearUnpairedWorkload
 from prefkern.bench.workloads.overhead import OverheadWorkload
 from prefkern.bench.workloads.policy import PolicyWorkload
-from prefkern.bench.workloads.preference import LinearPreferenceWorkload, ListwiseWorkload, PreferenceWorkload
+from prefkern.bench.workloads.preference import ListwiseWorkload, PreferenceWorkload
 from prefkern.bench.workloads.sequence import GaeWorkload, SequenceSumWorkload
 
 WORKLOADS: dict[str, type[Workload]] = {
@@ -33,7 +35,9 @@ WORKLOADS: dict[str, type[Workload]] = {
     "policy_loss": PolicyWorkload,
     "preference_loss": PreferenceWorkload,
     "listwise_loss": ListwiseWorkload,
+    "linear_policy_loss": LinearPolicyWorkload,
     "linear_preference_loss": LinearPreferenceWorkload,
+    "linear_unpaired_loss": LinearUnpairedWorkload,
     "top_quantile_mask": TopQuantileWorkload,
     "sequence_sum": SequenceSumWorkload,
     "gae": GaeWorkload,

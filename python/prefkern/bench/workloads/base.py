@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from prefkern.bench.peers import Peer
 from prefkern.bench.shapes import DTYPES, Case
+from prefkern.bench.timing import seconds_of
 
 Outputs = dict[str, Tensor]  # gradients are named "grad ..."
 OutputsCall = Callable[[], Outputs]
@@ -38,7 +38,7 @@ class Workload(ABC):
     def __init__(self, case: Case, device: str) -> None:
         self.case, self.device = case, device
         self.dtype = DTYPES[case.dtype]
-        self.backward = case.mode == "bwd"
+        self.backward = case.mode != "fwd"
         self.random = torch.Generator().manual_seed(0)
         # What is large is drawn where it is used: a GPU draws gigabytes faster than they reach it.
         self.there = self.random if device == "cpu" else torch.Generator(device).manual_seed(0)
@@ -49,6 +49,14 @@ class Workload(ABC):
 
     @abstractmethod
     def floor(self) -> Floor: ...
+
+    def more_floors(self) -> dict[str, Floor]:
+        """Others worth knowing, by what they are called."""
+        return {}
+
+    def gradient_bytes(self) -> int | None:
+        """What the gradients take that a call of this case has to return; None where nobody asks."""
+        return None
 
     @abstractmethod
     def errors(self, outputs: Outputs, variant: str) -> Errors: ...
@@ -101,19 +109,9 @@ def fastest_read(x: Tensor, device: str) -> tuple[str, Callable[[], object]]:
     if flat.numel() * flat.element_size() % 8 == 0:  # wide words may read faster than narrow numbers
         words = flat.view(torch.int64)
         reads["sum of the bytes as int64"] = words.sum
-    seconds = {name: min(_seconds(read, device) for _ in range(5)) for name, read in reads.items()}
+    seconds = {name: min(seconds_of(read, device) for _ in range(5)) for name, read in reads.items()}
     best = min(seconds, key=lambda name: seconds[name])
     return best, reads[best]
-
-
-def _seconds(call: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def grouped(

@@ -13,6 +13,7 @@ from prefkern.bench import peers
 from prefkern.bench.peers import Peer
 from prefkern.bench.shapes import Case
 from prefkern.bench.workloads.base import Errors, Floor, Outputs, OutputsCall, Workload, errors_against, fastest_read, gradient
+from prefkern.bench.workloads.products import active_rows, head_floor
 
 ERROR_ROWS = 32  # results are compared with float64 on this many rows, spread over all
 ENTROPY_GRADIENT = 1e-3  # upstream gradient of the entropies in a backward pass: an entropy bonus
@@ -23,13 +24,19 @@ class _Logprobs(Workload):
 
     variants = ("logp", "logp+entropy")
     leaves: dict[str, Tensor]
+    trained: tuple[str, ...]
+    """Those of the leaves that get a gradient."""
 
     def __init__(self, case: Case, device: str) -> None:
         super().__init__(case, device)
         n, v = case.shape[0], case.shape[-1]
         self.targets = self.integers(v, n)
-        self.upstream = torch.randn(n, generator=self.random).to(device)
-        self.rows = torch.linspace(0, n - 1, min(n, ERROR_ROWS)).long().to(device)
+        active = spread_rows(n, active_rows(n)) if case.mode == "active" else slice(None)
+        weights = torch.zeros(n)
+        weights[active] = 1.0
+        self.upstream = (torch.randn(n, generator=self.random) * weights).to(device)
+        self.bonus = (ENTROPY_GRADIENT * weights).to(device)
+        self.rows = spread_rows(n, ERROR_ROWS).to(device)
         self._truth: dict[str, Outputs] = {}
 
     @abstractmethod
@@ -49,16 +56,19 @@ class _Logprobs(Workload):
                 return _named(*self.apply(peer, leaves, entropy))
 
         def forward_backward() -> Outputs:
-            fresh = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+            fresh = {name: leaf.detach().requires_grad_(name in self.trained) for name, leaf in leaves.items()}
             logp, ent = self.apply(peer, fresh, entropy)
-            self.scalar(logp, ent, self.upstream).backward()
-            return _named(logp, ent) | {f"grad {name}": gradient(leaf) for name, leaf in fresh.items()}
+            self.scalar(logp, ent, self.upstream, self.bonus).backward()
+            return _named(logp, ent) | {f"grad {name}": gradient(fresh[name]) for name in self.trained}
 
         return forward_backward if self.backward else forward
 
-    def scalar(self, logp: Tensor, entropy: Tensor | None, upstream: Tensor) -> Tensor:
+    def gradient_bytes(self) -> int:
+        return sum(self.leaves[name].nbytes for name in self.trained) if self.backward else 0
+
+    def scalar(self, logp: Tensor, entropy: Tensor | None, upstream: Tensor, bonus: Tensor) -> Tensor:
         loss = (logp * upstream).sum()
-        return loss if entropy is None else loss + ENTROPY_GRADIENT * entropy.sum()
+        return loss if entropy is None else loss + (entropy * bonus).sum()
 
     def errors(self, outputs: Outputs, variant: str) -> Errors:
         if variant not in self._truth:
@@ -74,29 +84,19 @@ class LinearWorkload(_Logprobs):
         super().__init__(case, device)
         n, h, v = case.shape
         self.leaves = {"hidden": self.normal(n, h), "weight": self.normal(v, h, scale=2 / math.sqrt(h))}
+        self.trained = ("hidden",) if case.mode == "frozen" else ("hidden", "weight")
 
     def apply(self, peer: Peer, leaves: dict[str, Tensor], entropy: bool) -> peers.Logprobs:
         return peer.linear_logprobs(leaves["hidden"], leaves["weight"], self.targets, entropy)
 
     def floor(self) -> Floor:
-        hidden, weight = self.leaves["hidden"], self.leaves["weight"]
-        logits = torch.empty(len(hidden), len(weight), dtype=self.dtype, device=self.device)
+        return head_floor(self.leaves["hidden"], self.leaves["weight"], self.case.mode)
 
-        def product() -> None:
-            torch.mm(hidden, weight.T, out=logits)
-
+    def more_floors(self) -> dict[str, Floor]:
+        """With the logits computed again: what is left for those who keep nothing of theirs."""
         if not self.backward:
-            return Floor(f"torch.mm in {self.case.dtype}", product)
-        d_logits = torch.randn_like(logits)
-        d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
-
-        def products() -> None:
-            product()
-            product()
-            torch.mm(d_logits, weight, out=d_hidden)
-            torch.mm(d_logits.T, hidden, out=d_weight)
-
-        return Floor(f"4 torch.mm in {self.case.dtype}", products)
+            return {}
+        return {"floor-recompute": head_floor(self.leaves["hidden"], self.leaves["weight"], self.case.mode, forward=2)}
 
     def truth(self, entropy: bool) -> Outputs:
         """The weight is widened block by block: all of it in float64 might not fit."""
@@ -115,6 +115,7 @@ class LogitsWorkload(_Logprobs):
     def __init__(self, case: Case, device: str) -> None:
         super().__init__(case, device)
         self.leaves = {"logits": self.normal(*case.shape, scale=2.0)}
+        self.trained = ("logits",)
 
     def apply(self, peer: Peer, leaves: dict[str, Tensor], entropy: bool) -> peers.Logprobs:
         return peer.logits_logprobs(leaves["logits"], self.targets, entropy)
@@ -123,7 +124,7 @@ class LogitsWorkload(_Logprobs):
         if not (self.backward and isinstance(peer, peers.PrefkernInplace)):
             return super().call(peer, variant)
         logits, work = self.leaves["logits"], self.leaves["logits"].clone()
-        g_entropy = torch.full_like(self.upstream, ENTROPY_GRADIENT) if variant == "logp+entropy" else None
+        g_entropy = self.bonus if variant == "logp+entropy" else None
         fresh = 2  # the first calls are looked at; timed ones run on what the last one left, which costs the same
 
         def forward_backward() -> Outputs:
@@ -154,6 +155,11 @@ class LogitsWorkload(_Logprobs):
         return truth if d_logits is None else truth | {"grad logits": d_logits}
 
 
+def spread_rows(rows: int, count: int) -> Tensor:
+    """So many of the rows, or all, evenly spread."""
+    return torch.linspace(0, rows - 1, min(rows, count)).long()
+
+
 def _named(logp: Tensor, entropy: Tensor | None) -> Outputs:
     results = {"logp": logp.detach()}
     return results if entropy is None else results | {"entropy": entropy.detach()}
@@ -167,5 +173,6 @@ def _truth_of_logits(workload: _Logprobs, logits: Tensor, entropy: bool) -> tupl
     truth = _named(out.logp, out.entropy)
     if not workload.backward:
         return truth, None
-    loss = workload.scalar(out.logp, out.entropy, workload.upstream[workload.rows].double())
+    upstream, bonus = (x[workload.rows].double() for x in (workload.upstream, workload.bonus))
+    loss = workload.scalar(out.logp, out.entropy, upstream, bonus)
     return truth, torch.autograd.grad(loss, logits)[0]

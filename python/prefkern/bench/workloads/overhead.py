@@ -10,8 +10,9 @@ from prefkern.bench.workloads.conflicts import ConflictRunsWorkload
 from prefkern.bench.workloads.filters import TopQuantileWorkload
 from prefkern.bench.workloads.groups import GroupReduceWorkload
 from prefkern.bench.workloads.logprobs import LinearWorkload, LogitsWorkload
+from prefkern.bench.workloads.losses import LinearPolicyWorkload, LinearPreferenceWorkload, LinearUnpairedWorkload
 from prefkern.bench.workloads.policy import PolicyWorkload
-from prefkern.bench.workloads.preference import LinearPreferenceWorkload, ListwiseWorkload, PreferenceWorkload
+from prefkern.bench.workloads.preference import ListwiseWorkload, PreferenceWorkload
 from prefkern.bench.workloads.sequence import GaeWorkload, SequenceSumWorkload
 
 # what is shown -> workload, op, shape, mode, variant of the workload
@@ -27,7 +28,9 @@ TINY: dict[str, tuple[type[Workload], str, Shape, str, str]] = {
     "preference_loss": (PreferenceWorkload, "preference_loss", (64,), "fwd", "dpo"),
     "preference_loss bwd": (PreferenceWorkload, "preference_loss", (64,), "bwd", "dpo"),
     "listwise_loss": (ListwiseWorkload, "listwise_loss", (2, 4), "fwd", "lambda"),
+    "linear_policy_loss": (LinearPolicyWorkload, "linear_policy_loss", (2, 2, 16, 32), "fwd", "grpo"),
     "linear_preference_loss": (LinearPreferenceWorkload, "linear_preference_loss", (1, 2, 16, 32), "fwd", "dpo"),
+    "linear_unpaired_loss": (LinearUnpairedWorkload, "linear_unpaired_loss", (2, 2, 16, 32), "fwd", "kto"),
     "top_quantile_mask": (TopQuantileWorkload, "top_quantile_mask", (2, 8), "fwd", "trl"),
     "sequence_sum": (SequenceSumWorkload, "sequence_sum", (2, 8), "fwd", "padded"),
     "gae": (GaeWorkload, "gae", (2, 8), "fwd", "padded"),

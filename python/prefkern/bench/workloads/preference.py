@@ -1,8 +1,6 @@
-"""Losses of preference pairs, of lists, and of pairs straight from hidden states."""
+"""Losses of preference pairs and of lists."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -103,60 +101,3 @@ class ListwiseWorkload(Workload):
         if self.backward:
             truth["grad scores"] = torch.autograd.grad(loss, scores)[0]
         return errors_against(outputs, truth)
-
-
-class LinearPreferenceWorkload(Workload):
-    """DPO on P pairs of responses of T tokens, straight from hidden states; logits have standard deviation 2."""
-
-    variants = ("dpo",)
-
-    def __init__(self, case: Case, device: str) -> None:
-        super().__init__(case, device)
-        pairs, length, width, vocab = case.shape
-        weight = self.normal(vocab, width, scale=2 / math.sqrt(width))
-        self.leaves = {"hidden": self.normal(2 * pairs, length, width), "weight": weight}
-        self.targets = self.integers(vocab, 2 * pairs, length)
-        self.ref_logp = (-8 - torch.rand(2 * pairs, length, generator=self.random)).to(device)
-
-    def call(self, peer: Peer, variant: str) -> OutputsCall:
-        def forward() -> Outputs:
-            with torch.no_grad():
-                return {"loss": peer.linear_preference_loss(**self.leaves, targets=self.targets, ref_logp=self.ref_logp)}
-
-        def forward_backward() -> Outputs:
-            leaves = {name: x.detach().requires_grad_() for name, x in self.leaves.items()}
-            loss = peer.linear_preference_loss(**leaves, targets=self.targets, ref_logp=self.ref_logp)
-            loss.backward()
-            return {"loss": loss.detach()} | {f"grad {name}": gradient(x) for name, x in leaves.items()}
-
-        return forward_backward if self.backward else forward
-
-    def floor(self) -> Floor:
-        hidden, weight = self.leaves["hidden"].flatten(0, 1), self.leaves["weight"]
-        logits = torch.empty(len(hidden), len(weight), dtype=self.dtype, device=self.device)
-        d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
-
-        def products() -> None:
-            torch.mm(hidden, weight.T, out=logits)
-            if self.backward:
-                torch.mm(logits, weight, out=d_hidden)
-                torch.mm(logits.T, hidden, out=d_weight)
-
-        return Floor(f"{3 if self.backward else 1} torch.mm in {self.case.dtype}", products)
-
-    def errors(self, outputs: Outputs, variant: str) -> Errors:
-        """Of the loss and the gradient of hidden, in float64 a pair at a time: all logits at once might not fit."""
-        hidden, weight = (x.double() for x in self.leaves.values())
-        rows = len(hidden) // 2
-        losses, grads = [], torch.empty_like(hidden)
-        for p in range(rows):
-            own = [p, rows + p]
-            x = hidden[own].requires_grad_(self.backward)
-            logp = torch.log_softmax(x @ weight.T, -1).gather(-1, self.targets[own][..., None])[..., 0]
-            chosen, rejected = (logp - self.ref_logp[own]).sum(1)
-            loss = reference.preference_loss(chosen[None], rejected[None]).loss / rows
-            losses.append(loss.detach())
-            if self.backward:
-                grads[own] = torch.autograd.grad(loss, x)[0]
-        truth = {"loss": torch.stack(losses).sum()}
-        return errors_against(outputs, truth | ({"grad hidden": grads} if self.backward else {}))
