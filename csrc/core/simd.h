@@ -99,8 +99,16 @@ PK_HD f16_t to_f16(float f) {
 template <class V> struct Mem;
 
 template <> struct Mem<double> {
+  template <class T> static PK_HD void load_pair(const T* p, double& a, double& b) {
+    a = to_float(p[0]);
+    b = to_float(p[1]);
+  }
   template <class T> static PK_HD double load(const T* p) { return to_float(*p); }
   static PK_HD void store(double* p, double v) { *p = v; }
+  static PK_HD void store_pair(double* p, double a, double b) {
+    p[0] = a;
+    p[1] = b;
+  }
 };
 
 template <> struct Mem<float> {
@@ -111,6 +119,18 @@ template <> struct Mem<float> {
 };
 
 template <> struct Mem<VecF> {
+  // 2 kLanes elements, in whatever order is quickest; always the same.
+  template <class T> static PK_HD void load_pair(const T* p, VecF& a, VecF& b) {
+    a = load(p);
+    b = load(p + kLanes);
+  }
+  static PK_HD void load_pair(const bf16_t* p, VecF& a, VecF& b) {  // even and odd elements, on little-endian machines
+    VecU both;
+    __builtin_memcpy(&both, p, sizeof both);
+    const VecU even = both << 16, odd = both & 0xffff0000u;
+    __builtin_memcpy(&a, &even, sizeof a);
+    __builtin_memcpy(&b, &odd, sizeof b);
+  }
   static PK_HD VecF load(const float* p) {
     VecF v;
     __builtin_memcpy(&v, p, sizeof v);
@@ -135,6 +155,21 @@ template <> struct Mem<VecF> {
     return v;
 #endif
   }
+  // What load_pair is the inverse of.
+  template <class T> static PK_HD void store_pair(T* p, VecF a, VecF b) {
+    store(p, a);
+    store(p + kLanes, b);
+  }
+  static PK_HD void store_pair(bf16_t* p, VecF a, VecF b) {
+    const VecU both = (rounded_half(a) >> 16) | (rounded_half(b) & 0xffff0000u);
+    __builtin_memcpy(p, &both, sizeof both);
+  }
+  static PK_HD VecU rounded_half(VecF v) {  // to bf16 in the upper 16 bits, to nearest even; NaN stays NaN
+    VecU u;
+    __builtin_memcpy(&u, &v, sizeof u);
+    return v == v ? u + 0x7fffu + (u >> 16 & 1u) : splat_bits(0x7fc00000u);
+  }
+  static PK_HD VecU splat_bits(uint32_t x) { return x - VecU{}; }
   static PK_HD void store(float* p, VecF v) { __builtin_memcpy(p, &v, sizeof v); }
   static PK_HD void store(bf16_t* p, VecF v) {
 #if defined(__AVX512BF16__)
@@ -147,11 +182,7 @@ template <> struct Mem<VecF> {
       for (int i = 0; i < kLanes; i++)
         if (tiny >> i & 1) p[i] = to_bf16(v[i]);
 #else
-    VecU u;
-    __builtin_memcpy(&u, &v, sizeof u);
-    const VecU nan = reinterpret_cast<VecU>(v != v);
-    const VecU rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
-    const HalfBits h = __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), HalfBits);
+    const HalfBits h = __builtin_convertvector(rounded_half(v) >> 16, HalfBits);
     __builtin_memcpy(p, &h, sizeof h);
 #endif
   }
@@ -216,36 +247,53 @@ PK_HD VecF vmin(VecF a, VecF b) { return a < b ? a : b; }
 #endif
 template <class V> PK_HD V vmax_nan(V a, V b) { return vmax(a, b); }
 
-// 2^t for kFlushExponent <= t < 127, exactly 0 at kFlushExponent, NaN for NaN. Relative error <= 1.9e-7 (3 ulp); results
-// below 2^-126 are subnormal or 0. A degree-5 polynomial on [-1/2, 1/2], fitted for least relative error with the
-// constant term fixed at 1.
+// 2^t for kFlushExponent <= t < 127, exactly 0 at kFlushExponent, NaN for NaN; results below 2^-126 are subnormal or 0. A
+// polynomial on [-1/2, 1/2], fitted for least relative error with the constant term fixed at 1: of degree 5 in exp2_flush,
+// relative error <= 1.9e-7 (3 ulp); of degree 4 in exp2_coarse, relative error <= 3e-6 (48 ulp).
+#if defined(__AVX512F__)
 constexpr float kFlushExponent = -151.0f;
+PK_HD VecF times_exp2(VecF p, VecF f, VecF n) {  // (p f + 1) 2^n
+  const __m512 q = _mm512_fmadd_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(f), _mm512_set1_ps(1.0f));
+  return reinterpret_cast<VecF>(_mm512_scalef_ps(q, reinterpret_cast<__m512>(n)));
+}
+PK_HD VecF exp2_split(VecF t, VecF& f) {
+  const VecF n = reinterpret_cast<VecF>(
+      _mm512_roundscale_ps(reinterpret_cast<__m512>(t), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  f = t - n;
+  return n;
+}
+#else
+constexpr float kFlushExponent = -127.0f;  // where 2^n has an exponent field of 0
+PK_HD VecF times_exp2(VecF p, VecF f, VecF power) { return p * (f * power) + power; }
+// f = t - n with the nearest integer n, and 2^n: adding 1.5 * 2^23 + 127 rounds, and leaves n + 127 in the low bits.
+PK_HD VecF exp2_split(VecF t, VecF& f) {
+  VecF magic = splat<VecF>(0x1.8p23f + 127);
+#if defined(__x86_64__)
+  __asm__("" : "+x"(magic));  // else the compiler holds its negative in a register too, and loops have none to spare
+#endif
+  const VecF shifted = t + magic;
+  f = t - (shifted - magic);
+  VecI bits;
+  __builtin_memcpy(&bits, &shifted, sizeof bits);
+  const VecI power_bits = bits << 23;
+  VecF power;
+  __builtin_memcpy(&power, &power_bits, sizeof power);
+  return power;
+}
+#endif
 PK_HD VecF exp2_flush(VecF t) {
   constexpr float c1 = 0x1.62e42ap-1f, c2 = 0x1.ebf9bcp-3f, c3 = 0x1.c6b752p-5f, c4 = 0x1.3cea88p-7f, c5 = 0x1.5bba14p-10f;
-#if defined(__AVX512F__)
-  const __m512 x = reinterpret_cast<__m512>(t);
-  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(x, n);
-  __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(c5), f, _mm512_set1_ps(c4));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c3));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c2));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c1));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-  return reinterpret_cast<VecF>(_mm512_scalef_ps(p, n));
-#else
-  const VecF clamped = vmax(splat<VecF>(-126.0f), t);
-  const VecF shifted = clamped + 0x1.8p23f;  // adding 1.5 * 2^23 rounds to the nearest integer, left in the low bits
-  const VecF f = clamped - (shifted - 0x1.8p23f);
-  const VecF p = ((((f * c5 + c4) * f + c3) * f + c2) * f + c1) * f + 1.0f;
-  VecI n;
-  __builtin_memcpy(&n, &shifted, sizeof n);
-  const VecI scale_bits = (n + 127) << 23;
-  VecF scale;
-  __builtin_memcpy(&scale, &scale_bits, sizeof scale);
-  return t < -126.0f ? VecF{} : p * scale;
-#endif
+  VecF f;
+  const VecF n = exp2_split(t, f);
+  return times_exp2((((f * c5 + c4) * f + c3) * f + c2) * f + c1, f, n);
 }
-PK_HD float exp2_flush(float t) { return __builtin_exp2f(t); }
+PK_HD VecF exp2_coarse(VecF t) {
+  constexpr float c1 = 0x1.62e12cp-1f, c2 = 0x1.ec0378p-3f, c3 = 0x1.c9fc46p-5f, c4 = 0x1.3a02ccp-7f;
+  VecF f;
+  const VecF n = exp2_split(t, f);
+  return times_exp2(((f * c4 + c3) * f + c2) * f + c1, f, n);
+}
+PK_HD float exp2_flush(float t) { return t <= kFlushExponent ? 0.0f : __builtin_exp2f(t); }
 PK_HD double exp2_flush(double t) { return __builtin_exp2(t); }
 
 // e^x for every x: relative error <= 1.5e-7 where the result is normal, infinity on overflow, subnormals and 0 on

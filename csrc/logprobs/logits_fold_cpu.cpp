@@ -1,65 +1,157 @@
-// The CPU walk of logits_fold.h. A row is taken in tiles that stay in the L1 cache: one sweep finds the tile's maximum,
-// a second one adds its exponentials, so that memory is read once and an exponential is taken once per logit. Four
-// accumulators of vector width hide the latency of the additions.
+// The CPU walk of logits_fold.h. A row is read once, in tiles: a tile is added up against the largest logit so far, and its
+// own maximum found on the way. Processors without AVX-512 take as long for the exponential of a vector as for reading it,
+// or longer, so what counts is how many instructions a vector takes and that none of its operands leave the registers.
 #include "logprobs/logits_fold_cpu.h"
+
+#include "core/elementary_more.h"
 
 namespace prefkern {
 inline namespace PK_ISA {
 namespace {
 
 constexpr int64_t kTile = 1024;  // 4 KiB of float
-constexpr int kUnroll = 4;
+
+// Where products are not rounded before they are added to, an exponent (pre - max) k is one instruction, pre k - (max k): all
+// exponents are then off by the rounding error of max k, and as long as that is small the sums can be shifted back.
+#if defined(__FMA__)
+template <class V> constexpr bool kFused = sizeof(V) > 8;
+#else
+template <class V> constexpr bool kFused = false;
+#endif
+template <class S> constexpr S kFusedLimit = 0x1p20f;
 
 // The running state of one row: sums against `max`, still spread over vector lanes.
 template <class V> struct RowAccumulator {
   using S = typename Lanes<V>::Scalar;
   S max = kMinusInf<S>;
-  SoftmaxSums<V> lanes[kUnroll];
+  S product = __builtin_inff(), error = 0, correction = 1;  // max k as it is rounded, what is missing from it, and 2^error
+  SoftmaxSums<V> lanes;
   SoftmaxSums<S> tail;
+  PK_HD bool fused() const { return kFused<V> && product < kFusedLimit<S> && product > -kFusedLimit<S>; }
 };
 
 template <class V, class T> PK_HD typename Lanes<V>::Scalar tile_max(const T* p, int64_t n) {
   using S = typename Lanes<V>::Scalar;
   constexpr int64_t L = Lanes<V>::count;
-  V m[kUnroll];
-  for (int k = 0; k < kUnroll; k++) m[k] = splat<V>(kMinusInf<S>);
+  V m[2];
+  for (V& each : m) each = splat<V>(kMinusInf<S>);
   int64_t i = 0;
-  for (; i + kUnroll * L <= n; i += kUnroll * L) {
-    for (int k = 0; k < kUnroll; k++) m[k] = vmax(Mem<V>::load(p + i + k * L), m[k]);
+  for (; i + 2 * L <= n; i += 2 * L) {
+    V a, b;
+    Mem<V>::load_pair(p + i, a, b);
+    m[0] = vmax(a, m[0]);
+    m[1] = vmax(b, m[1]);
   }
   for (; i + L <= n; i += L) m[0] = vmax(Mem<V>::load(p + i), m[0]);
-  S r = reduce_max(vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
+  S r = reduce_max(vmax(m[0], m[1]));
   for (; i < n; i++) r = vmax(Mem<S>::load(p + i), r);
   return r;
 }
 
+template <class V> PK_HD void join(SoftmaxSums<V>& a, const SoftmaxSums<V>& b) {
+  a.s += b.s;
+  a.u += b.u;
+  a.q += b.q;
+  a.x += b.x;
+}
+
+// A tile's sums against `max`, which must be finite, and the tile's own maximum.
+template <class V> struct TileSums {
+  using S = typename Lanes<V>::Scalar;
+  SoftmaxSums<V> lanes;
+  SoftmaxSums<S> tail;
+  S max;
+};
+// Half-precision logits come twice as fast from memory; a degree less in their exponential still leaves logp and entropy with
+// a third of the error that is promised.
+template <bool FUSED, bool ENTROPY, bool EXTRA, class T, class V, class S>
+PK_HD void add(SoftmaxSums<V>& sums, V pre, S max, S k, S product) {
+  const V t = clamp_exponent(FUSED ? pre * k - product : (pre - max) * k);
+  if constexpr (sizeof(T) == 2) softmax_add_power<ENTROPY, EXTRA>(sums, pre, t, exp2_coarse(t));
+  else softmax_add_power<ENTROPY, EXTRA>(sums, pre, t, exp2_flush(t));
+}
+
+template <bool FUSED, bool ENTROPY, bool EXTRA, class V, class T>
+PK_HD TileSums<V> tile_sums(const T* p, int64_t n, typename Lanes<V>::Scalar k, const RowAccumulator<V>& row) {
+  using S = typename Lanes<V>::Scalar;
+  constexpr int64_t L = Lanes<V>::count;
+  const S max = row.max, product = row.product;
+  TileSums<V> r;
+  SoftmaxSums<V> sums;  // one set: with two the registers do not suffice
+  V most = splat<V>(max);
+  int64_t i = 0;
+  for (; i + 2 * L <= n; i += 2 * L) {
+    // The next tile comes from memory while this one keeps the arithmetic units busy.
+    __builtin_prefetch(p + i + kTile);
+    if (2 * L * sizeof(T) > 64) __builtin_prefetch(p + i + kTile + L);
+    V a, b;
+    Mem<V>::load_pair(p + i, a, b);
+    most = vmax(a, most);
+    most = vmax(b, most);
+    add<FUSED, ENTROPY, EXTRA, T>(sums, a, max, k, product);
+    add<FUSED, ENTROPY, EXTRA, T>(sums, b, max, k, product);
+  }
+  for (; i + L <= n; i += L) {
+    const V a = Mem<V>::load(p + i);
+    most = vmax(a, most);
+    add<FUSED, ENTROPY, EXTRA, T>(sums, a, max, k, product);
+  }
+  r.lanes = sums;
+  r.max = reduce_max(most);
+  if (FUSED) softmax_shift(r.lanes, row.error, row.correction);
+  for (; i < n; i++) {
+    const S x = Mem<S>::load(p + i);
+    r.max = vmax(x, r.max);
+    softmax_add<ENTROPY, EXTRA>(r.tail, x, max, k);
+  }
+  return r;
+}
+template <bool ENTROPY, bool EXTRA, class V, class T>
+PK_HD TileSums<V> tile_sums(const T* p, int64_t n, typename Lanes<V>::Scalar k, const RowAccumulator<V>& row) {
+  if constexpr (kFused<V>)
+    if (row.fused()) return tile_sums<true, ENTROPY, EXTRA, V>(p, n, k, row);
+  return tile_sums<false, ENTROPY, EXTRA, V>(p, n, k, row);
+}
+
+template <class V> PK_HD void raise_max(RowAccumulator<V>& a, typename Lanes<V>::Scalar max, typename Lanes<V>::Scalar k) {
+  softmax_rescale(a.lanes, a.max, max, k);
+  softmax_rescale(a.tail, a.max, max, k);
+  a.max = max;
+  if constexpr (kFused<V>) {
+    a.product = rounded_product(max, k);
+    if (!a.fused()) return;
+    a.error = a.product - max * k;
+    a.correction = exp2_flush(a.error);
+  }
+}
+
+// The tile is added up against the maximum so far. Where it has a larger one its exponentials are above 1: up to
+// kHeadroom powers of two that costs nothing, beyond that the tile is taken again.
 template <bool ENTROPY, bool EXTRA, class V, class T>
 PK_HD void fold_tile(const T* p, int64_t n, typename Lanes<V>::Scalar k, RowAccumulator<V>& a) {
   using S = typename Lanes<V>::Scalar;
-  constexpr int64_t L = Lanes<V>::count;
-  const S m = tile_max<V>(p, n);
-  if (m > a.max) {
-    for (auto& lane : a.lanes) softmax_rescale(lane, a.max, m, k);
-    softmax_rescale(a.tail, a.max, m, k);
-    a.max = m;
-  }
-  if (a.max == kMinusInf<S>) {  // nothing but -inf (or NaN) so far: there is no maximum to measure against
-    for (int64_t i = 0; i < n; i++) {
-      const S x = Mem<S>::load(p + i);
-      if (x != x) a.tail.s = x;
-      if (EXTRA) a.tail.x += x;
+  constexpr S kHeadroom = 32;
+  if (a.max == kMinusInf<S>) {
+    const S m = tile_max<V>(p, n);
+    if (m == kMinusInf<S>) {  // nothing but -inf (or NaN) so far: there is no maximum to measure against
+      for (int64_t i = 0; i < n; i++) {
+        const S x = Mem<S>::load(p + i);
+        if (x != x) a.tail.s = x;
+        if (EXTRA) a.tail.x += x;
+      }
+      return;
     }
-    return;
+    raise_max(a, m, k);
   }
-  int64_t i = 0;
-  for (; i + kUnroll * L <= n; i += kUnroll * L) {
-    // The next tile comes from memory while this one keeps the arithmetic units busy.
-    for (int line = 0; line < kUnroll * L * int(sizeof(T)); line += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(p + i + kTile) + line);
-    for (int j = 0; j < kUnroll; j++) softmax_add<ENTROPY, EXTRA>(a.lanes[j], Mem<V>::load(p + i + j * L), a.max, k);
+  TileSums<V> tile = tile_sums<ENTROPY, EXTRA, V>(p, n, k, a);
+  const S max = tile.max;
+  if ((max - a.max) * k > kHeadroom) {
+    raise_max(a, max, k);
+    tile = tile_sums<ENTROPY, EXTRA, V>(p, n, k, a);
   }
-  for (; i + L <= n; i += L) softmax_add<ENTROPY, EXTRA>(a.lanes[0], Mem<V>::load(p + i), a.max, k);
-  for (; i < n; i++) softmax_add<ENTROPY, EXTRA>(a.tail, Mem<S>::load(p + i), a.max, k);
+  join(a.lanes, tile.lanes);
+  join(a.tail, tile.tail);
+  if (max > a.max) raise_max(a, max, k);
 }
 
 // Bias and softcap are applied into a buffer of one tile.
@@ -89,9 +181,9 @@ void fold_row(const FoldArgs<typename Lanes<V>::Scalar>& args, int64_t row) {
   SoftmaxRow<S> state{kMinusInf<S>, 0, 0, 0, 0, S(__builtin_nanf("")), kMinusInf<S>};
   if (!args.first) state = load_state(args, row);
   RowAccumulator<V> acc;
-  acc.max = state.max;
+  if (state.max != kMinusInf<S>) raise_max(acc, state.max, k);
 
-  const bool plain = sizeof(T) == sizeof(S) && is_plain(b.transform);
+  const bool plain = is_plain(b.transform);
   alignas(64) S buffer[kTile];
   for (int64_t first = 0; first < b.cols; first += kTile) {
     const int64_t n = first + kTile < b.cols ? kTile : b.cols - first;
@@ -109,17 +201,10 @@ void fold_row(const FoldArgs<typename Lanes<V>::Scalar>& args, int64_t row) {
   }
 
   SoftmaxSums<S> sums = acc.tail;
-  SoftmaxSums<V> all;
-  for (const auto& lane : acc.lanes) {
-    all.s += lane.s;
-    all.u += lane.u;
-    all.q += lane.q;
-    all.x += lane.x;
-  }
-  sums.s += reduce_add(all.s);
-  sums.u += reduce_add(all.u);
-  sums.q += reduce_add(all.q);
-  sums.x += reduce_add(all.x);
+  sums.s += reduce_add(acc.lanes.s);
+  sums.u += reduce_add(acc.lanes.u);
+  sums.q += reduce_add(acc.lanes.q);
+  sums.x += reduce_add(acc.lanes.x);
   SoftmaxSums<S> before{state.s, state.u, state.q, state.x};
   softmax_merge(state.max, before, acc.max, sums, k);
   state.s = before.s;
@@ -162,10 +247,9 @@ template <class V, class T, class O> void grad_row(const GradArgs<typename Lanes
     for (; i + 2 * L <= b.cols; i += 2 * L) {
       for (int line = 0; line < 2 * L * int(sizeof(T)); line += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(x + i) + 2048 + line, 1);
-      const V p0 = Mem<V>::load(x + i), p1 = Mem<V>::load(x + i + L);
-      const V d0 = softmax_grad_value(g, p0), d1 = softmax_grad_value(g, p1);
-      Mem<V>::store(out + i, d0);
-      Mem<V>::store(out + i + L, d1);
+      V p0, p1;
+      Mem<V>::load_pair(x + i, p0, p1);
+      Mem<V>::store_pair(out + i, softmax_grad_value(g, p0), softmax_grad_value(g, p1));
     }
     for (; i + L <= b.cols; i += L) Mem<V>::store(out + i, softmax_grad_value(g, Mem<V>::load(x + i)));
     for (; i < b.cols; i++) Mem<S>::store(out + i, softmax_grad_value(g, S(Mem<S>::load(x + i))));

@@ -35,11 +35,8 @@ template <class S> constexpr S kMinusInf = -__builtin_inff();
 template <class S> PK_HD constexpr S exponent_floor() { return sizeof(S) == 8 ? S(-1100) : S(kFlushExponent); }
 template <class V> PK_HD V clamp_exponent(V t) { return vmax_nan(splat<V>(exponent_floor<typename Lanes<V>::Scalar>()), t); }
 
-// Adds one element; max must be finite and at least as large as every element added.
-template <bool ENTROPY, bool EXTRA, class V, class S>
-PK_HD void softmax_add(SoftmaxSums<V>& a, V pre, S max, S base2_factor) {
-  const V t = clamp_exponent((pre - max) * base2_factor);
-  const V e = exp2_flush(t);
+// Adds one element with the exponent t and e = 2^t.
+template <bool ENTROPY, bool EXTRA, class V> PK_HD void softmax_add_power(SoftmaxSums<V>& a, V pre, V t, V e) {
   a.s += e;
   if (ENTROPY) a.u += e * t;
   if (EXTRA) {
@@ -47,14 +44,23 @@ PK_HD void softmax_add(SoftmaxSums<V>& a, V pre, S max, S base2_factor) {
     a.x += pre;
   }
 }
+// Adds one element; max must be finite and at least as large as every element added.
+template <bool ENTROPY, bool EXTRA, class V, class S>
+PK_HD void softmax_add(SoftmaxSums<V>& a, V pre, S max, S base2_factor) {
+  const V t = clamp_exponent((pre - max) * base2_factor);
+  softmax_add_power<ENTROPY, EXTRA>(a, pre, t, exp2_flush(t));
+}
 
+// Moves sums by 2^shift.
+template <class V, class S> PK_HD void softmax_shift(SoftmaxSums<V>& a, S shift, S power) {
+  a.u = (a.u + a.s * shift) * power;
+  a.s = a.s * power;
+  a.q = a.q * (power * power);
+}
 // Moves sums taken against old_max to new_max >= old_max; new_max must be finite.
 template <class V, class S> PK_HD void softmax_rescale(SoftmaxSums<V>& a, S old_max, S new_max, S base2_factor) {
   const S shift = clamp_exponent((old_max - new_max) * base2_factor);
-  const S r = exp2_flush(shift);
-  a.u = (a.u + a.s * shift) * r;
-  a.s = a.s * r;
-  a.q = a.q * (r * r);
+  softmax_shift(a, shift, exp2_flush(shift));
 }
 
 // Joins two partial rows. An empty part has max = -inf and zero sums.
