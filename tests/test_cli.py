@@ -266,7 +266,7 @@ def test_bench_in_bf16_shows_what_float32_would_take(tmp_path):
     options = ("--shapes", "24x16x500", "--dtype", "bf16", "--against", "eager")
     data, _ = measure(tmp_path, "linear_logprobs", *options)
     rows = {(row["outputs"], row["peer"]): row for row in data["rows"]}
-    assert rows["", "floor"]["note"] == "torch.mm in bf16"
+    assert rows["", "floor"]["note"] in ("torch.mm in bf16", "torch.mm in fp32, quicker here than in bf16")
     assert rows["logp", "prefkern"]["max_error"] < 1e-4 < rows["logp", "eager"]["max_error"]
     assert rows["logp", "prefkern-fp32"]["status"] == "ok"
 
@@ -482,7 +482,8 @@ def test_cases_of_a_plain_run_cover_every_op():
 
 def test_unnamed_ops_are_left_out_where_they_lack_something():
     cases = shapes.plan_cases(dtypes=["bf16"], modes=["bwd"])
-    assert {case.op for case in cases} == {"linear_logprobs", "logits_logprobs", "linear_preference_loss"}
+    heads = {"linear_logprobs", "linear_policy_loss", "linear_preference_loss", "linear_unpaired_loss"}
+    assert {case.op for case in cases} == heads | {"logits_logprobs"}
 
 
 def test_several_named_ops_run_what_they_have():
@@ -618,7 +619,8 @@ def test_results_of_another_schema_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(None, ""), (0.01234, "12.3 us"), (1.5, "1.5 ms"), (123.4, "123 ms"), (2500.0, "2.5 s")]
+    ("value", "text"),
+    [(None, ""), (0.01234, "12.3 us"), (1.5, "1.5 ms"), (123.4, "123 ms"), (2500.0, "2.5 s"), (0.9998, "1 ms"), (999.7, "1 s")],
 )
 def test_milliseconds_have_three_digits(value, text):
     assert report.milliseconds(value) == text

@@ -105,9 +105,10 @@ def milliseconds(value: float | None) -> str:
     """Three digits, in the unit that suits."""
     if value is None:
         return ""
-    if value < 1:
-        return f"{1e3 * value:.3g} us"
-    return f"{value:.3g} ms" if value < 1e3 else f"{value / 1e3:.3g} s"
+    for unit, size in (("us", 1e-3), ("ms", 1.0)):
+        if value < 999.5 * size:  # more would be rounded to 1e+03
+            return f"{value / size:.3g} {unit}"
+    return f"{value / 1e3:.3g} s"
 
 
 def times(value: float | None) -> str:

@@ -11,7 +11,7 @@ errors   the largest errors against float64 and whether equal calls gave equal b
 machine  where and with what the run was made, how quiet it was, and what it left out
 plot     an image, named by `image=`
 
-Of a file that does not exist it says so: not yet measured.
+Of a file that does not exist, and of cases that a run may have left out, it says so: not yet measured.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ def table(data: Results, kind: str, conditions: Mapping[str, str] | None = None)
     if kind not in kinds:
         raise ValueError(f"unknown kind of table {kind!r}; accepted: {', '.join((*kinds, 'plot'))}")
     rows = [row for row in data["rows"] if all(str(row[key]) in value.split(",") for key, value in conditions.items())]
+    if not rows and data.get("left_out"):
+        return NOT_MEASURED
     if not rows:
         raise ValueError(f"no rows with {conditions}")
     return kinds[kind](data, rows)
