@@ -109,11 +109,8 @@ def test_gradients_of_a_frozen_head(device, save, dtype, options, chunk_bytes):
     expected_out, (expected,) = gradients((hidden, weight), targets, upstream, save="recompute", **arguments)
     assert got.dtype == dtype
     assert distance(got, expected) < TOLERANCE[save][dtype]
-    if save == "u":
-        assert_same_outputs(out, expected_out)
-    else:  # cut as the backward cuts
-        for a, e in zip(out[:5], expected_out[:5], strict=True):
-            assert_close(a, e, rtol=1e-5, atol=1e-5)
+    for a, e in zip(out[:5], expected_out[:5], strict=True):  # another walk: equal up to rounding
+        assert_close(a, e, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("sources", [("logp",), ("logp", "entropy"), ("logp", "lse"), ("entropy",), ("lse",)], ids="+".join)

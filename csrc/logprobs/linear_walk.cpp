@@ -1,8 +1,8 @@
 // The walk is the same on the CPU and on CUDA. Over blocks of the vocabulary (outer) and chunks of rows (inner): a vendor
 // GEMM writes a block of logits in the accumulator type, and fold_logits folds it while it is still in cache. The
-// backward recomputes each block, grad_logits turns it into d loss / d logits in place, and two GEMMs take it to the
-// gradients (linear_backward.cpp). With the vocabulary outermost, a block of the weight's gradient is complete when its block ends, so its
-// float32 accumulator is as small as the block.
+// backward (linear_backward.cpp) recomputes each block, grad_logits turns it into d loss / d logits in place, and two GEMMs
+// take it to the gradients. With the vocabulary outermost, a block of the weight's gradient is complete when its block ends,
+// so its float32 accumulator is as small as the block. What else a forward may leave for its backward is in linear_saved.h.
 #include "logprobs/linear_walk.h"
 
 #include <limits>
