@@ -25,7 +25,7 @@ def test_version():
 def test_build_info():
     info = prefkern.build_info()
     assert set(info) == {
-        "version", "compiler", "torch_built", "torch_target", "torch_running", "cuda_archs", "cuda_runtime",
+        "version", "compiler", "torch_built", "torch_target", "torch_running", "cuda_archs", "cuda_runtime", "cutlass",
     }  # fmt: skip
     assert re.match(r"\d+\.\d+", info["compiler"])
     running = re.match(r"\d+\.\d+\.\d+", torch.__version__)[0]
@@ -35,11 +35,17 @@ def test_build_info():
     assert numbers[0] <= numbers[2]
     assert isinstance(info["cuda_runtime"], int)
     assert (info["cuda_archs"] == "") == (info["cuda_runtime"] == 0)
+    assert re.fullmatch(r"(\d+\.\d+\.\d+)?", info["cutlass"])
+    assert info["cutlass"] == "" or "90a" in info["cuda_archs"]
 
 
 def test_capabilities():
     found = prefkern.capabilities()
-    assert set(found) == {"cpu_isa", "cpu_isas", "cpu_features", "cuda_compiled", "torch_cuda_stream_api"}
+    assert set(found) == {
+        "cpu_isa", "cpu_isas", "cpu_features", "cuda_compiled", "cuda_forward", "cuda_backward", "torch_cuda_stream_api",
+    }  # fmt: skip
+    assert found["cuda_forward"] in {"auto", "stage1", "stage2"}
+    assert found["cuda_backward"] in {"auto", "dense", "compact"}
     assert found["cpu_isas"][0] == "base"
     assert found["cpu_isa"] in found["cpu_isas"]
     assert found["cuda_compiled"] == (prefkern.build_info()["cuda_runtime"] != 0)
