@@ -132,6 +132,7 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "float clamp_low, float clamp_high, float beta, float kl_clamp, float anchor_gamma, float scale, float norm, "
       "bool with_grad) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("policy_loss_backward(Tensor g_loss, Tensor unnormalised, Tensor inverse_norm) -> Tensor");
+  m.def("policy_loss_backward_(Tensor g_loss, Tensor(a!) unnormalised, Tensor inverse_norm) -> ()");
 
   // ---- sequence: transform is the enumeration of math/sequence.h, bootstrap that of math/returns.h, dtype that of
   // core/common.h; step_ids may be a bool mask, of one step. Sums and means have a gradient in values; everything about
@@ -271,6 +272,7 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("policy_loss", PK_OP(policy_loss));                                        \
     m.impl("policy_loss_fwd", PK_OP(policy_loss));                                    \
     m.impl("policy_loss_backward", PK_OP(policy_loss_backward));                      \
+    m.impl("policy_loss_backward_", PK_OP(policy_loss_backward_inplace));             \
     m.impl("sequence_reduce", PK_OP(sequence_reduce));                                \
     m.impl("sequence_reduce_fwd", PK_OP(sequence_reduce));                            \
     m.impl("sequence_reduce_backward", PK_OP(sequence_reduce_backward));              \

@@ -257,8 +257,8 @@ PK_HD VecF times_exp2(VecF p, VecF f, VecF n) {  // (p f + 1) 2^n
   return reinterpret_cast<VecF>(_mm512_scalef_ps(q, reinterpret_cast<__m512>(n)));
 }
 PK_HD VecF exp2_split(VecF t, VecF& f) {
-  const VecF n = reinterpret_cast<VecF>(
-      _mm512_roundscale_ps(reinterpret_cast<__m512>(t), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  const VecF n =
+      reinterpret_cast<VecF>(_mm512_roundscale_ps(reinterpret_cast<__m512>(t), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   f = t - n;
   return n;
 }
