@@ -93,13 +93,13 @@ def powers_of_halves(x, tag):
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_exp2_of_halves(name):
-    """Relative error at most 3e-6, and 1.2e-7 for the sum; u = t 2^t has the same."""
+    """Relative error at most 3e-6, and 1.2e-7 for the sum; u = t 2^t has that and what rounding t costs."""
     x = np.concatenate([np.linspace(-1.4, 0, 20_001), -np.geomspace(1e-4, 80, 4_001)]).astype(F32)
     t, result, u = powers_of_halves(x, getattr(_C.DType, name))
     exact = np.exp2(t)
     assert np.abs(result - exact).max() > 2e-7  # the coarse one is what is looked at
     assert (np.abs(result - exact) <= 3e-6 * exact + 1.2e-7).all()
-    assert (np.abs(u - t * exact) <= 3.3e-6 * np.abs(t * exact) + 1e-30).all()
+    assert (np.abs(u - t * exact) <= (3e-6 + 1.2e-7 * (1 - t)) * np.abs(t * exact) + 1e-30).all()
 
 
 def test_exp2_of_zero_and_far_below():
