@@ -152,6 +152,7 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "float clamp_low, float clamp_high, float beta, float kl_clamp, float anchor_gamma, float scale, float norm, "
       "bool with_grad) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("policy_loss_backward(Tensor g_loss, Tensor unnormalised, Tensor inverse_norm) -> Tensor");
+  m.def("policy_loss_backward_(Tensor g_loss, Tensor(a!) unnormalised, Tensor inverse_norm) -> ()");
   // Straight from the head: hidden [N, H]; targets [B, T], or [N] with cu_seqlens, ignore_index where a token does not count.
   // Results are (loss, metrics, d_hidden, d_weight, d_bias), the gradients as far as needs asks for them. Implemented in
   // python/prefkern/ops/linear_policy.py, over linear_chunk_.
@@ -307,6 +308,7 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("policy_loss", PK_OP(policy_loss));                                        \
     m.impl("policy_loss_fwd", PK_OP(policy_loss));                                    \
     m.impl("policy_loss_backward", PK_OP(policy_loss_backward));                      \
+    m.impl("policy_loss_backward_", PK_OP(policy_loss_backward_inplace));             \
     m.impl("sequence_reduce", PK_OP(sequence_reduce));                                \
     m.impl("sequence_reduce_fwd", PK_OP(sequence_reduce));                            \
     m.impl("sequence_reduce_backward", PK_OP(sequence_reduce_backward));              \

@@ -100,6 +100,8 @@ LAYOUTS = {
     "eights": lambda size: torch.arange(size) // 8,
     "adjacent": lambda size: torch.randperm(size)[runs(size)],
     "mixed": lambda size: runs(size)[torch.randperm(size)],
+    "gaps": lambda size: (runs(size) * 3 + 11)[torch.randperm(size)],
+    "wide gaps": lambda size: (runs(size) * 15 - 4)[torch.randperm(size)],
     "sparse": lambda size: (runs(size) * 0x123456789AB - 2**60)[torch.randperm(size)],
     "single": lambda size: torch.full((size,), -7),
     "alone": lambda size: torch.arange(size) * 3,

@@ -417,6 +417,45 @@ def test_inplace_needs_rows_of_their_own(device, shape, view):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("step", [0.0, 0.01, 3.0, 20.0, 40.0, 600.0])
+def test_maxima_that_come_late(device, dtype, step):
+    """Logits that rise or jump from one stretch of a row to the next, by little or beyond what an exponential can hold."""
+    logits, targets = make(device, dtype, (6,), 5000, ignored=False)
+    logits = (logits.float().cpu() + step * (torch.arange(5000) // 700)).to(dtype).to(device)
+    logits[1] = logits[1].flip(0)
+    logits[2, :3000] = -INF  # nothing to measure against at first
+    logits[3, ::2] = -INF
+    logits[4, 4999] = 900.0
+    actual, expected = logits_logprobs(logits, targets, outputs=ALL), exactly(logits, targets, outputs=ALL)
+    far = 4e-6 * step if dtype != F64 else 0.0
+    assert_fields(actual, expected, 1e-5 + far if dtype != F64 else 1e-11, rtol=3e-6 if dtype != F64 else 0.0)
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=names)
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("at", [0, 3, 1029, 2500, 4999])
+def test_what_is_not_finite_is_seen_wherever_it_is(device, dtype, value, at):
+    logits, targets = make(device, dtype, (3,), 5000, ignored=False)
+    logits[1, at] = value
+    negative = torch.tensor([0xFFC00000 - (1 << 32)], dtype=torch.int32).view(F32).to(dtype).to(device)
+    logits[2, at] = -value if value == INF else negative[0]
+    out = logits_logprobs(logits, targets, outputs=("entropy", "lse"))
+    spoiled = [False, True, value is NAN]
+    assert out.entropy.isnan().tolist() == spoiled
+    assert out.lse.isnan().tolist() == spoiled
+
+
+@pytest.mark.parametrize("temperature", [1e-2, 1e-4, 1e-8, 1e-30, 1e8, 1e30])
+def test_temperatures_far_from_one(device, temperature):
+    """Logits over temperature from where every exponent is 0 to where a product with log2 e has no digit behind the point."""
+    logits, targets = make(device, F32, (5,), 4000, ignored=False)
+    actual = logits_logprobs(logits, targets, temperature=temperature, outputs=("entropy",))
+    expected = exactly(logits, targets, temperature=float(torch.tensor(temperature)), outputs=("entropy",))
+    assert_close(actual.logp.cpu().double(), expected.logp, rtol=3e-7, atol=1e-5)
+    assert_close(actual.entropy.cpu().double(), expected.entropy, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("options", ["plain", "everything"])
 def test_a_row_gives_the_same_bits_wherever_it_is(device, dtype, options):
     """Order of rows, what is beside them, and the number of calls change nothing, not even rounding."""

@@ -449,6 +449,22 @@ def test_the_backward_can_run_twice_but_not_be_differentiated(device):
         second.sum().backward()
 
 
+def test_the_gradient_is_written_over_what_was_saved_unless_the_graph_is_kept(device, op_log):
+    logp, old, _, advantages = make(device=device)
+    loss = policy_loss(logp.requires_grad_(), old, advantages).loss
+    first, again = (torch.autograd.grad(2 * loss, logp, retain_graph=True)[0] for _ in range(2))
+    (last,) = torch.autograd.grad(2 * loss, logp)
+    assert first.abs().sum() > 0 and torch.equal(first, again) and torch.equal(first, last)
+    backward = "policy_loss_backward"
+    assert [name for name in op_log.names() if name.startswith(backward)] == [backward, backward, f"{backward}_"]
+    unnormalised, (inverse, g) = torch.randn(3, 9, device=device), torch.tensor([0.5, 3.0], device=device)
+    expected = OPS.policy_loss_backward(g, unnormalised, inverse)
+    OPS.policy_loss_backward_(g, unnormalised, inverse)
+    assert torch.equal(unnormalised, expected)
+    with pytest.raises(RuntimeError, match="unnormalised is not contiguous"):
+        OPS.policy_loss_backward_(g, torch.randn(9, 3, device=device).T, inverse)
+
+
 def test_changing_metrics_and_loss_in_place_is_allowed(device):
     """A trainer scales the loss and reduces metrics over ranks in place before the backward."""
     logp, old, _, advantages = make(device=device)

@@ -73,6 +73,35 @@ def test_exp2_of_integers_is_exact(columns):
     assert (result[whole] == np.exp2(t[whole])).all()
 
 
+def powers_of_halves(x, tag):
+    """2^(x log2 e), x <= 0, as the forward takes it of half-precision logits: the sum of a row that holds 0, x and minus
+    infinities, less 1. Errors below the spacing of the sum are not seen. Returns the exponent, that, and the sum u."""
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}[tag.name]
+    logits = torch.full((len(x), 2 * WIDE), -math.inf, dtype=dtype)
+    logits[:, 0], logits[:, WIDE + 3] = 0, torch.from_numpy(x)
+    rows = len(x)
+    targets, state = np.zeros(rows, np.int64), np.empty((7, rows), F32)
+    a = _C.FoldArgs()
+    a.block.dtype, a.block.rows, a.block.cols, a.block.vocab, a.block.targets = tag, rows, 2 * WIDE, 2 * WIDE, address(targets)
+    a.logits_map.inner, a.logits_map.outer_stride = 1, 2 * WIDE
+    a.entropy, a.last, a.state, a.state_stride = True, False, address(state), rows
+    a.logits = address(logits)
+    _C.cpu_fold_logits(a)
+    t = logits[:, WIDE + 3].double().numpy() * math.log2(math.e)
+    return t, state[1].astype(np.float64) - 1, state[2].astype(np.float64)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_exp2_of_halves(name):
+    """Relative error at most 3e-6, and 1.2e-7 for the sum; u = t 2^t has that and what rounding t costs."""
+    x = np.concatenate([np.linspace(-1.4, 0, 20_001), -np.geomspace(1e-4, 80, 4_001)]).astype(F32)
+    t, result, u = powers_of_halves(x, getattr(_C.DType, name))
+    exact = np.exp2(t)
+    assert np.abs(result - exact).max() > 2e-7  # the coarse one is what is looked at
+    assert (np.abs(result - exact) <= 3e-6 * exact + 1.2e-7).all()
+    assert (np.abs(u - t * exact) <= (3e-6 + 1.2e-7 * (1 - t)) * np.abs(t * exact) + 1e-30).all()
+
+
 def test_exp2_of_zero_and_far_below():
     _, result = exp2(np.array([0.0] * 17 + [-151, -200, -1e4, -1e30, -np.inf] * 20, F32))
     assert (result[:17] == 1).all()

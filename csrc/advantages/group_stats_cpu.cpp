@@ -5,8 +5,8 @@
 // is that of the run before: then as many groups as a vector has lanes are worked on together, so that means, square roots
 // and divisions are vector code too.
 //
-// Otherwise ids are numbered first, in order of appearance: by direct index where their range is small, by an
-// open-addressing hash table where not. Three sweeps follow: sums, squared deviations, results.
+// Otherwise, unless the ids are numbers without large gaps, they are numbered first, in order of appearance: by direct index where
+// their range is small, by an open-addressing hash table where not. Three sweeps follow: sums, squared deviations, results.
 //
 // What these two do not cover (several columns, NaN, estimators with sums of their own, a batch rule) walks over lists of
 // rows, a group at a time.
@@ -241,74 +241,82 @@ int64_t number_by_hash(const int64_t* ids, int64_t count, int32_t* slot) {
   return groups;
 }
 
-// What a group's sums turn into, in place: sum -> mean -> center, squares -> scale.
-template <class S> struct Group {
+// Of every group what the sweeps over the rows look up, in as little memory as possible, since the groups are met in any order:
+// sum -> mean -> center, and squares -> scale.
+struct Group {
   double center, scale;
-  S mean, std;
-  int64_t size;
 };
 
-template <class S> bool scattered(const GroupArgs<S>& a) {
+template <class S, class Slot> bool sweeps(const GroupArgs<S>& a, int64_t groups, const Slot& slot) {
   const int64_t count = a.count;
-  int64_t low = a.group[0], high = low;
+  Buffer<Group> group(groups, true);
+  Buffer<int32_t> size(groups, true);
   for (int64_t i = 0; i < count; i++) {
-    low = a.group[i] < low ? a.group[i] : low;
-    high = a.group[i] > high ? a.group[i] : high;
+    const int64_t k = slot(i);
+    group[k].center += a.rewards[i];
+    size[k]++;
   }
-  const uint64_t range = uint64_t(high) - uint64_t(low);
-  Buffer<int32_t> numbers(count);
-  int32_t* slot = &numbers[0];
-  const int64_t groups = range <= uint64_t(4 * count + 1024) ? number_by_index(a.group, count, low, int64_t(range) + 1, slot)
-                                                             : number_by_hash(a.group, count, slot);
-  Buffer<Group<S>> group(groups, true);
-  for (int64_t i = 0; i < count; i++) {
-    Group<S>& g = group[slot[i]];
-    g.center += a.rewards[i];
-    g.size++;
-  }
-  for (int64_t k = 0; k < groups; k++) group[k].center = group_mean(group[k].center, double(group[k].size));
+  const auto n = [&](int64_t k) { return double(size[k] > 0 ? size[k] : 1); };  // an id that nobody has is a group of one 0
+  for (int64_t k = 0; k < groups; k++) group[k].center = group_mean(group[k].center, n(k));
   if (sizeof(S) == 8) {
-    for (int64_t i = 0; i < count; i++) group[slot[i]].scale += a.rewards[i] - group[slot[i]].center;
+    for (int64_t i = 0; i < count; i++) group[slot(i)].scale += a.rewards[i] - group[slot(i)].center;
     for (int64_t k = 0; k < groups; k++) {
-      group[k].center = refine_mean(group[k].center, group[k].scale, group[k].size);
+      group[k].center = refine_mean(group[k].center, group[k].scale, n(k));
       group[k].scale = 0;
     }
   }
   for (int64_t i = 0; i < count; i++) {
-    Group<S>& g = group[slot[i]];
+    Group& g = group[slot(i)];
     const double d = a.rewards[i] - g.center;
     g.scale += d * d;
   }
+  Buffer<S> mean(a.mean ? groups : 0), std(a.std ? groups : 0);
   double check = 0;
   for (int64_t first = 0; first < groups; first += kBatch) {
     Batch b;
-    const int64_t n = first + kBatch < groups ? kBatch : groups - first;
-    Group<S>* g = &group[first];
-    for (int64_t k = 0; k < n; k++) {
-      b.n[k] = g[k].size;
-      b.mean[k] = g[k].center;
-      b.squares[k] = g[k].scale;
-      check += 0.0 * g[k].center;
+    const int64_t some = first + kBatch < groups ? kBatch : groups - first;
+    for (int64_t k = 0; k < some; k++) {
+      const Group& g = group[first + k];
+      b.n[k] = n(first + k);
+      b.mean[k] = g.center;
+      b.squares[k] = g.scale;
+      check += 0.0 * g.center;
     }
-    finish(a.rule, b, 0, n);
-    for (int64_t k = 0; k < n; k++) {
-      g[k].center = b.center[k];
-      g[k].scale = b.scale[k];
-      g[k].mean = S(b.mean[k]);
-      g[k].std = S(b.std[k]);
+    finish(a.rule, b, 0, some);
+    for (int64_t k = 0; k < some; k++) {
+      group[first + k] = {b.center[k], b.scale[k]};
+      if (a.mean) mean[first + k] = S(b.mean[k]);
+      if (a.std) std[first + k] = S(b.std[k]);
     }
   }
   for (int64_t i = 0; i < count; i++) {
-    const Group<S>& g = group[slot[i]];
+    const Group& g = group[slot(i)];
     a.advantages[i] = S((a.rewards[i] - g.center) * g.scale);
   }
   if (a.mean)
-    for (int64_t i = 0; i < count; i++) a.mean[i] = group[slot[i]].mean;
+    for (int64_t i = 0; i < count; i++) a.mean[i] = mean[slot(i)];
   if (a.std)
-    for (int64_t i = 0; i < count; i++) a.std[i] = group[slot[i]].std;
+    for (int64_t i = 0; i < count; i++) a.std[i] = std[slot(i)];
   if (a.sizes)
-    for (int64_t i = 0; i < count; i++) a.sizes[i] = group[slot[i]].size;
+    for (int64_t i = 0; i < count; i++) a.sizes[i] = size[slot(i)];
   return check == 0;
+}
+
+template <class S> bool scattered(const GroupArgs<S>& a) {
+  const int64_t count = a.count, *ids = a.group;
+  int64_t low = ids[0], high = low;
+  for (int64_t i = 0; i < count; i++) {
+    low = ids[i] < low ? ids[i] : low;
+    high = ids[i] > high ? ids[i] : high;
+  }
+  const uint64_t range = uint64_t(high) - uint64_t(low);
+  // Mostly ids leave no large gaps, and are numbers of groups themselves.
+  if (range < uint64_t(count)) return sweeps(a, int64_t(range) + 1, [=](int64_t i) { return ids[i] - low; });
+  Buffer<int32_t> numbers(count);
+  int32_t* slot = &numbers[0];
+  const int64_t groups = range <= uint64_t(4 * count + 1024) ? number_by_index(ids, count, low, int64_t(range) + 1, slot)
+                                                             : number_by_hash(ids, count, slot);
+  return sweeps(a, groups, [=](int64_t i) { return int64_t(slot[i]); });
 }
 
 // ---- any rule, by lists of rows ---------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ PolicyOutputs policy_loss(const Tensor& logp, OptTensor old_logp, OptTensor adva
                           double norm, bool with_grad);
 
 Tensor policy_loss_backward(const Tensor& g_loss, const Tensor& unnormalised, const Tensor& inverse_norm);
+void policy_loss_backward_inplace(const Tensor& g_loss, Tensor unnormalised, const Tensor& inverse_norm);
 
 // Level and mode are those of math/importance.h; bounds are infinite for none.
 Tensor importance_weights(const Tensor& old_logp, const Tensor& rollout_logp, OptTensor mask, OptTensor cu_seqlens,

@@ -127,6 +127,32 @@ template <class S> void run(const PolicyOptions& options, const SequenceLayout& 
   cpu_policy_loss(a);
 }
 
+// The gradient into `grad`, which may be where it comes from.
+void scale_gradient(const Tensor& g_loss, const Tensor& from, const Tensor& inverse_norm, const Tensor& grad) {
+  const DType dtype = float_dtype(from, "unnormalised");
+  const ScalarType st = from.scalar_type();
+  check_type(dtype == accumulator(dtype) && g_loss.scalar_type() == st && inverse_norm.scalar_type() == st,
+             "g_loss, unnormalised and inverse_norm have dtypes ", dtype_name(g_loss.scalar_type()), ", ", dtype_name(st),
+             " and ", dtype_name(inverse_norm.scalar_type()), "; one of float32 and float64 is expected for all");
+  check_value(g_loss.numel() == 1 && inverse_norm.numel() == 1, "g_loss and inverse_norm have shapes ", shape_text(g_loss),
+              " and ", shape_text(inverse_norm), "; expected one element each");
+  check_same_device(g_loss, "g_loss", from, "unnormalised");
+  check_same_device(inverse_norm, "inverse_norm", from, "unnormalised");
+  const OnDevice guard(from);
+  const auto filled = [&](auto a) {
+    using S = std::remove_const_t<std::remove_pointer_t<decltype(a.unnormalised)>>;
+    a.tokens = from.numel();
+    a.unnormalised = data<S>(from);
+    a.upstream = data<S>(g_loss);
+    a.inverse_norm = data<S>(inverse_norm);
+    a.grad = mutable_data<S>(grad);
+    return a;
+  };
+  if (dtype == DType::f64) cpu_policy_loss_backward(filled(PolicyGradArgs<double>()));
+  else if (from.is_cuda()) check_cuda(cuda_policy_loss_backward(filled(PolicyGradArgs<float>()), current_stream(from)));
+  else cpu_policy_loss_backward(filled(PolicyGradArgs<float>()));
+}
+
 }  // namespace
 
 PolicyOutputs policy_loss(const Tensor& logp, OptTensor old_logp, OptTensor advantages, OptTensor mask, OptTensor cu_seqlens,
@@ -222,35 +248,14 @@ PolicyOutputs policy_loss(const Tensor& logp, OptTensor old_logp, OptTensor adva
 }
 
 Tensor policy_loss_backward(const Tensor& g_loss, const Tensor& unnormalised, const Tensor& inverse_norm) {
-  const DType dtype = float_dtype(unnormalised, "unnormalised");
-  const ScalarType st = unnormalised.scalar_type();
-  check_type(dtype == accumulator(dtype) && g_loss.scalar_type() == st && inverse_norm.scalar_type() == st,
-             "g_loss, unnormalised and inverse_norm have dtypes ", dtype_name(g_loss.scalar_type()), ", ", dtype_name(st),
-             " and ", dtype_name(inverse_norm.scalar_type()), "; one of float32 and float64 is expected for all");
-  check_value(g_loss.numel() == 1 && inverse_norm.numel() == 1, "g_loss and inverse_norm have shapes ", shape_text(g_loss),
-              " and ", shape_text(inverse_norm), "; expected one element each");
-  check_same_device(g_loss, "g_loss", unnormalised, "unnormalised");
-  check_same_device(inverse_norm, "inverse_norm", unnormalised, "unnormalised");
-  const OnDevice guard(unnormalised);
-  const Tensor g = to_contiguous(unnormalised), grad = torch::stable::empty_like(g);
-  const auto fill = [&](auto& a) {
-    using S = std::remove_const_t<std::remove_pointer_t<decltype(a.unnormalised)>>;
-    a.tokens = g.numel();
-    a.unnormalised = data<S>(g);
-    a.upstream = data<S>(g_loss);
-    a.inverse_norm = data<S>(inverse_norm);
-    a.grad = mutable_data<S>(grad);
-  };
-  if (dtype == DType::f64) {
-    PolicyGradArgs<double> a;
-    fill(a);
-    cpu_policy_loss_backward(a);
-  } else {
-    PolicyGradArgs<float> a;
-    fill(a);
-    g.is_cuda() ? check_cuda(cuda_policy_loss_backward(a, current_stream(g))) : cpu_policy_loss_backward(a);
-  }
+  const Tensor from = to_contiguous(unnormalised), grad = torch::stable::empty_like(from);
+  scale_gradient(g_loss, from, inverse_norm, grad);
   return grad;
+}
+
+void policy_loss_backward_inplace(const Tensor& g_loss, Tensor unnormalised, const Tensor& inverse_norm) {
+  check_value(unnormalised.is_contiguous(), "unnormalised is not contiguous; what is overwritten has to be");
+  scale_gradient(g_loss, unnormalised, inverse_norm, unnormalised);
 }
 
 }  // namespace prefkern

@@ -17,15 +17,31 @@ constexpr int64_t kTile = 4096;
 PK_HD double lane_min(double v) { return v; }
 PK_HD double lane_min(VecF v) { return -reduce_max(-v); }
 
+// How many lanes of a tile have met a condition: -1 in a lane of a vector, true of a double.
+PK_HD void count(VecI& counts, VecI condition) { counts -= condition; }
+PK_HD void count(int32_t& counts, bool condition) { counts += condition; }
+PK_HD double counted(VecI counts) {
+  int32_t n = 0;
+  for (int i = 0; i < kLanes; i++) n += counts[i];
+  return n;
+}
+PK_HD double counted(int32_t counts) { return counts; }
+template <class V> struct CountOf {
+  using Type = VecI;
+};
+template <> struct CountOf<double> {
+  using Type = int32_t;
+};
+
 template <class V> struct TileSums {
-  V loss = {}, low = {}, high = {}, dual = {}, ratio = {}, approx_kl = {}, kl = {}, entropy = {};
+  typename CountOf<V>::Type low = {}, high = {}, dual = {};
+  V loss = {}, ratio = {}, approx_kl = {}, kl = {}, entropy = {};
   V min = splat<V>(__builtin_inff()), max = {};
 
   PK_HD void add(const PolicyTerm<V>& t, V ratio_if_kept, V ratio_or_inf) {
-    const V one = splat<V>(1);
-    low = t.low ? low + one : low;
-    high = t.high ? high + one : high;
-    dual = t.dual ? dual + one : dual;
+    count(low, t.low);
+    count(high, t.high);
+    count(dual, t.dual);
     loss += t.loss;
     ratio += ratio_if_kept;
     approx_kl += t.approx_kl;
@@ -35,9 +51,9 @@ template <class V> struct TileSums {
   }
   PK_HD void flush(double* sums) {
     sums[kSumLoss] += lane_sum(loss);
-    sums[kSumLow] += lane_sum(low);
-    sums[kSumHigh] += lane_sum(high);
-    sums[kSumDual] += lane_sum(dual);
+    sums[kSumLow] += counted(low);
+    sums[kSumHigh] += counted(high);
+    sums[kSumDual] += counted(dual);
     sums[kSumRatio] += lane_sum(ratio);
     sums[kSumApproxKl] += lane_sum(approx_kl);
     sums[kSumKl] += lane_sum(kl);

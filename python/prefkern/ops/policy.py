@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ._arguments import accumulator, check_ends, check_layout, check_tensors, number, same_device
-from ._call import call, choice, no_double_backward, validation
+from ._call import call, choice, keeps_graph, no_double_backward, validation
 from .types import LossOutput
 
 _OPS = torch.ops.prefkern
-_loss, _loss_fwd, _loss_backward = _OPS.policy_loss.default, _OPS.policy_loss_fwd.default, _OPS.policy_loss_backward.default
+_loss, _loss_fwd = _OPS.policy_loss.default, _OPS.policy_loss_fwd.default
+_loss_backward, _loss_backward_ = _OPS.policy_loss_backward.default, _OPS.policy_loss_backward_.default
 _importance_weights, _off_policy_mask = _OPS.importance_weights.default, _OPS.off_policy_mask.default
 
 # In the order of the enumerations of csrc/math.
@@ -483,6 +484,11 @@ def _fake_backward(g_loss: Tensor, unnormalised: Tensor, inverse_norm: Tensor) -
     return unnormalised.new_empty(unnormalised.shape)
 
 
+@torch.library.register_fake("prefkern::policy_loss_backward_")
+def _fake_backward_inplace(g_loss: Tensor, unnormalised: Tensor, inverse_norm: Tensor) -> None:
+    return None
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     if not inputs[-1]:
         raise ValueError("with_grad is False, but logp requires a gradient")
@@ -518,7 +524,11 @@ class _PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, None]:
-        return _logp_grad(ctx, g_loss), None
+        if g_loss is None or torch.is_grad_enabled() or keeps_graph():
+            return _logp_grad(ctx, g_loss), None
+        unnormalised, inverse_norm = ctx.saved_tensors  # nobody will ask for them again
+        _loss_backward_(g_loss, unnormalised, inverse_norm)
+        return unnormalised, None
 
 
 torch.library.register_autograd("prefkern::policy_loss", _backward, setup_context=_setup)

@@ -58,8 +58,11 @@ _WITH_TIES = ("rao_kupper", "davidson")
 _WITH_FACTOR = ("squared_targets", "cal_dpo", "asft")
 _OWN_TARGETS = ("ipo", "sppo_hard", "cal_dpo")  # beta is in them alone
 _PARAMETERS = {"discopop": "tau", "dpop": "penalty", "focal": "gamma", "rao_kupper": "nu", "davidson": "nu", "asft": "sft"}
+_PARAMETER_NAMES, _NO_PARAMETER = ("tau", "penalty", "gamma", "nu", "sft"), (None,) * 5
 _PARAMETER_DEFAULTS = {"tau": 0.05, "penalty": 50.0, "gamma": 0.05, "sft": 1.0}
 
+
+_STAND_IN = (1.0, 0.0, 0.25, 0.0, 0.0)  # for the numbers of scale, offset, ..., where a tensor is given
 
 # What trainers call a loss of pairs that is no kind of its own: where it is.
 _ELSEWHERE = {
@@ -224,7 +227,9 @@ def pair_arguments(
     score, alpha = _limit_of(score, alpha)
     given = (("label_smoothing", label_smoothing), ("chosen_target", targets[0]), ("rejected_target", targets[1]))
     values = (_number_or_tensor("scale", scale), margin, *(0.0 if t is None else _number_or_tensor(n, t) for n, t in given))
-    parameter = _parameter(kind, {"tau": tau, "penalty": penalty, "gamma": gamma, "nu": nu, "sft": sft})
+    own = (tau, penalty, gamma, nu, sft)
+    without = kind not in _PARAMETERS and own == _NO_PARAMETER
+    parameter = 1.0 if without else _parameter(kind, dict(zip(_PARAMETER_NAMES, own, strict=True)))
     modes = (place, _kind(score, SCORES, "score"), _average(average), _kind(reduction, REDUCTIONS, "reduction"))
     bounds = (alpha, number("exp_cap", exp_cap), _bound("max_p", max_p))
     return (
@@ -425,21 +430,31 @@ def constants(
 ) -> tuple[Any, ...]:
     """The op's arguments between the log-probs and ``with_grad``. The first ``PAIR_TENSORS`` are tensors or None, [P] or of one
     element, in the order of the op's schema."""
-    sides = ("chosen_", "rejected_") if desirable is None else ("", "")
-    references_of, lengths_of = (f"ref_{side}logp" for side in sides), (f"{side}lengths" for side in sides)
-    names = ("weight", "tie", "mask", *references_of, "desirable", *lengths_of)
-    for name, t in zip(names, (*tensors, *references, desirable, *lengths), strict=True):
+    for t in (*tensors, *references, desirable, *lengths):
         if t is not None and not isinstance(t, Tensor):
-            check_tensors(**{name: t})
-    refs = tuple(t.detach() if t is not None and t.requires_grad else t for t in references)
-    weight, tie, mask = (t.detach() if t is not None and t.requires_grad else t for t in tensors)
-    given = tuple(v.detach() if isinstance(v, Tensor) else None for v in values)
-    numbers = tuple(d if isinstance(v, Tensor) else v for v, d in zip(values, (1.0, 0.0, 0.25, 0.0, 0.0), strict=True))
+            _refuse_other(tensors, references, desirable, lengths)
+    refs = [t.detach() if t is not None and t.requires_grad else t for t in references]
+    weight, tie, mask = [t.detach() if t is not None and t.requires_grad else t for t in tensors]
+    given: list[Tensor | None] = [None] * len(values)
+    numbers: list[Any] = list(values)
+    for place, value in enumerate(values):
+        if isinstance(value, Tensor):
+            given[place], numbers[place] = value.detach(), _STAND_IN[place]
     norm_tensor = norm.detach() if isinstance(norm, Tensor) else None
     norm_number = -1.0 if norm is None or isinstance(norm, Tensor) else _norm(norm)
     return (
         *refs, desirable, *lengths, *given, weight, tie, mask, norm_tensor, *modes, *betas, *numbers, *options, norm_number
     )  # fmt: skip
+
+
+def _refuse_other(tensors: Any, references: Any, desirable: Any, lengths: Any) -> None:
+    """TypeError that names the first of these which is neither a tensor nor None."""
+    sides = ("chosen_", "rejected_") if desirable is None else ("", "")
+    references_of, lengths_of = (f"ref_{side}logp" for side in sides), (f"{side}lengths" for side in sides)
+    names = ("weight", "tie", "mask", *references_of, "desirable", *lengths_of)
+    for name, t in zip(names, (*tensors, *references, desirable, *lengths), strict=True):
+        if t is not None:
+            check_tensors(**{name: t})
 
 
 def _same_dtype(chosen: Tensor, rejected: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -618,7 +633,8 @@ class _PreferenceLoss(torch.autograd.Function):
             return (*_side_grads(ctx, g_loss), None)
         unnormalised, inverse_norm = ctx.saved_tensors  # nobody will ask for them again
         _loss_backward_(g_loss, unnormalised, inverse_norm)
-        return unnormalised[0], unnormalised[1] if ctx.paired else None, None
+        sides = unnormalised.unbind(0)
+        return sides[0], sides[1] if ctx.paired else None, None
 
 
 @torch.library.register_fake("prefkern::label_posterior")
