@@ -807,9 +807,9 @@ def test_targets_of_the_rows_that_contribute(simt, given):
         for name, g in upstream.items():
             setattr(args, name, pointer(g))
         simt.cuda_active_targets(args)
-        return {"out": out}
+        return {"out": out.int()}
 
-    out = same_bits_in_every_order(simt, active)["out"]
+    out = same_bits_in_every_order(simt, active)["out"].long()
     used = torch.stack([g != 0 for g in upstream.values()]).any(0) if given else torch.zeros(300, dtype=torch.bool)
     assert torch.equal(out, torch.where(used, targets, -7))
     assert bool(used[5]) == bool(given) and not used[6]
