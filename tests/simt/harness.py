@@ -55,7 +55,7 @@ def close(actual: Tensor, expected: Tensor, *, atol: float = 1e-5, rtol: float =
 def same_bits(a: dict[str, Tensor] | Tensor, b: dict[str, Tensor] | Tensor) -> bool:
     if isinstance(a, dict):
         return all(same_bits(a[name], b[name]) for name in a)
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return torch.equal(a.contiguous().view(integers), b.contiguous().view(integers))
 
 
