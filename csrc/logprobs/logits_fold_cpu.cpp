@@ -120,7 +120,7 @@ template <class V> PK_HD void raise_max(RowAccumulator<V>& a, typename Lanes<V>:
   if constexpr (kFused<V>) {
     a.product = rounded_product(max, k);
     if (!a.fused()) return;
-    a.error = a.product - max * k;
+    a.error = __builtin_fmaf(-max, k, a.product);  // not an expression, which would take max k from above
     a.correction = exp2_flush(a.error);
   }
 }
