@@ -284,8 +284,8 @@ def plan_chunks(
 ) -> Any:
     """How :func:`linear_logprobs` will cut a call with ``rows`` tokens: ``row_chunk``, ``vocab_block``,
     ``workspace_bytes``, ``fused``. The plan depends on these arguments and, on the CPU, on who makes its matrix products
-    (``prefkern.capabilities()["cpu_gemm"]``): where this library does, a forward is ``fused``, every thread folding blocks of its
-    own as it makes them, and takes a workspace per thread. With ``lora`` count its rank into ``hidden``. A forward with
+    (``prefkern.capabilities()["cpu_gemm"]``): where this library does, a forward is ``fused``, every thread folding blocks of
+    its own as it makes them, and takes a workspace per thread. With ``lora`` count its rank into ``hidden``. A forward with
     ``lora``, ``keep`` or a ``logits_dtype`` is not fused, and with one that rounds it has the plan of its backward."""
     for name, value in (("rows", rows), ("hidden", hidden), ("vocab", vocab)):
         if integer(name, value) < 0:
