@@ -108,7 +108,7 @@ PK_HD TileSums<V> tile_sums(const T* p, int64_t n, typename Lanes<V>::Scalar k, 
 }
 template <bool ENTROPY, bool EXTRA, class V, class T>
 PK_HD TileSums<V> tile_sums(const T* p, int64_t n, typename Lanes<V>::Scalar k, const RowAccumulator<V>& row) {
-  if constexpr (kFused<V>)
+  if constexpr (kFused<V> && sizeof(T) == 2)  // in float32 a shift of all logits is to change no bit of logp
     if (row.fused()) return tile_sums<true, ENTROPY, EXTRA, V>(p, n, k, row);
   return tile_sums<false, ENTROPY, EXTRA, V>(p, n, k, row);
 }
