@@ -159,15 +159,15 @@ inline void bind_core(py::module_& m) {
       .member("padded_length", &SequenceLayout::padded_length)
       .member("tokens", &SequenceLayout::tokens);
   layout.member("cu_seqlens", &SequenceLayout::cu_seqlens);
-  Struct<GemmArgs> gemm(m, "GemmArgs", "C = alpha op(A) op(B) (+ C), row-major.");
-  gemm.member("m", &GemmArgs::m).member("n", &GemmArgs::n).member("k", &GemmArgs::k);
-  gemm.member("a_stride", &GemmArgs::a_stride).member("b_stride", &GemmArgs::b_stride).member("c_stride", &GemmArgs::c_stride);
-  gemm.member("a_transposed", &GemmArgs::a_transposed).member("b_transposed", &GemmArgs::b_transposed);
-  gemm.member("a_type", &GemmArgs::a_type).member("b_type", &GemmArgs::b_type);
-  gemm.member("accumulate", &GemmArgs::accumulate).member("alpha", &GemmArgs::alpha).member("pairs", &GemmArgs::pairs);
-  gemm.member("a", &GemmArgs::a);
-  gemm.member("b", &GemmArgs::b);
-  gemm.member("c", &GemmArgs::c);
+  Struct<GemmArgs> product(m, "GemmArgs", "C = alpha op(A) op(B) (+ C), row-major.");
+  product.member("m", &GemmArgs::m).member("n", &GemmArgs::n).member("k", &GemmArgs::k);
+  product.member("a_stride", &GemmArgs::a_stride).member("b_stride", &GemmArgs::b_stride).member("c_stride", &GemmArgs::c_stride);
+  product.member("a_transposed", &GemmArgs::a_transposed).member("b_transposed", &GemmArgs::b_transposed);
+  product.member("a_type", &GemmArgs::a_type).member("b_type", &GemmArgs::b_type);
+  product.member("accumulate", &GemmArgs::accumulate).member("alpha", &GemmArgs::alpha).member("pairs", &GemmArgs::pairs);
+  product.member("a", &GemmArgs::a);
+  product.member("b", &GemmArgs::b);
+  product.member("c", &GemmArgs::c);
 }
 
 inline void bind_core_cpu(py::module_& m) { bind_cpu(m, "cpu_multiply", &cpu_multiply); }
