@@ -423,12 +423,12 @@ def test_rounded_gradients(device, dtype, options, logits_dtype, chunk_bytes):
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=names)
 @pytest.mark.parametrize("biased", [False, True])
 def test_rounded_logits_are_those_of_a_narrow_head(device, dtype, biased):
-    """F.linear in that dtype, then logits_logprobs: the same bits on the CPU, the same but for the kernel's order on CUDA."""
+    """F.linear in that dtype, then logits_logprobs: the same but for the kernels' rounding."""
     hidden, weight, targets, bias, *_ = exact_inputs(device, dtype)
     bias = bias.to(dtype) if biased else None
     logits = torch.nn.functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float()).to(dtype)
     out = linear_logprobs(hidden, weight, targets, bias=bias, logits_dtype=names(dtype), outputs=ALL)
-    assert_fields(out, prefkern.logits_logprobs(logits, targets, outputs=ALL), 1e-6)
+    assert_fields(out, prefkern.logits_logprobs(logits, targets, outputs=ALL), 5e-6)
     if device == "cuda":
         assert torch.equal(torch.nn.functional.linear(hidden, weight, bias), logits)
 
@@ -470,7 +470,8 @@ def test_a_forward_that_rounds_has_the_blocks_of_its_backward(allocations, logit
     assert forward.vocab_block > backward.vocab_block > rows
     plan = forward if logits_dtype is None else backward
     used = allocations(lambda: linear_logprobs(hidden, weight, targets, logits_dtype=logits_dtype, chunk_bytes=budget))
-    assert used.largest == plan.vocab_block * width * 4  # a block of the weight in float32
+    # A block of logits; for a library that of the weight, too, is made in float32, which here is larger.
+    assert used.largest == plan.vocab_block * (rows if prefkern.capabilities()["cpu_gemm"] == "own" else width) * 4
 
 
 def test_float32_is_no_rounding(device, op_log):

@@ -42,8 +42,10 @@ def test_build_info():
 def test_capabilities():
     found = prefkern.capabilities()
     assert set(found) == {
-        "cpu_isa", "cpu_isas", "cpu_features", "cuda_compiled", "cuda_forward", "cuda_backward", "torch_cuda_stream_api",
+        "cpu_isa", "cpu_isas", "cpu_features", "cpu_gemm", "cuda_compiled", "cuda_forward", "cuda_backward",
+        "torch_cuda_stream_api",
     }  # fmt: skip
+    assert found["cpu_gemm"] in {"own", "library"}
     assert found["cuda_forward"] in {"auto", "stage1", "stage2"}
     assert found["cuda_backward"] in {"auto", "dense", "compact"}
     assert found["cpu_isas"][0] == "base"
@@ -124,8 +126,9 @@ def test_plan(dtype, backward, device, chunk_bytes):
         assert plan.workspace_bytes >= plan.row_chunk * plan.vocab_block * accumulator
         smallest = accumulator + 12 * hidden  # one logit, its row and column widened, the column's gradient
         assert plan.workspace_bytes <= max(chunk_bytes or (512 << 20), smallest)
-        fields = (plan.row_chunk, plan.vocab_block, plan.workspace_bytes)
-        assert repr(plan) == "ChunkPlan(row_chunk={}, vocab_block={}, workspace_bytes={})".format(*fields)
+        fields = (plan.row_chunk, plan.vocab_block, plan.workspace_bytes, plan.fused)
+        assert not plan.fused or (device == "cpu" and not backward and prefkern.capabilities()["cpu_gemm"] == "own")
+        assert repr(plan) == "ChunkPlan(row_chunk={}, vocab_block={}, workspace_bytes={}, fused={})".format(*fields)
         assert repr(prefkern.plan_chunks(rows, hidden, vocab, **options)) == repr(plan)
 
 
