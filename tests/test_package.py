@@ -133,8 +133,10 @@ def test_plan(dtype, backward, device, chunk_bytes):
 
 
 def test_a_small_head_is_one_block():
-    plan = prefkern.plan_chunks(16, 64, 500)
-    assert (plan.row_chunk, plan.vocab_block, plan.workspace_bytes) == (16, 500, 16 * 500 * 4)
+    for backward in (False, True):
+        plan = prefkern.plan_chunks(16, 64, 500, backward=backward)
+        assert (plan.row_chunk, plan.vocab_block) == (16, 500)
+        assert plan.fused or plan.workspace_bytes == 16 * 500 * 4
 
 
 def test_a_plan_of_nothing_is_nothing():

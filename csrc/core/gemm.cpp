@@ -134,7 +134,7 @@ void cpu_multiply(const GemmArgs& g) {
   const int64_t blocks = grid.rows * grid.cols;
   const int64_t rows = ceil_div(ceil_div(g.m, grid.rows), cpu.tile_rows) * cpu.tile_rows;
   const int64_t cols = ceil_div(ceil_div(g.n, grid.cols), cpu.tile_cols) * cpu.tile_cols;
-  const int64_t per_block = cpu.workspace(cols);
+  const int64_t per_block = cpu.workspace(rows, cols, g.k);
   const std::unique_ptr<float[]> space(new float[blocks * per_block + kAlignment]);
   float* workspace = aligned(space.get());
   parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {

@@ -31,9 +31,13 @@ constexpr int64_t kBlockCols = 1024;
 int64_t round_up(int64_t x, int64_t multiple) { return ceil_div(x, multiple) * multiple; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-int64_t packed_b_size(int64_t n) { return kDepth * smaller(round_up(n, kTileCols), kBlockCols); }
+int64_t depth_of(int64_t k) { return smaller(kDepth, round_up(k, kLanes)); }
+int64_t packed_b_size(int64_t n, int64_t k) { return depth_of(k) * smaller(round_up(n, kTileCols), kBlockCols); }
 // Panels of A are written a vector at a time: the last one reaches behind the end.
-int64_t workspace(int64_t n) { return round_up(packed_b_size(n) + kDepth * kBlockRows + kLanes, 16); }
+int64_t workspace(int64_t m, int64_t n, int64_t k) {
+  const int64_t packed_a = depth_of(k) * smaller(round_up(m, kTileRows), kBlockRows);
+  return round_up(packed_b_size(n, k) + packed_a + kLanes, 16);
+}
 
 // ---- what a step of the dot product multiplies ------------------------------------------------------------------------
 // One float, or two bfloat16 as they lie in 32 bits.
@@ -247,7 +251,7 @@ template <class E> PK_HD void tile(const float* a, const float* b, int64_t steps
 template <class E> void multiply_as(const GemmArgs& g) {
   const int64_t steps = ceil_div(g.k, E::depth), parts = ceil_div(steps, kDepth),
                 step = round_up(ceil_div(steps, parts), kLanes);
-  float *packed_b = g.workspace, *packed_a = packed_b + packed_b_size(g.n);
+  float *packed_b = g.workspace, *packed_a = packed_b + packed_b_size(g.n, g.k);
   for (int64_t n0 = 0; n0 < g.n; n0 += kBlockCols) {
     const int64_t cols = smaller(kBlockCols, g.n - n0);
     for (int64_t k0 = 0; k0 < steps; k0 += step) {

@@ -22,7 +22,7 @@ struct GemmArgs {
   // bfloat16 A and B, with the elements of a dot product adjacent in both (A as [m, k], B as [n, k]), are multiplied two by two:
   // the same products, added up in another order. It pays where the CPU has an instruction for it.
   bool pairs = false;
-  float* workspace = nullptr;  // GemmCpu::workspace(n) elements of the thread's own, aligned to 64 bytes
+  float* workspace = nullptr;  // GemmCpu::workspace(m, n, k) elements of the thread's own, aligned to 64 bytes
   // Called as soon as rows [row, row + rows) and columns [col, col + cols) of C are complete, while they are in cache.
   void (*done)(void* context, int64_t row, int64_t rows, int64_t col, int64_t cols) = nullptr;
   void* context = nullptr;
@@ -30,7 +30,7 @@ struct GemmArgs {
 
 struct GemmCpu {
   void (*multiply)(const GemmArgs&);
-  int64_t (*workspace)(int64_t n);  // a multiple of 64 bytes
+  int64_t (*workspace)(int64_t m, int64_t n, int64_t k);  // a multiple of 64 bytes
   int64_t tile_rows, tile_cols;     // C is made in register tiles of this size
   bool fast;   // worth using: the registers are wide enough to be ahead of a library
   bool pairs;  // and there is an instruction for pairs of bfloat16

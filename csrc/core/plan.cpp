@@ -56,7 +56,7 @@ ChunkPlan cuda_backward(const PlanRequest& r, int64_t budget) {
 ChunkPlan fused_forward_plan(const PlanRequest& r) {
   const int64_t rows = std::min(r.rows, kFusedRows), cols = std::min(r.vocab, kFusedColumns),
                 held = std::min(r.rows, kFusedStateRows);
-  const int64_t per_thread = gemm_of_isa().workspace(cols) + rows * fused_stride(cols) + held * kFusedLaneState;
+  const int64_t per_thread = gemm_of_isa().workspace(rows, cols, r.hidden) + rows * fused_stride(cols) + held * kFusedLaneState;
   const int64_t states = fused_spans(r.vocab).count * kFusedStateArrays * held;
   return {rows, cols, 4 * (r.fused_threads * per_thread + states), true};
 }

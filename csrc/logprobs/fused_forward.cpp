@@ -41,7 +41,7 @@ class Forward {
     out ? set_outputs(fold_, *out, outputs, h.rows) : set_sums(fold_, outputs);
     threads_ = num_threads();
     by_lane_ = !fold_.extra && !h.bias && h.options.softcap == 0;
-    workspace_ = cpu_.workspace(slice_);
+    workspace_ = cpu_.workspace(h.plan.row_chunk, slice_, h.width);
     logits_ = h.plan.row_chunk * stride_;
     lanes_ = by_lane_ ? std::min(kFusedStateRows, h.rows) * fused_forward_cpu().lane_state : 0;
     per_thread_ = workspace_ + logits_ + lanes_;
