@@ -1,9 +1,6 @@
 #include "core/tensor.h"
 
 #include <dlfcn.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <array>
 
@@ -55,25 +52,6 @@ std::string with_reason(const std::string& message) {
          (why && *why ? why : "the reason is on stderr (" + message + ")");
 }
 
-namespace {
-
-// A block of this size is a mapping of its own (glibc's largest threshold for that), which the system takes back with the
-// tensor: every page of the next one is then new, and of small pages a gradient of many logits has tens of thousands. Where the
-// system leaves large pages to those who ask, this asks.
-constexpr int64_t kOwnMapping = int64_t(32) << 20;
-void ask_for_large_pages(const Tensor& t) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
-  if (bytes < kOwnMapping) return;
-  constexpr uintptr_t page = 4096;
-  const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + static_cast<uintptr_t>(bytes)) / page * page;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: failing changes nothing
-#endif
-}
-
-}  // namespace
-
 Tensor empty(std::initializer_list<int64_t> shape, ScalarType type, const Tensor& like) {
   // Straight to the allocator: the boxed aten::empty costs three times as much, and a call allocates several outputs.
   std::array<int64_t, 3> strides{};
@@ -84,9 +62,7 @@ Tensor empty(std::initializer_list<int64_t> shape, ScalarType type, const Tensor
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides.data(),
                                                   static_cast<int32_t>(dtype), static_cast<int32_t>(like.device().type()),
                                                   like.is_cpu() ? 0 : like.get_device_index(), &handle));
-  Tensor t(handle);
-  if (step >= kOwnMapping / 8 && like.is_cpu()) ask_for_large_pages(t);
-  return t;
+  return Tensor(handle);
 }
 
 Tensor zeros(std::initializer_list<int64_t> shape, ScalarType type, const Tensor& like) {
