@@ -57,6 +57,23 @@ def no_double_backward(name: str) -> None:
     torch.library.register_autograd(f"prefkern::{name}", backward)
 
 
+class _Refused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: torch.Tensor, why: str) -> torch.Tensor:
+        ctx.why = why
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> NoReturn:
+        raise RuntimeError(ctx.why)
+
+
+def differentiated_once(t: torch.Tensor, why: str) -> torch.Tensor:
+    """A gradient that no op of the graph made, as a backward returns it: under create_graph a second differentiation finds an
+    error, and not a constant."""
+    return _Refused.apply(t.detach().requires_grad_(), why) if torch.is_grad_enabled() else t
+
+
 _keep_graph: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
 
 

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import _C
 from ._arguments import accumulator, check_tensors, same_device
-from ._call import call, keeps_graph
+from ._call import call, differentiated_once, keeps_graph
 from .logprobs import _DTYPES, _ENTROPY, _GRAD_BIAS, _GRAD_HIDDEN, _GRAD_WEIGHT, _SAVE_STATS, _fake_outputs
 
 _OPS = torch.ops.prefkern
@@ -324,21 +324,9 @@ class Stored:
         return tuple(t if t is None else t.to(dtype) for t, dtype in zip(held, self.dtypes, strict=True))
 
 
-class _Constant(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, t: Tensor) -> Tensor:
-        return t.view_as(t)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> NoReturn:
-        raise RuntimeError("a loss whose gradient is found in the forward cannot be differentiated twice")
-
-
-def differentiated_once(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """What a backward returns: under create_graph, a second differentiation must find an error, and no constant."""
-    if not torch.is_grad_enabled():
-        return gradients
-    return tuple(t if t is None else _Constant.apply(t.detach().requires_grad_()) for t in gradients)
+def _once(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    why = "a loss whose gradient is found in the forward cannot be differentiated twice"
+    return tuple(t if t is None else differentiated_once(t, why) for t in gradients)
 
 
 # ---- autograd and fake implementations of losses ---------------------------------------------------------------------
@@ -407,7 +395,7 @@ def _backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, 
         (t * g_loss).to(dtype) if ctx.needs & bit and dtype is not None else None
         for t, dtype, bit in zip(ctx.saved_tensors, ctx.dtypes, _BITS, strict=True)
     )
-    d_hidden, d_weight, d_bias = differentiated_once(tuple(gradients))
+    d_hidden, d_weight, d_bias = _once(tuple(gradients))
     return (d_hidden, d_weight, None, None, d_bias, *(None,) * (ctx.inputs - 5))
 
 
@@ -430,7 +418,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if g_loss is None:
             return (None,) * 5
-        return (*differentiated_once(ctx.stored.times(g_loss.detach())), None, None)
+        return (*_once(ctx.stored.times(g_loss.detach())), None, None)
 
 
 # ---- fake implementations --------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from .._names import nearest_hint
 from . import _backward_plan as _plans
 from ._arguments import accumulator, check_tensors, integer, is_dtensor, number, positive_int, same_device
 from ._backward_plan import BackwardPlan
-from ._call import call, no_double_backward, validation
+from ._call import call, differentiated_once, no_double_backward, validation
 from .types import LinearLogprobs
 
 _OPS = torch.ops.prefkern
@@ -763,7 +763,7 @@ def _backward_saving(ctx: Any, g_logp: Any, g_entropy: Any, g_lse: Any, *_: Any)
     if (g_logp is not None or g_entropy is not None or g_lse is not None) and ctx.needs_input_grad[0]:
         d_hidden = _OPS.linear_logprobs_u_backward(g_logp, g_entropy, g_lse, *ctx.saved_tensors, ctx.outputs, ctx.dtype)
         # hidden is not there to say that it requires a gradient: under create_graph the result must not pass for a constant.
-        result[0] = _Once.apply(d_hidden.detach().requires_grad_()) if torch.is_grad_enabled() else d_hidden
+        result[0] = differentiated_once(d_hidden, "linear_logprobs cannot be differentiated twice")
     return tuple(result)
 
 
@@ -807,16 +807,6 @@ class _LinearLogprobsExt(torch.autograd.Function):
         return output
 
     backward = staticmethod(_backward_ext)
-
-
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, t: Tensor) -> Tensor:
-        return t.view_as(t)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> NoReturn:
-        raise RuntimeError("linear_logprobs cannot be differentiated twice")
 
 
 class _LinearLogprobsSaving(torch.autograd.Function):
