@@ -29,8 +29,13 @@ def test_the_two_commands_are_what_ci_runs() -> None:
 def test_the_example_runs_and_trains() -> None:
     code, recipe = blocks("python")
     subprocess.run([sys.executable, "-c", recipe + "\nloss.backward()"], check=True)
-    done = subprocess.run([sys.executable, "-c", code + "\nprint(hidden.grad.abs().sum() > 0, weight.grad.abs().sum() > 0)"],
-                          capture_output=True, text=True, check=True)  # fmt: skip
+    head, mark, single_pass = code.partition("\n# The same in one pass")
+    code = (
+        f"{head}\ntwo_steps = hidden.grad.clone(){mark}{single_pass}\n"
+        "torch.testing.assert_close(hidden.grad, 2 * two_steps)\n"
+        "print(hidden.grad.abs().sum() > 0, weight.grad.abs().sum() > 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     *_, metrics, flags = done.stdout.strip().splitlines()
     assert "clip_fraction_low" in metrics
     assert flags == "tensor(True) tensor(True)"
