@@ -20,6 +20,13 @@ PK_HD float sqrt_any(float x) { return sqrtf(x); }
 #endif
 PK_HD double sqrt_any(double x) { return vsqrt(x); }
 
+// Whether a b + c is one instruction, which rounds once, on the CPU this file is compiled for.
+#if defined(__FMA__)
+constexpr bool kMultiplyAdds = true;
+#else
+constexpr bool kMultiplyAdds = false;
+#endif
+
 // a b, rounded by itself: never part of a fused multiply-add with what is done to it next.
 #if defined(__CUDA_ARCH__)
 PK_HD float rounded_product(float a, float b) { return __fmul_rn(a, b); }

@@ -13,11 +13,7 @@ constexpr int64_t kTile = 1024;  // 4 KiB of float
 
 // Where products are not rounded before they are added to, an exponent (pre - max) k is one instruction, pre k - (max k): all
 // exponents are then off by the rounding error of max k, and as long as that is small the sums can be shifted back.
-#if defined(__FMA__)
-template <class V> constexpr bool kFused = sizeof(V) > 8;
-#else
-template <class V> constexpr bool kFused = false;
-#endif
+template <class V> constexpr bool kFused = kMultiplyAdds && sizeof(V) > 8;
 template <class S> constexpr S kFusedLimit = 0x1p20f;
 
 // The running state of one row: sums against `max`, still spread over vector lanes.
