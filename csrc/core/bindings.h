@@ -161,7 +161,9 @@ inline void bind_core(py::module_& m) {
   layout.member("cu_seqlens", &SequenceLayout::cu_seqlens);
   Struct<GemmArgs> product(m, "GemmArgs", "C = alpha op(A) op(B) (+ C), row-major.");
   product.member("m", &GemmArgs::m).member("n", &GemmArgs::n).member("k", &GemmArgs::k);
-  product.member("a_stride", &GemmArgs::a_stride).member("b_stride", &GemmArgs::b_stride).member("c_stride", &GemmArgs::c_stride);
+  product.member("a_stride", &GemmArgs::a_stride)
+      .member("b_stride", &GemmArgs::b_stride)
+      .member("c_stride", &GemmArgs::c_stride);
   product.member("a_transposed", &GemmArgs::a_transposed).member("b_transposed", &GemmArgs::b_transposed);
   product.member("a_type", &GemmArgs::a_type).member("b_type", &GemmArgs::b_type);
   product.member("accumulate", &GemmArgs::accumulate).member("alpha", &GemmArgs::alpha).member("pairs", &GemmArgs::pairs);
