@@ -191,7 +191,8 @@ def test_both_heads_train_alike(demo, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
-RECIPES = ("grpo", "gdpo", "ngrpo", "gtpo", "dgpo")
+# GTPO's filter is off where the entropy of the initial policy is above ln 2, as it is here. With it, most rows are left out.
+RECIPES = ("grpo", "gdpo", "ngrpo", "gtpo:h_init=0.72", "dgpo")
 
 
 # A model this young has an entropy above ln 2, where GTPO leaves everything out.
