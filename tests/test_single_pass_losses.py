@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from linear_losses import F32, F64, Passes, assert_same, names, run
+from linear_losses import BF16, F16, F32, F64, Passes, assert_same, names, run
 from prefkern import LossOutput, linear_logprobs, linear_policy_loss, linear_preference_loss, linear_unpaired_loss, sequence_sum
+from prefkern.ops import _single_pass
 from prefkern.papers.dpo import dpo_loss
 from prefkern.papers.grpo import loss as grpo_loss
 from prefkern.papers.gspo import loss as gspo_loss
@@ -109,3 +110,69 @@ def test_is_its_paper_in_three_passes(monkeypatch, method, layout, chunk, dtype)
         lambda hidden, weight, bias: two(linear_logprobs(hidden, weight, tokens["targets"]).logp), hidden, weight
     )  # fmt: skip
     assert_same(ours, expected, dtype)
+
+
+OPS = torch.ops.prefkern
+
+
+@pytest.mark.parametrize("rows", [64, 61, 20])
+@pytest.mark.parametrize("active", [1.0, 0.3, 0.0])
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=names)
+def test_logits_in_the_memory_of_the_weights_gradient(rows, active, dtype):
+    """The same bits as from a workspace apart, with as many rows as there is room for and with fewer; blocks of 16384 columns
+    and more."""
+    width, vocab, acc = (64 if dtype in (F32, F64) else 128), 53000, (F64 if dtype == F64 else F32)
+    hidden, weight = torch.randn(rows, width).to(dtype), (torch.randn(vocab, width) / 8).to(dtype)
+    targets, g = torch.randint(0, vocab, (rows,)), torch.randn(rows, dtype=acc) * (torch.rand(rows) < active)
+    targets[0] = -100
+    found = []
+    for inside in (False, True):
+        d_hidden, d_weight = torch.empty(rows, width, dtype=acc), torch.empty(vocab, width, dtype=dtype)
+        d_bias = torch.empty(vocab, dtype=acc)
+        workspace = _single_pass._end_of(d_weight, rows * vocab, acc) if inside else torch.empty(rows * vocab, dtype=acc)
+        logp, entropy, *_, stats = OPS.linear_chunk_(hidden, weight, targets, None, None, workspace, 1.0, 0.0, 1.0, -100, 33)
+        into = (d_hidden, d_weight, d_bias, 1.0, 0.0, 1.0, -100, False)
+        OPS.linear_chunk_backward_(g, g, None, hidden, weight, targets, None, None, entropy, stats, workspace, *into)
+        found.append((logp, entropy, d_hidden, d_weight, d_bias))
+    for name, apart, inside in zip(("logp", "entropy", "hidden", "weight", "bias"), *found, strict=True):
+        assert torch.equal(apart, inside), name
+
+
+def test_a_workspace_elsewhere_in_the_gradient_is_refused():
+    hidden, weight, targets = torch.randn(3, 8), torch.randn(20, 8), torch.tensor([0, 1, 2])
+    d_weight = torch.empty(20, 8)
+    for workspace, accumulate in (
+        (d_weight.view(-1)[:60], False),
+        (d_weight.view(-1)[-80:], False),
+        (d_weight.view(-1)[-60:], True),
+    ):
+        _, entropy, *_, stats = OPS.linear_chunk_(hidden, weight, targets, None, None, workspace, 1.0, 0.0, 1.0, -100, 32)
+        with pytest.raises(RuntimeError, match=r"workspace overlaps d_weight; it may only be the last N \* V elements"):
+            OPS.linear_chunk_backward_(
+                torch.ones(3), None, None, hidden, weight, targets, None, None, entropy, stats, workspace, None, d_weight, None,
+                1.0, 0.0, 1.0, -100, accumulate,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=names)
+@pytest.mark.parametrize("function", ["policy", "sequences", "preference"])
+def test_no_more_memory_than_the_gradients_and_a_block(device, allocations, dtype, function):
+    """Up to H rows (half of it where the gradient is half as wide as logits) on the CPU."""
+    if device != "cpu":
+        pytest.skip("on CUDA the workspace lies apart")
+    width, vocab = 128, 60_000
+    rows = width if dtype != BF16 else width // 2
+    hidden, weight = torch.randn(rows, width).to(dtype).requires_grad_(), torch.randn(vocab, width).to(dtype).requires_grad_()
+    targets = torch.randint(0, vocab, (4, rows // 4))
+    hidden = hidden.view(4, rows // 4, width)
+    old, advantages = torch.full(targets.shape, -11.0), torch.linspace(-1, 1, 4)
+
+    def loss():
+        if function == "preference":
+            return linear_preference_loss(hidden, weight, targets, ref_logp=old).loss
+        kind = {"policy": "reinforce", "sequences": "gspo"}[function]
+        return linear_policy_loss(hidden, weight, targets, old, advantages, kind=kind).loss
+
+    used = allocations(loss)
+    gradient = vocab * width * (2 if dtype == BF16 else 4)
+    assert used.peak < gradient + (4 << 20) + (8192 * width * 4 if dtype == BF16 else 0) + (1 << 20)

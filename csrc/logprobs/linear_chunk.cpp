@@ -7,6 +7,10 @@
 //
 // On the CPU the backward drops the rows that do not contribute: when the gradient of a block has been written, its active rows
 // move together, and the GEMMs see no others. So do the rows of hidden and of its gradient.
+//
+// There, too, the workspace may be the end of d_weight's own memory: N rows of logits are no longer than a row of the weight. The
+// gradient of a block of logits then goes to a buffer, and d_weight is written from its beginning, behind what is still to be read:
+// row v + 1 of it ends where the logits of the columns from v + 1 on begin, or before.
 #include "logprobs/linear_head.h"
 
 namespace prefkern {
@@ -27,6 +31,18 @@ Head chunk_head(const Tensor& hidden, const Tensor& weight, const Tensor& target
   h.plan.row_chunk = rows;
   h.plan.vocab_block = kept_block(rows, h.vocab, h.dtype, h.cuda);
   return h;
+}
+
+// Whether the workspace is the end of d_weight's memory.
+bool lies_in_gradient(const Tensor& workspace, const OptTensor& d_weight, const Head& h, bool accumulate) {
+  if (!d_weight || h.cuda) return false;
+  const auto bytes = [](const Tensor& t) { return t.numel() * element_size(float_dtype(t, "d_weight")); };
+  const auto *begin = static_cast<const char*>(d_weight->const_data_ptr()), *end = begin + bytes(*d_weight);
+  const auto *from = static_cast<const char*>(workspace.const_data_ptr()), *to = from + bytes(workspace);
+  if (to <= begin || from >= end) return false;
+  check_value(!accumulate && from >= begin && to == end && workspace.numel() == h.rows * h.vocab,
+              "workspace overlaps d_weight; it may only be the last N * V elements of its memory, and only without accumulate");
+  return true;
 }
 
 void check_workspace(const Tensor& workspace, const Head& h) {
@@ -115,7 +131,7 @@ template <class S> class WeightGrad {
 
 struct ChunkGrads {
   OptTensor hidden, weight, bias;
-  bool accumulate;
+  bool accumulate, over_logits;  // the weight's, written over the workspace
 };
 
 // Of `h` all rows are in the workspace; those of `active` are multiplied.
@@ -137,10 +153,13 @@ void backward_chunk(const Head& h, const ActiveRows& active, S* z, GradArgs<S> g
                                  : h.hidden;
   WeightGrad<S> d_weight(h, rows, grads.weight, grads.accumulate);
   Operand hidden(x, h, rows), weight(h.weight, h, h.plan.vocab_block);
+  OptTensor buffer;
+  if (grads.over_logits) buffer = empty({h.rows * h.plan.vocab_block}, scalar_type(h.acc), h.hidden);
   for_blocks(h, [&](int64_t v, int64_t cols) {
-    S* block = z + h.rows * v;
+    S* block = buffer ? mutable_data<S>(*buffer) : z + h.rows * v;
     g.block = block_of<S>(h, v, cols, 0, h.rows);
-    g.logits = g.grad = block;
+    g.logits = z + h.rows * v;
+    g.grad = block;
     g.logits_map = {1, cols, 0};
     const int64_t stride = cols * int64_t(sizeof(S)) / element_size(type);
     g.grad_dtype = type;
@@ -184,6 +203,7 @@ void linear_chunk_backward(OptTensor g_logp, OptTensor g_entropy, OptTensor g_ls
   check_grad(d_hidden, "d_hidden", h, {h.rows, h.width}, false);
   check_grad(d_weight, "d_weight", h, {h.vocab, h.width}, !accumulate);
   check_grad(d_bias, "d_bias", h, {h.vocab}, false);
+  const bool over_logits = lies_in_gradient(workspace, d_weight, h, accumulate);
   const OnDevice guard(hidden);
   const Upstream up = checked_upstream(g_logp, g_entropy, g_lse, h.rows, h.acc, entropy, stats);
   const ActiveRows active = active_rows_of(h.targets, ignore_index, up);
@@ -194,7 +214,7 @@ void linear_chunk_backward(OptTensor g_logp, OptTensor g_entropy, OptTensor g_ls
       if (*t && !accumulate) torch::stable::zero_(**t);
     return;
   }
-  const ChunkGrads grads{d_hidden, d_weight, d_bias, accumulate};
+  const ChunkGrads grads{d_hidden, d_weight, d_bias, accumulate, over_logits};
   const auto run = [&](auto zero) {
     using S = decltype(zero);
     GradArgs<S> g;

@@ -151,11 +151,11 @@ class Layout:
         """All items at once, with the rows that do not count."""
         return Chunk(rows_of((0, len(self.targets))), 0, self.items, self.on_device, self.counts)
 
-    def chunks(self, head: Head, chunk_bytes: int) -> list[Chunk]:
+    def chunks(self, head: Head, chunk_bytes: int, needs: int) -> list[Chunk]:
         """Chunks of whole items that fit, or of one item; of all, where their ends are for the device to know."""
-        limit = rows_that_fit(head, len(self.targets), chunk_bytes)
         if self.device.type == "cpu":
-            return self.compact_chunks(limit)
+            return self.compact_chunks(rows_that_fit(head, int(self.counts.sum()), chunk_bytes, needs))
+        limit = rows_that_fit(head, len(self.targets), chunk_bytes, needs)
         if self.cu_seqlens is None or self.cu_seqlens.is_cpu:
             return self.full_chunks(limit)
         return [self.whole()] if len(self.targets) else []
@@ -204,12 +204,11 @@ class Layout:
         """Where rows count, on the CPU; what a device knows nobody waits for."""
         return self.counts.nonzero().squeeze(1) if self.device.type == "cpu" else None
 
-    def row_chunks(self, head: Head, chunk_bytes: int) -> list[Chunk]:
+    def row_chunks(self, head: Head, chunk_bytes: int, needs: int) -> list[Chunk]:
         """Chunks of any rows, of about equal size; on the CPU of those that count."""
-        limit = rows_that_fit(head, len(self.targets), chunk_bytes)
         active = self.active()
         total = len(self.targets) if active is None else len(active)
-        parts = -(-total // limit)
+        parts = -(-total // rows_that_fit(head, total, chunk_bytes, needs))
         ends = [total * k // parts for k in range(parts + 1)] if parts else [0]
         return [Chunk(rows_of((a, b)) if active is None else rows_at(active[a:b])) for a, b in pairwise(ends)]
 

@@ -86,7 +86,7 @@ def _forward(
     layout = Layout(targets, cu_seqlens, ignore_index, hidden.device, sides)
     head = Head(hidden, weight, layout.targets, bias, row_temperature, options)
     objective = _Objective(layout, ref_logp, fixed, sft_weight, hidden.dtype)
-    chunks = layout.chunks(head, chunk_bytes) if needs else []
+    chunks = layout.chunks(head, chunk_bytes, needs) if needs else []
     gradients = gradients_of(objective, head, chunks, layout.whole(), needs, False, chunk_bytes)
     return results(*objective.result(), gradients)
 

@@ -135,11 +135,29 @@ class Objective(Protocol):
         """A power of two that keeps gradients inside float16's range where they are narrowed to it."""
 
 
-def rows_that_fit(head: Head, rows: int, chunk_bytes: int) -> int:
-    """How many rows a chunk should have at most."""
+def _fit_into_gradient(head: Head, rows: int, needs: int, wide: bool) -> bool:
+    """Whether the logits of so many rows have room in the memory of the weight's gradient, which is written over them."""
+    hidden, weight = head.hidden, head.weight
+    acc = accumulator(hidden)
+    own = (acc if wide else weight.dtype).itemsize
+    return (
+        bool(needs & _GRAD_WEIGHT) and hidden.is_cpu and 0 < rows * acc.itemsize <= weight.shape[1] * own
+        and (weight.numel() * own) % acc.itemsize == 0
+    )  # fmt: skip
+
+
+def _end_of(memory: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
+    """The last elements of a tensor's memory, as those of another type."""
+    return memory.view(-1).view(torch.uint8)[-elements * dtype.itemsize :].view(dtype)
+
+
+def rows_that_fit(head: Head, rows: int, chunk_bytes: int, needs: int) -> int:
+    """How many of these rows a chunk should have at most."""
     hidden, weight = head.hidden, head.weight
     if rows == 0:
         return 1
+    if not chunk_bytes and _fit_into_gradient(head, rows, needs, hidden.dtype == torch.float16):
+        return rows
     plan = _C.plan_kept(rows, hidden.shape[1], weight.shape[0], _DTYPES[hidden.dtype], hidden.is_cuda, True, chunk_bytes)
     return int(plan.row_chunk)
 
@@ -148,9 +166,9 @@ def rows_that_fit(head: Head, rows: int, chunk_bytes: int) -> int:
 _STRETCH = 4
 
 
-def rows_at_once(head: Head, rows: int, chunk_bytes: int) -> int:
+def rows_at_once(head: Head, rows: int, chunk_bytes: int, needs: int) -> int:
     """How many rows a chunk that cannot be cut may have before it goes through the head in pieces."""
-    return rows_that_fit(head, rows, chunk_bytes) * (1 if chunk_bytes else _STRETCH)
+    return rows_that_fit(head, rows, chunk_bytes, needs) * (1 if chunk_bytes else _STRETCH)
 
 
 def share_out(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
@@ -182,10 +200,13 @@ class _Walk:
         largest = max((rows.total for rows in chunks), default=0)
         covered = sum(rows.total for rows in chunks) == hidden.shape[0]
         new = hidden.new_empty if chunks else hidden.new_zeros
-        self.workspace = new(largest * vocab, dtype=acc)
         self.hidden = self.weight = self.bias = self.buffer = None
         if needs & _GRAD_WEIGHT:  # one chunk's gradient of the weight is all of it, and needs no accumulator of its own
             self.weight = new((vocab, width), dtype=weight.dtype if len(chunks) == 1 and not wide else acc)
+        if self.weight is not None and len(chunks) == 1 and _fit_into_gradient(head, largest, needs, wide):
+            self.workspace = _end_of(self.weight, largest * vocab, acc)
+        else:
+            self.workspace = new(largest * vocab, dtype=acc)
         if needs & _GRAD_BIAS:
             self.bias = new(vocab, dtype=acc)
         if needs & _GRAD_HIDDEN:
@@ -294,7 +315,7 @@ def gradients_of(
     # float16 gradients would underflow without the loss scaling that comes later, so they stay float32 until the backward, and
     # what a GPU narrows on the way is scaled by a power of two.
     half = head.hidden.dtype == torch.float16
-    most = rows_at_once(head, len(head.targets), chunk_bytes)
+    most = rows_at_once(head, sum(chunk.rows.total for chunk in chunks), chunk_bytes, needs)
     found = single_pass(head, [chunk.rows for chunk in chunks], gradient, needs, most, outputs, wide=half)
     return tuple(None if g is None else g.float().mul_(1 / objective.gain) for g in found) if half else found
 

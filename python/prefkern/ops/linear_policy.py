@@ -224,7 +224,7 @@ def _forward(
     objective = _Objective(layout, hidden.dtype, tensors, numbers, entropy_coef, entropy_agg, with_entropy, bool(needs))
     chunks: list[Chunk] = []
     if needs:
-        chunks = (layout.chunks if numbers[0] in _OF_SEQUENCES else layout.row_chunks)(head, chunk_bytes)
+        chunks = (layout.chunks if numbers[0] in _OF_SEQUENCES else layout.row_chunks)(head, chunk_bytes, needs)
     gradients = gradients_of(objective, head, chunks, layout.whole(), needs, with_entropy, chunk_bytes)
     return results(*objective.result(), gradients)
 
