@@ -27,9 +27,8 @@ def checked_state(owner: object, version: int, state: Mapping[str, Any], like: M
     if not isinstance(state, Mapping):
         raise TypeError(f"state is a {type(state).__name__}; a dict from {name}.state_dict() is expected")
     if state.get("class") != name or state.get("version") != version:
-        raise ValueError(
-            f"state is of {state.get('class')!r}, version {state.get('version')!r}; one of {name!r}, version {version}, is expected"
-        )
+        found = f"{state.get('class')!r}, version {state.get('version')!r}"
+        raise ValueError(f"state is of {found}; one of {name!r}, version {version}, is expected")
     missing, unknown = sorted(like.keys() - state.keys()), sorted(state.keys() - like.keys() - {"class", "version"})
     if missing or unknown:
         raise ValueError(f"state of {name}: missing {missing}, unknown {unknown}; expected are {sorted(like)}")
