@@ -119,9 +119,9 @@ def test_sums(device, dtype, m):
     out = seeded_normal_combine(3, weights.to(device), add_to=x.to(device), **options)
     assert out.dtype == dtype and out.shape == x.shape
     error = (out.cpu().double() - exact).abs()
-    rounding = {F64: 0, F32: 0, BF16: 2.0**-9, F16: 2.0**-12}[dtype]
+    rounding = {F64: 0, F32: 0, BF16: 2.0**-8, F16: 2.0**-11}[dtype]
     assert (error <= (1e-12 if dtype == F64 else 2e-6 * math.sqrt(m)) + 1.01 * rounding * exact.abs()).all()
-    inplace = x.to(device)
+    inplace = x.to(device, copy=True)
     assert seeded_normal_combine_(inplace, 3, weights.to(device), **options) is inplace
     assert torch.equal(inplace, out)
     alone = seeded_normal_combine(3, weights.to(wide).to(device), n, **options)

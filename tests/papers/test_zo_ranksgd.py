@@ -69,7 +69,7 @@ def test_closed_form_is_the_sum_over_edges(m) -> None:
             close(rank_gradient(xi + 7.5, ranking), g, 1e-11)  # what all have in common cancels
             off_by_one = rank_weights(ranking, m, variant="code")
             close(off_by_one.sum(), k / edges)
-            close(off_by_one[list(ranking)] - w[list(ranking)], torch.full((k,), 1 / edges))
+            close(off_by_one[list(ranking)] - w[list(ranking)], torch.full((k,), 1 / edges, dtype=F64))
         if k == m - 1:
             last = [i for i in range(m) if i not in ranking]
             close(rank_weights(ranking, m), rank_weights([*ranking, *last], m))
