@@ -143,7 +143,10 @@ def rosenbrock(x: Tensor) -> Tensor:
     return (100 * (x[..., 1:] - x[..., :-1].square()).square() + (1 - x[..., :-1]).square()).sum(-1) / 100
 
 
-FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {"quadratic": (quadratic, 1.0), "Rosenbrock": (rosenbrock, -0.5)}
+FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    "quadratic": (quadratic, 1.0),
+    "Rosenbrock": (rosenbrock, -0.5),
+}
 ESTIMATES = (f"({PROBES}, {PROBES})", f"({PROBES}, 3)", f"({PROBES}, 1)", f"{PROBES // 2} pairs", "values, two points")
 
 
@@ -190,7 +193,8 @@ def race(quick: bool = False) -> Result:
     for ax, (what, (f, start)) in zip(figure.subplots(1, len(FUNCTIONS)), FUNCTIONS.items(), strict=True):
         for name in ESTIMATES:
             curves = {
-                eta: torch.tensor([descend(f, start, name, eta, seed, steps) for seed in range(seeds)], dtype=F64) for eta in ETAS
+                eta: torch.tensor([descend(f, start, name, eta, seed, steps) for seed in range(seeds)], dtype=F64)
+                for eta in ETAS
             }
             best = min(ETAS, key=lambda eta: float(curves[eta][:, -1].log().mean()))
             ends = curves[best][:, -1].sort().values
@@ -215,7 +219,15 @@ def changed_by_transforms(steps: int) -> int:
     for step in range(steps):
         for x, transform in zip(points, transforms, strict=True):
             zo_rank_step(
-                x, lambda at, t=transform: t(quadratic(at)), m=PROBES, k=3, mu=0.1, eta=1.0, seed=0, step=step, line_search=OFFERED
+                x,
+                lambda at, t=transform: t(quadratic(at)),
+                m=PROBES,
+                k=3,
+                mu=0.1,
+                eta=1.0,
+                seed=0,
+                step=step,
+                line_search=OFFERED,
             )
         changed += sum(not torch.equal(points[0], x) for x in points[1:])
     return changed
@@ -233,7 +245,9 @@ class Painter(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.layers = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1), nn.Sigmoid())
+            self.layers = nn.Sequential(
+                nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1), nn.Sigmoid()
+            )
         line = torch.linspace(-2, 2, SIDE)
         self.places = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1).view(-1, 2)
 
@@ -332,7 +346,9 @@ def align(quick: bool = False) -> Result:
         stops = (0, rounds // 10, rounds // 3, rounds)
         moved = sum(run.moved for run in runs) / seeds
         rows.append([name, *(f"{mean[t]:.3f}" for t in stops), f"{moved:.0%}" if options.get("pooled", True) else "-"])
-        ax.plot(torch.linspace(0, looks, rounds + 1), mean, label=name, linewidth=1.2, linestyle="--" if "slips" in name else "-")
+        ax.plot(
+            torch.linspace(0, looks, rounds + 1), mean, label=name, linewidth=1.2, linestyle="--" if "slips" in name else "-"
+        )
         if i < 3:
             for column, picture in enumerate(runs[0].pictures):
                 place = figure.add_subplot(grid[i, 3 + column])

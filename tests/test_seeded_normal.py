@@ -56,9 +56,7 @@ def test_known_words():
 def test_words_of_vectors_are_those_of_the_definition(seed, first):
     blocks = torch.arange(first, first + 37)
     row = torch.full_like(blocks, 2**32 - 2)
-    expected = torch.stack(
-        reference.philox_words(seed, blocks & 0xFFFFFFFF, blocks >> 32, row, torch.zeros_like(row)), 1
-    )
+    expected = torch.stack(reference.philox_words(seed, blocks & 0xFFFFFFFF, blocks >> 32, row, torch.zeros_like(row)), 1)
     assert torch.equal(cpu_words(seed, 2**32 - 2, first, 37), expected)
 
 
@@ -156,9 +154,7 @@ def test_numbers_are_those_of_the_place_and_not_of_the_tensor(device):
     weights = torch.tensor([0.7, -2.0, 1e-3], device=device)
     whole = seeded_normal_combine(9, weights, 5000)
     for cuts in ((0, 1, 2, 3, 9, 5000), (0, 31, 64, 4097, 5000), (0, 1023, 1025, 5000)):
-        parts = [
-            seeded_normal_combine(9, weights, b - a, element_offset=a) for a, b in zip(cuts[:-1], cuts[1:], strict=True)
-        ]
+        parts = [seeded_normal_combine(9, weights, b - a, element_offset=a) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
         assert torch.equal(torch.cat(parts), whole)
     x = torch.randn(50, 100, device=device)
     expected = seeded_normal_combine(9, weights, add_to=x, scale=0.5)
@@ -206,11 +202,17 @@ def test_a_weight_that_is_no_number_is_seen(device):
 def test_parameters_move_without_a_graph(device):
     layer = torch.nn.Linear(3, 4, device=device)
     before = layer.weight.detach().clone()
-    version = layer.weight._version
+    product = (layer.weight**2).sum()
     seeded_normal_add_(layer.weight, 1, 0, 0.1)
     seeded_normal_combine_(layer.weight, 1, torch.ones(1, device=device, requires_grad=True), scale=-0.1)
-    assert layer.weight.grad_fn is None and layer.weight.requires_grad and layer.weight._version > version
+    assert layer.weight.grad_fn is None and layer.weight.requires_grad
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
     assert_close(layer.weight.detach(), before, rtol=0, atol=1e-6)
+    with torch.inference_mode():
+        x = torch.zeros(3, device=device)
+        assert seeded_normal_add_(x, 1, 0, 0.1).any()
+        assert seeded_normal_add_(layer.weight, 1, 0, 0.1) is layer.weight
     weights = torch.ones(2, requires_grad=True, device=device)
     assert not seeded_normal_combine(1, weights, add_to=layer.weight).requires_grad
 

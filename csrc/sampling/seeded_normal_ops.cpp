@@ -70,6 +70,7 @@ Tensor seeded_normal_combine(const Tensor& weights, OptTensor add_to, int64_t se
   const DType dtype = add_to ? float_dtype(*add_to, "add_to") : accumulator(float_dtype(weights, "weights"));
   const Tensor w = checked_weights(weights, scalar_type(accumulator(dtype)));
   if (add_to) check_same_device(weights, "weights", *add_to, "add_to");
+  if (add_to && n == -1) n = add_to->numel();
   check_value(n >= 0, "n is ", n, "; it must not be negative");
   check_value(!add_to || add_to->numel() == n, "n is ", n, "; add_to has ", add_to ? add_to->numel() : 0, " elements");
   const Rows rows(seed, "first_row", first_row, w.size(0), first_element, n);

@@ -216,7 +216,9 @@ def test_only_the_order_of_values_counts() -> None:
     for increasing in (lambda v: v, lambda v: v**3 - 4, torch.log, lambda v: -1 / v):
         x = torch.zeros(10)
         for step in range(10):
-            zo_rank_step(x, lambda at, g=increasing: g(quadratic(at)), m=4, k=2, mu=0.1, eta=0.1, seed=0, step=step, line_search=3)
+            zo_rank_step(
+                x, lambda at, g=increasing: g(quadratic(at)), m=4, k=2, mu=0.1, eta=0.1, seed=0, step=step, line_search=3
+            )
         points.append(x)
     assert all(torch.equal(points[0], x) for x in points[1:])
 

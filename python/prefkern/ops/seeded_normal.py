@@ -93,7 +93,11 @@ def seeded_normal_combine(
         same_device("add_to", add_to, weights=weights)
     elif n is None:
         raise ValueError("n and add_to are None; one of them is expected")
-    count = add_to.numel() if n is None and add_to is not None else _in_int64("n", n)
+    count = -1  # that of add_to, of which a compiled graph need not know how many elements it has
+    if n is not None:
+        count = _in_int64("n", n)
+        if count < 0:
+            raise ValueError(f"n is {count}; it must not be negative")
     rows, start = _in_int64("first_row", first_row), _in_int64("element_offset", element_offset)
     numbers = (_bits(seed), count, rows, start, number("scale", scale))
     result: Tensor = call(_combine, weights.detach(), None if add_to is None else add_to.detach(), *numbers)
@@ -124,8 +128,7 @@ def seeded_normal_combine_(
     with torch.no_grad():
         flat = x.detach().contiguous()
         call(_combine_inplace, flat, constants, key, rows, start, factor)
-        if not x.is_contiguous():
-            x.copy_(flat)
+        _written(x, flat)
     return x
 
 
@@ -152,9 +155,16 @@ def seeded_normal_add_(x: Tensor, seed: int, row: int, mu: float, *, element_off
     with torch.no_grad():
         flat = x.detach().contiguous()
         call(_add_inplace, flat, key, index, start, factor)
-        if not x.is_contiguous():
-            x.copy_(flat)
+        _written(x, flat)
     return x
+
+
+def _written(x: Tensor, flat: Tensor) -> None:
+    """What the op has written into `flat` into `x`, and to its version, by which autograd finds that a saved tensor changed."""
+    if not x.is_contiguous():
+        x.copy_(flat)
+    elif not (torch.compiler.is_compiling() or x.is_inference()):
+        torch.autograd.graph.increment_version(x)
 
 
 def _bits(seed: int) -> int:

@@ -512,7 +512,9 @@ class _Oracle:
         self.by_value = not isinstance(f_or_ranker, Ranker)
         self.ask: Any = f_or_ranker
         if self.by_value and not callable(f_or_ranker):
-            raise TypeError(f"f_or_ranker is a {type(f_or_ranker).__name__}; a function of the parameters or a Ranker is expected")
+            raise TypeError(
+                f"f_or_ranker is a {type(f_or_ranker).__name__}; a function of the parameters or a Ranker is expected"
+            )
         if ties == "drop" and not self.by_value:
             raise ValueError("ties is 'drop' with a Ranker; it needs values, which f returns")
 
