@@ -9,6 +9,7 @@
 #include "logprobs/ops.h"
 #include "policy/ops.h"
 #include "preference/ops.h"
+#include "sampling/ops.h"
 #include "sequence/ops.h"
 
 using namespace prefkern;
@@ -271,6 +272,13 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("skew_row_means(Tensor v, Tensor? mask, Tensor? scales, bool normalize, float tau) -> Tensor");
   m.def("preference_rows_backward(Tensor g_loss, Tensor unnormalised, Tensor inverse) -> Tensor");
+
+  // ---- sampling: seed is 64 bits as they are; rows are counted from first_row, elements from first_element. No gradients.
+  m.def(
+      "seeded_normal_combine(Tensor weights, Tensor? add_to, int seed, int n, int first_row, int first_element, float scale) "
+      "-> Tensor");
+  m.def("seeded_normal_combine_(Tensor(a!) x, Tensor weights, int seed, int first_row, int first_element, float scale) -> ()");
+  m.def("seeded_normal_add_(Tensor(a!) x, int seed, int row, int first_element, float mu) -> ()");
 }
 
 #define PK_REGISTER(key)                                                              \
@@ -342,6 +350,9 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("skew_score_fwd", PK_OP(skew_score));                                      \
     m.impl("skew_row_means", PK_OP(skew_row_means));                                  \
     m.impl("preference_rows_backward", PK_OP(preference_rows_backward));              \
+    m.impl("seeded_normal_combine", PK_OP(seeded_normal_combine));                    \
+    m.impl("seeded_normal_combine_", PK_OP(seeded_normal_combine_inplace));           \
+    m.impl("seeded_normal_add_", PK_OP(seeded_normal_add_inplace));                   \
   }
 PK_REGISTER(CPU)
 PK_REGISTER(CUDA)

@@ -282,6 +282,7 @@ def test_bench_in_bf16_shows_what_float32_would_take(tmp_path):
         ("top_quantile_mask", "4x32", "fwd", {"trl", "count"}),
         ("sequence_sum", "4x32", "bwd", {"padded", "packed"}),
         ("gae", "4x32", "fwd", {"padded"}),
+        ("seeded_normal_combine", "500x3", "fwd", {"sum"}),
     ],
 )
 def test_bench_of_the_other_ops(tmp_path, op, shape, mode, outputs):

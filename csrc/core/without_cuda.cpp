@@ -26,6 +26,7 @@
 #include "lists/listwise.h"
 #include "lists/row_loss.h"
 #include "lists/skew.h"
+#include "sampling/seeded_normal.h"
 #include "sequence/returns.h"
 #include "sequence/sequence_sums.h"
 
@@ -78,6 +79,8 @@ int cuda_pool(const PoolArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_pool_backward(const PoolArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_returns(const ReturnsArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_segmented_returns(const SegmentedArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_seeded_normal(const NormalArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_philox_words(const PhiloxArgs&, void*) { return kBuiltWithoutCuda; }
 int cuda_group_reduce(const GroupReduceArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_group_normalize(const NormalizeArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_group_normalize_backward(const NormalizeGradArgs<float>&, void*) { return kBuiltWithoutCuda; }

@@ -22,6 +22,7 @@ from .lists import group_preference_loss, listwise_loss, skew_loss, skew_row_mea
 from .logprobs import linear_logprobs, logits_logprobs, plan_backward, plan_chunks
 from .policy import importance_weights, kl_penalty, masked_aggregate, off_policy_mask, policy_loss
 from .preference import label_posterior, preference_loss, unpaired_loss
+from .seeded_normal import seeded_normal, seeded_normal_add_, seeded_normal_combine, seeded_normal_combine_
 from .sequence import discounted_returns, gae, masked_mean_pool, segmented_returns, sequence_mean, sequence_sum, step_mean
 from .types import (
     ConflictRuns,
@@ -78,6 +79,10 @@ __all__ = [
     "policy_loss",
     "preference_loss",
     "question_weights",
+    "seeded_normal",
+    "seeded_normal_add_",
+    "seeded_normal_combine",
+    "seeded_normal_combine_",
     "segmented_returns",
     "sequence_mean",
     "sequence_sum",

@@ -86,6 +86,7 @@ from . import (
     trpa,
     vpo,
     wpo,
+    zo_ranksgd,
 )
 from ._about import EVIDENCE, About
 from ._pairs import PairRecipe, Pairs
@@ -187,4 +188,5 @@ __all__ = [
     "trpa",
     "vpo",
     "wpo",
+    "zo_ranksgd",
 ]

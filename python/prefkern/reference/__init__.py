@@ -20,6 +20,7 @@ from prefkern.reference.lists import group_preference_loss, listwise_loss, skew_
 from prefkern.reference.logprobs import linear_logprobs, logits_logprobs
 from prefkern.reference.policy import importance_weights, kl_penalty, masked_aggregate, off_policy_mask, policy_loss
 from prefkern.reference.preference import label_posterior, preference_loss, unpaired_loss
+from prefkern.reference.seeded_normal import philox_words, seeded_normal, seeded_normal_combine
 from prefkern.reference.sequence import (
     discounted_returns,
     gae,
@@ -55,9 +56,12 @@ __all__ = [
     "merge_moments",
     "off_policy_mask",
     "pair_masked_advantages",
+    "philox_words",
     "policy_loss",
     "preference_loss",
     "question_weights",
+    "seeded_normal",
+    "seeded_normal_combine",
     "segmented_returns",
     "sequence_mean",
     "sequence_sum",

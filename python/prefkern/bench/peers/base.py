@@ -188,3 +188,6 @@ class Peer:
 
     def gae(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         raise Unavailable("has no such op")
+
+    def seeded_normal_combine(self, seed: int, weights: Tensor, n: int) -> Tensor:
+        raise Unavailable("has no such op")

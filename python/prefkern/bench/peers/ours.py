@@ -155,6 +155,11 @@ class Prefkern(Peer):
 
         return prefkern.gae(rewards, values, mask, gamma=GAMMA, lam=LAMBDA)
 
+    def seeded_normal_combine(self, seed: int, weights: Tensor, n: int) -> Tensor:
+        import prefkern
+
+        return prefkern.seeded_normal_combine(seed, weights, n)
+
 
 class PrefkernTwoStep(Prefkern):
     """This library, head and loss one after the other: the logits are computed again in the backward."""

@@ -235,6 +235,14 @@ class Eager(TwoStep):
         advantages = torch.stack(columns[::-1], dim=1) * m
         return advantages, (advantages + v) * m
 
+    def seeded_normal_combine(self, seed: int, weights: Tensor, n: int) -> Tensor:
+        """A row at a time: no more memory than two rows."""
+        generator = torch.Generator(weights.device).manual_seed(seed)
+        total = torch.zeros(n, dtype=weights.dtype, device=weights.device)
+        for weight in weights.tolist():
+            total.add_(torch.randn(n, generator=generator, dtype=weights.dtype, device=weights.device), alpha=weight)
+        return total
+
 
 class Compile(Peer):
     """torch.compile of the eager definitions, static shapes."""

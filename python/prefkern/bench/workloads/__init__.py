@@ -11,6 +11,8 @@ The floor is the least that an implementation of the same kind has to do, in pla
     group_advantages, group_reduce, policy_loss, preference_loss, listwise_loss, top_quantile_mask,
     sequence_sum, gae
                       a copy of the inputs
+    seeded_normal_combine
+                      a copy of the result
     overhead          x + 1 on a tiny tensor; all on one thread, since waking the others is not what is asked for
 """
 
@@ -24,6 +26,7 @@ from prefkern.bench.workloads.losses import LinearPolicyWorkload, LinearPreferen
 from prefkern.bench.workloads.overhead import OverheadWorkload
 from prefkern.bench.workloads.policy import PolicyWorkload
 from prefkern.bench.workloads.preference import ListwiseWorkload, PreferenceWorkload
+from prefkern.bench.workloads.sampling import SeededNormalWorkload
 from prefkern.bench.workloads.sequence import GaeWorkload, SequenceSumWorkload
 
 WORKLOADS: dict[str, type[Workload]] = {
@@ -41,6 +44,7 @@ WORKLOADS: dict[str, type[Workload]] = {
     "top_quantile_mask": TopQuantileWorkload,
     "sequence_sum": SequenceSumWorkload,
     "gae": GaeWorkload,
+    "seeded_normal_combine": SeededNormalWorkload,
     "overhead": OverheadWorkload,
 }
 

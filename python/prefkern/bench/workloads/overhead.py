@@ -13,6 +13,7 @@ from prefkern.bench.workloads.logprobs import LinearWorkload, LogitsWorkload
 from prefkern.bench.workloads.losses import LinearPolicyWorkload, LinearPreferenceWorkload, LinearUnpairedWorkload
 from prefkern.bench.workloads.policy import PolicyWorkload
 from prefkern.bench.workloads.preference import ListwiseWorkload, PreferenceWorkload
+from prefkern.bench.workloads.sampling import SeededNormalWorkload
 from prefkern.bench.workloads.sequence import GaeWorkload, SequenceSumWorkload
 
 # what is shown -> workload, op, shape, mode, variant of the workload
@@ -34,6 +35,7 @@ TINY: dict[str, tuple[type[Workload], str, Shape, str, str]] = {
     "top_quantile_mask": (TopQuantileWorkload, "top_quantile_mask", (2, 8), "fwd", "trl"),
     "sequence_sum": (SequenceSumWorkload, "sequence_sum", (2, 8), "fwd", "padded"),
     "gae": (GaeWorkload, "gae", (2, 8), "fwd", "padded"),
+    "seeded_normal_combine": (SeededNormalWorkload, "seeded_normal_combine", (8, 2), "fwd", "sum"),
 }
 
 
