@@ -11,6 +11,7 @@
 #include "logprobs/bindings.h"
 #include "policy/bindings.h"
 #include "preference/bindings.h"
+#include "sampling/bindings.h"
 #include "sequence/bindings.h"
 
 namespace prefkern {
@@ -26,6 +27,7 @@ inline void bind_argument_structs(py::module_& m) {
   bind_conflicts(m);
   bind_filters(m);
   bind_lists(m);
+  bind_sampling(m);
 }
 
 inline void bind_cpu_launchers(py::module_& m) {
@@ -39,6 +41,7 @@ inline void bind_cpu_launchers(py::module_& m) {
   bind_conflicts_cpu(m);
   bind_filters_cpu(m);
   bind_lists_cpu(m);
+  bind_sampling_cpu(m);
 }
 
 inline void bind_cuda_launchers(py::module_& m) {
@@ -51,6 +54,7 @@ inline void bind_cuda_launchers(py::module_& m) {
   bind_conflicts_cuda(m);
   bind_filters_cuda(m);
   bind_lists_cuda(m);
+  bind_sampling_cuda(m);
 }
 
 }  // namespace prefkern

@@ -9,6 +9,7 @@
 #include "logprobs/ops.h"
 #include "policy/ops.h"
 #include "preference/ops.h"
+#include "sampling/ops.h"
 #include "sequence/ops.h"
 
 using namespace prefkern;
@@ -271,6 +272,15 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("skew_row_means(Tensor v, Tensor? mask, Tensor? scales, bool normalize, float tau) -> Tensor");
   m.def("preference_rows_backward(Tensor g_loss, Tensor unnormalised, Tensor inverse) -> Tensor");
+
+  // ---- sampling: utility and mode are the enumerations of math/thompson.h, method that of sampling/budget.h. No gradients.
+  m.def(
+      "beta_thompson_topk(Tensor alpha, Tensor beta, Tensor? eligible, int k, int utility, int mode, int seed, int step, "
+      "bool with_draws) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "decayed_beta_update_(Tensor(a!) alpha, Tensor(b!) beta, Tensor ids, Tensor successes, Tensor n, float lam1, float lam2) "
+      "-> ()");
+  m.def("knapsack_allocate(Tensor utilities, int surplus, int method) -> Tensor");
 }
 
 #define PK_REGISTER(key)                                                              \
@@ -342,6 +352,9 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("skew_score_fwd", PK_OP(skew_score));                                      \
     m.impl("skew_row_means", PK_OP(skew_row_means));                                  \
     m.impl("preference_rows_backward", PK_OP(preference_rows_backward));              \
+    m.impl("beta_thompson_topk", PK_OP(beta_thompson_topk));                          \
+    m.impl("decayed_beta_update_", PK_OP(decayed_beta_update));                       \
+    m.impl("knapsack_allocate", PK_OP(knapsack_allocate));                            \
   }
 PK_REGISTER(CPU)
 PK_REGISTER(CUDA)

@@ -84,6 +84,8 @@ from . import (
     tpo_tree,
     tppo,
     trpa,
+    v0,
+    vade,
     vpo,
     wpo,
 )
@@ -185,6 +187,8 @@ __all__ = [
     "tpo_tree",
     "tppo",
     "trpa",
+    "v0",
+    "vade",
     "vpo",
     "wpo",
 ]
