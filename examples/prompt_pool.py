@@ -24,16 +24,16 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from matplotlib.figure import Figure
+from prefkern.papers.mmr1 import VasSampler
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from prefkern.papers import v0
-from prefkern.papers.mmr1 import VasSampler
 from prefkern.papers.vade import VadeSampler, select_from_draws
 
 F64 = torch.float64
@@ -181,7 +181,7 @@ class DapoFilter(Uniform):
 
 
 class Vade(PoolSampler):
-    options: dict[str, Any] = {}
+    options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, pool: Pool, batch: int, rollouts: int, seed: int) -> None:
         super().__init__(pool, batch, rollouts, seed)
@@ -198,15 +198,15 @@ class Vade(PoolSampler):
 
 
 class VadeNoFast(Vade):
-    options = {"lam1": 1.0}
+    options: ClassVar[dict[str, Any]] = {"lam1": 1.0}
 
 
 class VadeNoGradual(Vade):
-    options = {"lam2": 1.0}
+    options: ClassVar[dict[str, Any]] = {"lam2": 1.0}
 
 
 class VadeNoDecay(Vade):
-    options = {"lam1": 1.0, "lam2": 1.0}
+    options: ClassVar[dict[str, Any]] = {"lam1": 1.0, "lam2": 1.0}
 
 
 class Vas(PoolSampler):
@@ -394,8 +394,8 @@ def advantage_mass(budgets: Tensor, p: Tensor) -> Tensor:
 
 
 def tabular_grpo(allocate: Callable[[Tensor, int], Tensor], p: Tensor, sigma: float, *, steps: int, seed: int) -> list[float]:
-    """Accuracies [steps + 1] of one logit per prompt. The gradient of a group of k successes in B, advantages over their standard
-    deviation, is sqrt(k (B - k)) in its logit, of the mean over all rollouts."""
+    """Accuracies [steps + 1] of one logit per prompt. The gradient of a group of k successes in B, advantages over their
+    standard deviation, is sqrt(k (B - k)) in its logit, of the mean over all rollouts."""
     random = torch.Generator().manual_seed(seed)
     logits, total = p.logit(eps=1e-6), EACH * len(p)
     accuracy = [p.mean().item()]
@@ -465,7 +465,8 @@ BETAS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 def model_skills(x: Tensor) -> Tensor:
-    """Success probabilities [n, 3] at places [n, 2]: a cheap model good on one side, a middling one on the other, a strong one."""
+    """Success probabilities [n, 3] at places [n, 2]: a cheap model good on one side, a middling one on the other, a
+    strong one."""
     logits = [2 - 3 * x[:, 0], 1.5 * x[:, 0] + 1.5 * x[:, 1], 2 - 0.5 * x.square().sum(1)]
     return torch.sigmoid(torch.stack(logits, 1))
 

@@ -18,13 +18,13 @@ def knapsack_allocate(utilities: Tensor, total: int, *, b_min: int = 0, method: 
     :math:`\sum_i U_i(B_i)` as large as that allows, for any tables U.
 
     Args:
-        utilities: ``[n, K]`` on the CPU, any floating type, finite: ``utilities[i, j]`` is what a budget of b_min + j is worth to
-            prompt i. It need neither rise nor be concave.
+        utilities: ``[n, K]`` on the CPU, any floating type, finite: ``utilities[i, j]`` is what a budget of b_min + j is worth
+            to prompt i. It need neither rise nor be concave.
         total: at least n b_min. What is beyond n (b_min + K - 1), and what nobody gains from, stays unspent:
             ``total - budgets.sum()``.
         b_min: what everybody gets.
-        method: ``"exact"``: a dynamic programme, O(n S K) time and O(n S) memory for a surplus S = total - n b_min; of equal sums
-            the one that gives less to the later prompt. ``"greedy"``: one at a time to the prompt that gains most by it, the
+        method: ``"exact"``: a dynamic programme, O(n S K) time and O(n S) memory for a surplus S = total - n b_min; of equal
+            sums the one that gives less to the later prompt. ``"greedy"``: one at a time to the prompt that gains most by it, the
             first of equal ones, while somebody gains; where U is not concave that can be far from the most.
 
     Returns:

@@ -44,8 +44,8 @@ def beta_thompson_topk(
     For each of M prompts :math:`p \sim \mathrm{Beta}(\alpha + 1, \beta + 1)`, and its utility :math:`p (1 - p)^2`, largest at
     1/3, or :math:`p (1 - p)`, the variance of a binary reward, largest at 1/2. A draw is two gamma variates by Marsaglia and
     Tsang's method, made of Philox words for (seed, step, prompt): it does not depend on threads, on the other prompts, on
-    ``eligible`` or on what was drawn before. Other devices, and CPUs with other instruction sets, use the same words: their draws
-    are equal up to rounding, which once in some ten million draws accepts a proposal that was rejected elsewhere.
+    ``eligible`` or on what was drawn before. Other devices, and CPUs with other instruction sets, use the same words: their
+    draws are equal up to rounding, which once in some ten million draws accepts a proposal that was rejected elsewhere.
 
     Args:
         alpha, beta: ``[M]`` counts of successes and failures, without the prior's 1; float32 (float64 on the CPU). Finite, not
@@ -62,7 +62,8 @@ def beta_thompson_topk(
     Returns:
         ThompsonTopk(ids, utilities, draws). Constants: no gradient. Memory besides them: on the CPU O(k) per thread, on CUDA
         O(M). CUDA does not wait: there a wrong count has utility and draw NaN, and comes first, and where fewer than k prompts
-        are eligible the others follow with utility -inf; under ``prefkern.set_validation(True)``, as on the CPU, both are errors.
+        are eligible the others follow with utility -inf; under ``prefkern.set_validation(True)``, as on the CPU, both are
+            errors.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what is accepted.
@@ -89,8 +90,8 @@ def decayed_beta_update_(
     lam1: float = 0.2,
     lam2: float = 0.999,
 ) -> None:
-    r"""Counts after a step, in place (VADE): for the prompts that were rolled out :math:`\alpha \leftarrow \lambda_1 \alpha + s`
-    and :math:`\beta \leftarrow \lambda_1 \beta + n - s`, for all others :math:`\lambda_2 \alpha` and :math:`\lambda_2 \beta`.
+    r"""Counts after a step, in place (VADE): for the prompts rolled out :math:`\alpha \leftarrow \lambda_1 \alpha + s` and
+    :math:`\beta \leftarrow \lambda_1 \beta + n - s`, for all others :math:`\lambda_2 \alpha` and :math:`\lambda_2 \beta`.
 
     Args:
         alpha, beta: ``[M]`` as for :func:`beta_thompson_topk`, contiguous; changed.

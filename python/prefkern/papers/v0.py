@@ -1,5 +1,5 @@
-r"""V_0: what a policy can do, guessed from how it did on other prompts: budgets of rollouts, a router, and the loss it is trained
-with.
+r"""V_0: what a policy can do, guessed from how it did on other prompts: budgets of rollouts, a router, and the loss it is
+trained with.
 
 "V_0: A Generalist Value Model for Any Policy at State Zero", arXiv:2602.03584.
 Evidence: part. The loss follows the authors' release, read and not run; budget and router are the paper's equations through
@@ -46,7 +46,7 @@ from torch import Tensor
 from ..ops import LossOutput, knapsack_allocate, preference_loss
 from ..ops._arguments import check_tensors, integer, number, positive_int
 from ._about import About
-from ._shared import check_choice, check_rows, check_values, may_look
+from ._shared import check_choice, check_rows, check_values
 
 __all__ = [
     "Allocation",
@@ -141,7 +141,7 @@ def allocate_budget(
 
 
 def class_weights(context_labels: Tensor, y: Tensor) -> Tensor:
-    """Weights [n] of the queries' cross-entropy that balance the classes of their context: its size over twice that of the class.
+    """Weights [n] of the queries' cross-entropy that balance the classes of their context: its size over twice the class's.
 
     Labels of both are hardened at 0.5. A context of one class gives weight 1 to all.
     """
@@ -208,7 +208,7 @@ def router_labels(r: Tensor, cost: Tensor, beta: float) -> Tensor:
 
 
 def route(scores: Tensor) -> Tensor:
-    """The model to ask for each query, int64 [Q]: the one with the largest of the scores [Q, models], of equal ones the first."""
+    """The model to ask for each query, int64 [Q]: the one with the largest score of [Q, models], of equal ones the first."""
     check_tensors(scores=scores)
     if scores.dim() != 2 or scores.shape[1] == 0:
         raise ValueError(f"scores has shape {list(scores.shape)}; [Q, models] is expected")

@@ -3,8 +3,8 @@ r"""VADE: roll out the prompts whose groups will disagree, by Thompson sampling 
 "VADE: Variance-Aware Dynamic Sampling via Online Sample-Level Difficulty Estimation for Multimodal RL", arXiv:2511.18902.
 Evidence: part. Equations and update from the authors' page and its figure, with the numbers worked there; code was not seen.
 
-A group of rollouts that all succeed or all fail has no advantage, and teaches nothing. Each of M prompts has counts of successes
-and failures; the belief about its success probability under the current policy is :math:`\mathrm{Beta}(\alpha + 1, \beta + 1)`,
+A group of rollouts that all succeed or all fail has no advantage, and teaches nothing. Each of M prompts has counts of
+successes and failures; the belief about its success probability under the current policy is :math:`\mathrm{Beta}(\alpha + 1, \beta + 1)`,
 uniform without evidence. Once per step
 
 .. math::
@@ -132,7 +132,7 @@ def count_successes(rewards: Tensor, mask: Tensor | None = None, *, threshold: f
     keep = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
     if keep.shape != rewards.shape or keep.dtype != torch.bool:
         raise ValueError(f"mask is {keep.dtype} {list(keep.shape)}; bool {list(rewards.shape)} is expected")
-    good = ~keep | ((rewards == 0) | (rewards == 1) if threshold is None else rewards == rewards)
+    good = ~keep | ((rewards == 0) | (rewards == 1) if threshold is None else ~rewards.isnan())
     if may_look(rewards) and not bool(good.all()):
         i, j = (~good).nonzero()[0].tolist()
         accepted = "rewards are 0 or 1 unless a threshold is given" if threshold is None else "a number is expected"

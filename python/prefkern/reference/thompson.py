@@ -87,5 +87,5 @@ def decayed_beta_update_(
     """See :func:`prefkern.decayed_beta_update_`."""
     for counts, added in ((alpha, successes), (beta, n - successes)):
         new = lam1 * counts[ids] + added
-        counts *= lam2
+        counts.mul_(lam2)
         counts[ids] = new.to(counts.dtype)

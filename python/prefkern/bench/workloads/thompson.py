@@ -14,8 +14,8 @@ CAP = 128
 
 
 class ThompsonWorkload(Workload):
-    """M prompts of 0 to 10 rollouts, of which the best 512, or an eighth of a small pool, are chosen. "mean" is the same without
-    random numbers: what it takes more than that is the cost of the draws."""
+    """M prompts of 0 to 10 rollouts, of which the best 512, or an eighth of a small pool, are chosen. "mean" is the same
+    without random numbers: what it takes more than that is the cost of the draws."""
 
     variants = ("thompson", "mean")
 
