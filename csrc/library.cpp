@@ -279,6 +279,14 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "-> Tensor");
   m.def("seeded_normal_combine_(Tensor(a!) x, Tensor weights, int seed, int first_row, int first_element, float scale) -> ()");
   m.def("seeded_normal_add_(Tensor(a!) x, int seed, int row, int first_element, float mu) -> ()");
+  // utility and mode are the enumerations of math/thompson.h, method that of sampling/budget.h.
+  m.def(
+      "beta_thompson_topk(Tensor alpha, Tensor beta, Tensor? eligible, int k, int utility, int mode, int seed, int step, "
+      "bool with_draws) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "decayed_beta_update_(Tensor(a!) alpha, Tensor(b!) beta, Tensor ids, Tensor successes, Tensor n, float lam1, float lam2) "
+      "-> ()");
+  m.def("knapsack_allocate(Tensor utilities, int surplus, int method) -> Tensor");
 }
 
 #define PK_REGISTER(key)                                                              \
@@ -353,6 +361,9 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("seeded_normal_combine", PK_OP(seeded_normal_combine));                    \
     m.impl("seeded_normal_combine_", PK_OP(seeded_normal_combine_inplace));           \
     m.impl("seeded_normal_add_", PK_OP(seeded_normal_add_inplace));                   \
+    m.impl("beta_thompson_topk", PK_OP(beta_thompson_topk));                          \
+    m.impl("decayed_beta_update_", PK_OP(decayed_beta_update));                       \
+    m.impl("knapsack_allocate", PK_OP(knapsack_allocate));                            \
   }
 PK_REGISTER(CPU)
 PK_REGISTER(CUDA)

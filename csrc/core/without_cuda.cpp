@@ -27,6 +27,7 @@
 #include "lists/row_loss.h"
 #include "lists/skew.h"
 #include "sampling/seeded_normal.h"
+#include "sampling/beta_thompson.h"
 #include "sequence/returns.h"
 #include "sequence/sequence_sums.h"
 
@@ -93,5 +94,7 @@ int cuda_group_preference(const GroupPreferenceArgs<float>&, void*) { return kBu
 int cuda_skew(const SkewArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_skew_means(const SkewMeansArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_row_gradient(const RowGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_beta_thompson(const ThompsonArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_beta_update(const BetaUpdateArgs<float>&, void*) { return kBuiltWithoutCuda; }
 }  // namespace prefkern
 #endif

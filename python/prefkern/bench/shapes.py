@@ -54,6 +54,8 @@ OPS = {
         Op("sequence_sum", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), BOTH),
         Op("gae", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), ("fwd",)),
         Op("seeded_normal_combine", ("D", "M"), ((10_000_000, 8),), ("fp32",), ("fwd",)),
+        Op("beta_thompson_topk", ("M",), ((1000000,),), ("fp32", "fp64"), ("fwd",)),
+        Op("knapsack_allocate", ("N", "B"), ((200, 8),), ("fp32", "fp64"), ("fwd",)),
         Op("overhead", (), ((),), ("fp32",), ("fwd",)),
     )
 }

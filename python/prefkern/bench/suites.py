@@ -119,6 +119,8 @@ def _small(size: str, device: str) -> list[Part]:
         "sequence_sum": ((8, 64) if quick else (64, 4096), "bwd"),
         "gae": ((8, 64) if quick else (64, 4096), "fwd"),
         "seeded_normal_combine": ((1000, 3) if quick else (10_000_000, 8), "fwd"),
+        "beta_thompson_topk": ((4096,) if quick else (1000000,), "fwd"),
+        "knapsack_allocate": ((12, 6) if quick else (200, 8), "fwd"),
     }
     peers = ("eager", "torch", "python") if device == "cpu" else ("eager", "torch")
     parts += [Part(Case(op, shape, "fp32", mode), peers) for op, (shape, mode) in others.items()]

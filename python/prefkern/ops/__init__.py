@@ -12,6 +12,7 @@ from .advantages import (
     question_weights,
     whiten,
 )
+from .budget import knapsack_allocate
 from .conflicts import conflict_runs, conflict_weights, first_divergence
 from .filters import masked_quantile, top_quantile_mask
 from .groups import group_normalize, group_reduce, level_pairs
@@ -24,6 +25,7 @@ from .policy import importance_weights, kl_penalty, masked_aggregate, off_policy
 from .preference import label_posterior, preference_loss, unpaired_loss
 from .seeded_normal import seeded_normal, seeded_normal_add_, seeded_normal_combine, seeded_normal_combine_
 from .sequence import discounted_returns, gae, masked_mean_pool, segmented_returns, sequence_mean, sequence_sum, step_mean
+from .thompson import ThompsonTopk, beta_thompson_topk, decayed_beta_update_
 from .types import (
     ConflictRuns,
     GaeOutput,
@@ -47,10 +49,13 @@ __all__ = [
     "PairMaskedAdvantages",
     "QuestionWeights",
     "StepMeans",
+    "ThompsonTopk",
     "batch_moments",
     "batch_normalize",
+    "beta_thompson_topk",
     "conflict_runs",
     "conflict_weights",
+    "decayed_beta_update_",
     "discounted_returns",
     "first_divergence",
     "gae",
@@ -60,6 +65,7 @@ __all__ = [
     "group_reduce",
     "importance_weights",
     "kl_penalty",
+    "knapsack_allocate",
     "label_posterior",
     "level_pairs",
     "linear_logprobs",

@@ -13,6 +13,7 @@ from prefkern.reference.advantages import (
     question_weights,
     whiten,
 )
+from prefkern.reference.budget import knapsack_allocate
 from prefkern.reference.conflicts import conflict_runs, conflict_weights, first_divergence
 from prefkern.reference.filters import masked_quantile, top_quantile_mask
 from prefkern.reference.groups import group_normalize, group_reduce, level_pairs
@@ -30,12 +31,15 @@ from prefkern.reference.sequence import (
     sequence_sum,
     step_mean,
 )
+from prefkern.reference.thompson import beta_thompson_topk, decayed_beta_update_
 
 __all__ = [
     "batch_moments",
     "batch_normalize",
+    "beta_thompson_topk",
     "conflict_runs",
     "conflict_weights",
+    "decayed_beta_update_",
     "discounted_returns",
     "first_divergence",
     "gae",
@@ -45,6 +49,7 @@ __all__ = [
     "group_reduce",
     "importance_weights",
     "kl_penalty",
+    "knapsack_allocate",
     "label_posterior",
     "level_pairs",
     "linear_logprobs",

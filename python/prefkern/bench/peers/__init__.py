@@ -18,6 +18,8 @@ library has no such op. Every method takes and returns tensors and is differenti
     sequence_sum(values [B, T] or [N], mask, cu_seqlens)                    -> [B]
     gae(rewards [B, T], values [B, T], mask)                                -> advantages, returns
     seeded_normal_combine(seed, weights [M], n)                             -> [n]; numbers of whatever generator
+    beta_thompson_topk(alpha [M], beta [M], k, mode)                        -> ids [k], utilities [k]
+    knapsack_allocate(utilities [n, K], total, b_min, method)               -> budgets [n]
 
 `size` is the size of the groups when they lie one behind the other, None when they do not. `estimator` and `objective`
 are names from `ESTIMATORS`, `OBJECTIVES` and, for pairs and lists, `PAIR_OBJECTIVES` and `LIST_OBJECTIVES`; for losses from
@@ -40,6 +42,7 @@ from prefkern.bench.peers.base import (
     PAIR_OBJECTIVES,
     Estimator,
     HeadObjective,
+    KnapsackMethod,
     Logprobs,
     LossAndMetrics,
     Objective,
@@ -47,6 +50,7 @@ from prefkern.bench.peers.base import (
     Peer,
     Reduction,
     Rule,
+    ThompsonMode,
     Unavailable,
 )
 from prefkern.bench.peers.libraries import Cce, Liger, Torch, TorchChunked, Trl
@@ -104,6 +108,7 @@ __all__ = [
     "Eager",
     "Estimator",
     "HeadObjective",
+    "KnapsackMethod",
     "Liger",
     "Logprobs",
     "LossAndMetrics",
@@ -122,6 +127,7 @@ __all__ = [
     "Python",
     "Reduction",
     "Rule",
+    "ThompsonMode",
     "Torch",
     "TorchChunked",
     "Trl",

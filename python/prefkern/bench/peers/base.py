@@ -105,6 +105,8 @@ Logprobs = tuple[Tensor, Tensor | None]
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
 Reduction = Literal["sum", "logsumexp"]
 Rule = Literal["trl", "count"]
+ThompsonMode = Literal["thompson", "mean"]
+KnapsackMethod = Literal["exact", "greedy"]
 
 
 class Unavailable(Exception):
@@ -190,4 +192,10 @@ class Peer:
         raise Unavailable("has no such op")
 
     def seeded_normal_combine(self, seed: int, weights: Tensor, n: int) -> Tensor:
+        raise Unavailable("has no such op")
+
+    def beta_thompson_topk(self, alpha: Tensor, beta: Tensor, k: int, mode: ThompsonMode) -> tuple[Tensor, Tensor]:
+        raise Unavailable("has no such op")
+
+    def knapsack_allocate(self, utilities: Tensor, total: int, b_min: int, method: KnapsackMethod) -> Tensor:
         raise Unavailable("has no such op")

@@ -20,11 +20,13 @@ from prefkern.bench.peers.base import (
     PAIR_BETA,
     PAIR_OBJECTIVES,
     TOP_FRACTION,
+    KnapsackMethod,
     Logprobs,
     LossAndMetrics,
     Peer,
     Reduction,
     Rule,
+    ThompsonMode,
     Unavailable,
 )
 
@@ -159,6 +161,17 @@ class Prefkern(Peer):
         import prefkern
 
         return prefkern.seeded_normal_combine(seed, weights, n)
+
+    def beta_thompson_topk(self, alpha: Tensor, beta: Tensor, k: int, mode: ThompsonMode) -> tuple[Tensor, Tensor]:
+        import prefkern
+
+        ids, utilities, _ = prefkern.beta_thompson_topk(alpha, beta, k, mode=mode)
+        return ids, utilities
+
+    def knapsack_allocate(self, utilities: Tensor, total: int, b_min: int, method: KnapsackMethod) -> Tensor:
+        import prefkern
+
+        return prefkern.knapsack_allocate(utilities, total, b_min=b_min, method=method)
 
 
 class PrefkernTwoStep(Prefkern):

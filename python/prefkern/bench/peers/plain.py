@@ -25,11 +25,13 @@ from prefkern.bench.peers.base import (
     TAU_POS,
     TOP_FRACTION,
     VIRTUAL_REWARD,
+    KnapsackMethod,
     Logprobs,
     LossAndMetrics,
     Peer,
     Reduction,
     Rule,
+    ThompsonMode,
     Unavailable,
 )
 from prefkern.bench.peers.objectives import TwoStep
@@ -242,6 +244,41 @@ class Eager(TwoStep):
         for weight in weights.tolist():
             total.add_(torch.randn(n, generator=generator, dtype=weights.dtype, device=weights.device), alpha=weight)
         return total
+
+    def beta_thompson_topk(self, alpha: Tensor, beta: Tensor, k: int, mode: ThompsonMode) -> tuple[Tensor, Tensor]:
+        a, b = alpha + 1, beta + 1
+        if mode == "thompson":
+            torch.manual_seed(0)
+            p = torch.distributions.Beta(a, b, validate_args=False).sample()
+            utilities = p * (1 - p).square()
+        else:
+            s = a + b
+            utilities = a * b * (b + 1) / (s * (s + 1) * (s + 2))
+        values, ids = utilities.topk(k)
+        return ids, values
+
+    def knapsack_allocate(self, utilities: Tensor, total: int, b_min: int, method: KnapsackMethod) -> Tensor:
+        """The programme's sums of one prompt at once, a row per sum; the greedy one rollout by rollout."""
+        table, (n, choices) = utilities.double(), utilities.shape
+        surplus = min(total - n * b_min, n * (choices - 1))
+        extra = torch.zeros(n, dtype=torch.int64)
+        if method == "greedy":
+            gains = F.pad(table.diff(dim=1), (0, 1), value=-math.inf)
+            for _ in range(surplus):
+                best = int(gains.gather(1, extra[:, None]).argmax())
+                if gains[best, extra[best]] <= 0:
+                    break
+                extra[best] += 1
+            return extra + b_min
+        best_sums, chosen = table.new_zeros(surplus + 1), []
+        for row in table.flip(1):
+            rows = F.pad(best_sums, (choices - 1, 0), value=-math.inf).unfold(0, choices, 1) + row
+            best_sums, last = rows.max(1)
+            chosen.append(choices - 1 - last)
+        for i in range(n - 1, -1, -1):
+            extra[i] = chosen[i][surplus]
+            surplus -= int(extra[i])
+        return extra + b_min
 
 
 class Compile(Peer):

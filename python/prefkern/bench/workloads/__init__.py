@@ -9,7 +9,7 @@ The floor is the least that an implementation of the same kind has to do, in pla
     logits_logprobs   the fastest plain read of the logits; with backward two reads and one write
     conflict_runs     a copy of the tokens
     group_advantages, group_reduce, policy_loss, preference_loss, listwise_loss, top_quantile_mask,
-    sequence_sum, gae
+    sequence_sum, gae, beta_thompson_topk, knapsack_allocate
                       a copy of the inputs
     seeded_normal_combine
                       a copy of the result
@@ -28,6 +28,7 @@ from prefkern.bench.workloads.policy import PolicyWorkload
 from prefkern.bench.workloads.preference import ListwiseWorkload, PreferenceWorkload
 from prefkern.bench.workloads.sampling import SeededNormalWorkload
 from prefkern.bench.workloads.sequence import GaeWorkload, SequenceSumWorkload
+from prefkern.bench.workloads.thompson import KnapsackWorkload, ThompsonWorkload
 
 WORKLOADS: dict[str, type[Workload]] = {
     "linear_logprobs": LinearWorkload,
@@ -45,6 +46,8 @@ WORKLOADS: dict[str, type[Workload]] = {
     "sequence_sum": SequenceSumWorkload,
     "gae": GaeWorkload,
     "seeded_normal_combine": SeededNormalWorkload,
+    "beta_thompson_topk": ThompsonWorkload,
+    "knapsack_allocate": KnapsackWorkload,
     "overhead": OverheadWorkload,
 }
 

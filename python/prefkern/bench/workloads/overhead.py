@@ -15,6 +15,7 @@ from prefkern.bench.workloads.policy import PolicyWorkload
 from prefkern.bench.workloads.preference import ListwiseWorkload, PreferenceWorkload
 from prefkern.bench.workloads.sampling import SeededNormalWorkload
 from prefkern.bench.workloads.sequence import GaeWorkload, SequenceSumWorkload
+from prefkern.bench.workloads.thompson import KnapsackWorkload, ThompsonWorkload
 
 # what is shown -> workload, op, shape, mode, variant of the workload
 TINY: dict[str, tuple[type[Workload], str, Shape, str, str]] = {
@@ -36,6 +37,8 @@ TINY: dict[str, tuple[type[Workload], str, Shape, str, str]] = {
     "sequence_sum": (SequenceSumWorkload, "sequence_sum", (2, 8), "fwd", "padded"),
     "gae": (GaeWorkload, "gae", (2, 8), "fwd", "padded"),
     "seeded_normal_combine": (SeededNormalWorkload, "seeded_normal_combine", (8, 2), "fwd", "sum"),
+    "beta_thompson_topk": (ThompsonWorkload, "beta_thompson_topk", (16,), "fwd", "mean"),
+    "knapsack_allocate": (KnapsackWorkload, "knapsack_allocate", (3, 4), "fwd", "greedy"),
 }
 
 
