@@ -4,6 +4,7 @@
 #include "advantages/ops.h"
 #include "groups/ops.h"
 #include "conflicts/ops.h"
+#include "diversity/ops.h"
 #include "filters/ops.h"
 #include "lists/ops.h"
 #include "logprobs/ops.h"
@@ -271,6 +272,13 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("skew_row_means(Tensor v, Tensor? mask, Tensor? scales, bool normalize, float tau) -> Tensor");
   m.def("preference_rows_backward(Tensor g_loss, Tensor unnormalised, Tensor inverse) -> Tensor");
+
+  // ---- diversity: of responses, float64 per prompt, on the CPU alone; sets of candidates that are unlike each other. No gradients.
+  m.def(
+      "self_bleu(Tensor ids, Tensor? mask, Tensor? cu_seqlens, Tensor? cu_prompts, Tensor weights, float smoothing) -> Tensor");
+  m.def("distinct_n(Tensor ids, Tensor? mask, Tensor? cu_seqlens, Tensor? cu_prompts, int n) -> Tensor");
+  m.def("edit_distance(Tensor ids, Tensor? mask, Tensor? cu_seqlens, Tensor? cu_prompts, bool normalize) -> Tensor");
+  m.def("greedy_select(Tensor emb, Tensor type_id, Tensor seeds, Tensor quotas, int size, bool maximum) -> Tensor");
 }
 
 #define PK_REGISTER(key)                                                              \
@@ -342,6 +350,10 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("skew_score_fwd", PK_OP(skew_score));                                      \
     m.impl("skew_row_means", PK_OP(skew_row_means));                                  \
     m.impl("preference_rows_backward", PK_OP(preference_rows_backward));              \
+    m.impl("self_bleu", PK_OP(self_bleu));                                            \
+    m.impl("distinct_n", PK_OP(distinct_n));                                          \
+    m.impl("edit_distance", PK_OP(edit_distance));                                    \
+    m.impl("greedy_select", PK_OP(greedy_select));                                    \
   }
 PK_REGISTER(CPU)
 PK_REGISTER(CUDA)

@@ -8,6 +8,7 @@
 #include "conflicts/runs.h"
 #include "core/cuda_runtime.h"
 #include "core/gemm_bounded.h"
+#include "diversity/greedy_select.h"
 #include "filters/select.h"
 #include "groups/group_folds.h"
 #include "groups/pair_walk.h"
@@ -90,5 +91,6 @@ int cuda_group_preference(const GroupPreferenceArgs<float>&, void*) { return kBu
 int cuda_skew(const SkewArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_skew_means(const SkewMeansArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_row_gradient(const RowGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_greedy_select(const GreedyArgs<float>&, void*) { return kBuiltWithoutCuda; }
 }  // namespace prefkern
 #endif

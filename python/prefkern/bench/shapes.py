@@ -53,6 +53,9 @@ OPS = {
         Op("top_quantile_mask", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), ("fwd",)),
         Op("sequence_sum", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), BOTH),
         Op("gae", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), ("fwd",)),
+        Op("self_bleu", ("P", "K", "L"), ((32, 8, 512),), ("fp32",), ("fwd",)),
+        Op("edit_distance", ("P", "K", "L"), ((8, 8, 256),), ("fp32",), ("fwd",)),
+        Op("greedy_select", ("Q", "K", "D"), ((8, 1024, 768),), ("fp32", "bf16", "fp16", "fp64"), ("fwd",)),
         Op("overhead", (), ((),), ("fp32",), ("fwd",)),
     )
 }

@@ -118,8 +118,12 @@ def _small(size: str, device: str) -> list[Part]:
         "top_quantile_mask": ((8, 64) if quick else (64, 4096), "fwd"),
         "sequence_sum": ((8, 64) if quick else (64, 4096), "bwd"),
         "gae": ((8, 64) if quick else (64, 4096), "fwd"),
+        "greedy_select": ((2, 20, 8) if quick else (8, 1024, 768), "fwd"),
     }
     peers = ("eager", "torch", "python") if device == "cpu" else ("eager", "torch")
+    if device == "cpu":  # where alone there are kernels for it
+        others["self_bleu"] = ((2, 3, 20) if quick else (32, 8, 512), "fwd")
+        others["edit_distance"] = ((2, 3, 20) if quick else (8, 8, 256), "fwd")
     parts += [Part(Case(op, shape, "fp32", mode), peers) for op, (shape, mode) in others.items()]
     return parts if quick else [*parts, Part(Case("overhead", (), "fp32", "fwd"), default_peers("overhead"))]
 

@@ -13,6 +13,7 @@ from .advantages import (
     whiten,
 )
 from .conflicts import conflict_runs, conflict_weights, first_divergence
+from .diversity import distinct_n, edit_distance, greedy_select, self_bleu
 from .filters import masked_quantile, top_quantile_mask
 from .groups import group_normalize, group_reduce, level_pairs
 from .linear_policy import linear_policy_loss
@@ -51,8 +52,11 @@ __all__ = [
     "conflict_runs",
     "conflict_weights",
     "discounted_returns",
+    "distinct_n",
+    "edit_distance",
     "first_divergence",
     "gae",
+    "greedy_select",
     "group_advantages",
     "group_normalize",
     "group_preference_loss",
@@ -79,6 +83,7 @@ __all__ = [
     "preference_loss",
     "question_weights",
     "segmented_returns",
+    "self_bleu",
     "sequence_mean",
     "sequence_sum",
     "set_validation",

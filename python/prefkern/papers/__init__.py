@@ -52,6 +52,7 @@ from . import (
     ln_dpo,
     madpo,
     mcts_dpo,
+    mmr1,
     mo_grpo,
     modpo,
     more_is_less,
@@ -84,6 +85,7 @@ from . import (
     tpo_tree,
     tppo,
     trpa,
+    ultragen,
     vpo,
     wpo,
 )
@@ -149,6 +151,7 @@ __all__ = [
     "load_recipe",
     "madpo",
     "mcts_dpo",
+    "mmr1",
     "mo_grpo",
     "modpo",
     "module",
@@ -185,6 +188,7 @@ __all__ = [
     "tpo_tree",
     "tppo",
     "trpa",
+    "ultragen",
     "vpo",
     "wpo",
 ]

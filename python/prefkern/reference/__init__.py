@@ -14,6 +14,7 @@ from prefkern.reference.advantages import (
     whiten,
 )
 from prefkern.reference.conflicts import conflict_runs, conflict_weights, first_divergence
+from prefkern.reference.diversity import distinct_n, edit_distance, greedy_select, self_bleu
 from prefkern.reference.filters import masked_quantile, top_quantile_mask
 from prefkern.reference.groups import group_normalize, group_reduce, level_pairs
 from prefkern.reference.lists import group_preference_loss, listwise_loss, skew_loss, skew_row_means, skew_score
@@ -36,8 +37,11 @@ __all__ = [
     "conflict_runs",
     "conflict_weights",
     "discounted_returns",
+    "distinct_n",
+    "edit_distance",
     "first_divergence",
     "gae",
+    "greedy_select",
     "group_advantages",
     "group_normalize",
     "group_preference_loss",
@@ -59,6 +63,7 @@ __all__ = [
     "preference_loss",
     "question_weights",
     "segmented_returns",
+    "self_bleu",
     "sequence_mean",
     "sequence_sum",
     "skew_loss",

@@ -7,6 +7,7 @@ from prefkern.bench.shapes import Case, Shape
 from prefkern.bench.workloads.advantages import AdvantagesWorkload
 from prefkern.bench.workloads.base import Errors, Floor, Outputs, OutputsCall, Workload
 from prefkern.bench.workloads.conflicts import ConflictRunsWorkload
+from prefkern.bench.workloads.diversity import EditDistanceWorkload, GreedySelectWorkload, SelfBleuWorkload
 from prefkern.bench.workloads.filters import TopQuantileWorkload
 from prefkern.bench.workloads.groups import GroupReduceWorkload
 from prefkern.bench.workloads.logprobs import LinearWorkload, LogitsWorkload
@@ -34,6 +35,9 @@ TINY: dict[str, tuple[type[Workload], str, Shape, str, str]] = {
     "top_quantile_mask": (TopQuantileWorkload, "top_quantile_mask", (2, 8), "fwd", "trl"),
     "sequence_sum": (SequenceSumWorkload, "sequence_sum", (2, 8), "fwd", "padded"),
     "gae": (GaeWorkload, "gae", (2, 8), "fwd", "padded"),
+    "self_bleu": (SelfBleuWorkload, "self_bleu", (1, 2, 8), "fwd", "1 to 3"),
+    "edit_distance": (EditDistanceWorkload, "edit_distance", (1, 2, 8), "fwd", "tokens"),
+    "greedy_select": (GreedySelectWorkload, "greedy_select", (1, 8, 4), "fwd", "min"),
 }
 
 
