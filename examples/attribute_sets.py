@@ -7,7 +7,7 @@ token before, and, for each attribute that speaks of it, a gain that depends on 
 bit. It is first trained on (attributes, text) with lists of up to four: later places never had an effect. Then, with equally
 many pairs from
 
-    random     sets of attributes that do not contradict each other
+    random     attributes that do not contradict each other, as many as the sets below have
     code       neighbours of an attribute in the space of what occurs together, of which the unlike are chosen as by UltraGen's
                code
     farthest   the same, by farthest point
@@ -100,12 +100,11 @@ def semantic_vectors() -> Tensor:
 
 
 def chosen_sets(method: str, texts: Tensor, count: int, generator: torch.Generator) -> Prompts:
-    """`count` lists of 4 to 10 attributes; of attributes that contradict each other the first stays."""
+    """`count` lists of up to 10 attributes; of attributes that contradict each other the first stays."""
     if method == "random":
         values = torch.rand(count, BITS, generator=generator) < 0.5
         lists = attributes_of(values, PLACES, generator)
-        length = torch.randint(4, PLACES + 1, (count, 1), generator=generator)
-        return lists._replace(valid=torch.arange(PLACES) < length)
+        return lists._replace(valid=chosen_sets("code", texts, count, generator).valid)
     correlation, semantic = correlation_vectors(texts), semantic_vectors()
     is_soft = torch.arange(2 * BITS) < BITS
     sizes = ultragen.sample_set_sizes(count, least=4, most=PLACES, most_soft=6, generator=generator)
@@ -120,7 +119,7 @@ def chosen_sets(method: str, texts: Tensor, count: int, generator: torch.Generat
     bits = ids.div(2, rounding_mode="floor")
     again = (bits[:, :, None] == bits[:, None, :]).tril(-1).any(2)
     keep = (ids >= 0) & ~again
-    order = (~keep).long().argsort(1, stable=True)  # what stays moves up
+    order = (~keep).long().argsort(dim=1, stable=True)  # what stays moves up
     ids, keep = ids.gather(1, order), keep.gather(1, order)
     shuffle = torch.rand(ids.shape, generator=generator).masked_fill(~keep, 2).argsort(1)  # a list has no order of its own
     ids, keep = ids.gather(1, shuffle), keep.gather(1, shuffle)

@@ -306,7 +306,7 @@ class VasSampler(Sampler[list[int]]):
 
 
 def _diversity(packed: PackedRollouts, tds: str, counts: Tensor) -> Tensor:
-    where = {"cu_seqlens": packed.cu_seqlens, "cu_prompts": packed.cu_prompts}
+    where: dict[str, Any] = {"cu_seqlens": packed.cu_seqlens, "cu_prompts": packed.cu_prompts}
     if tds == "distinct_3":
         return distinct_n(packed.ids, n=3, **where)
     if tds in ("edit", "edit_norm"):

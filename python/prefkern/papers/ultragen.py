@@ -75,7 +75,7 @@ class PositionCsr(NamedTuple):
 
     rate: Tensor
     """Satisfied over valid; NaN for an empty bin. float32."""
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
     """int64: valid attributes."""
 
 

@@ -153,8 +153,8 @@ def greedy_select(
     unit = emb / emb.norm(dim=-1, keepdim=True)
     unit = unit.expand(rows, *unit.shape[-2:])
     types = type_id.expand(rows, type_id.shape[-1]).tolist()
-    wanted = torch.as_tensor(quotas)
-    wanted = wanted.expand(rows, wanted.shape[-1]).tolist()
+    asked = torch.as_tensor(quotas)
+    wanted = asked.expand(rows, asked.shape[-1]).tolist()
     sets = []
     for q, seed in enumerate(seeds.tolist()):
         room, chosen = list(wanted[q]), [seed]
@@ -162,7 +162,7 @@ def greedy_select(
         scores = unit[q] @ unit[q, seed]
         while any(room):
             left = [i for i in range(len(scores)) if i not in chosen and room[types[q][i]] > 0]
-            last = min(left, key=lambda i, scores=scores: (float(scores[i]), i))
+            _, last = min((float(scores[i]), i) for i in left)
             chosen.append(last)
             room[types[q][last]] -= 1
             fold = torch.minimum if reduce == "min" else torch.maximum

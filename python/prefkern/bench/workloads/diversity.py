@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
 
 from prefkern import reference
 from prefkern.bench.peers import Peer
@@ -27,7 +28,7 @@ class _Responses(Workload):
     def floor(self) -> Floor:
         return copy_of([self.ids])
 
-    def first(self, outputs: Outputs) -> tuple[Outputs, dict[str, Tensor]]:
+    def first(self, outputs: Outputs) -> tuple[Outputs, dict[str, Any]]:
         """Of the first prompts what came out, and where they are: the definition takes a second for a few more."""
         prompts, responses, length = self.case.shape
         some = min(LOOKED_AT, prompts)

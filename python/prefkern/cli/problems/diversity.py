@@ -22,15 +22,16 @@ def diversity_problems(dtype: torch.dtype) -> Iterator[Problem]:
         ("padded", {"ids": tokens, "mask": mask, "cu_prompts": cu_prompts}),
         ("packed", {"ids": tokens[mask], "cu_seqlens": sequences.cu_seqlens, "cu_prompts": cu_prompts}),
     ):
-        for op, options in (("self_bleu", {}), ("distinct_n", {"n": 2}), ("edit_distance", {"normalize": True})):
+        more: dict[str, dict[str, Any]] = {"self_bleu": {}, "distinct_n": {"n": 2}, "edit_distance": {"normalize": True}}
+        for op, options in more.items():
             given = problem(op, layout, {}, where | options)
             yield replace(given, ours=_on_the_cpu(given.ours))
 
     emb, types = torch.randn(3, 40, 17).to(dtype), torch.arange(40) % 3
     quotas = torch.tensor([[4, 3, 2], [1, 5, 1], [8, 1, 0]])
     for reduce in ("min", "max"):
-        options = {"emb": emb, "type_id": types, "seeds": torch.tensor([0, 4, 9]), "quotas": quotas}
-        yield problem("greedy_select", reduce, {}, options | {"size": 9, "reduce": reduce})
+        sets = {"emb": emb, "type_id": types, "seeds": torch.tensor([0, 4, 9]), "quotas": quotas}
+        yield problem("greedy_select", reduce, {}, sets | {"size": 9, "reduce": reduce})
 
 
 def _on_the_cpu(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
