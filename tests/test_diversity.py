@@ -169,7 +169,7 @@ def test_any_number_of_threads(op, threads):
 
 
 def test_opcheck_of_responses():
-    ids, where = packed([S, S[:1]])
+    ids, where = packed([S, S[:2]])
     cu = where["cu_seqlens"], where["cu_prompts"]
     mask = torch.ones_like(ids, dtype=torch.bool)
     opcheck(OPS.self_bleu.default, (ids, None, *cu, torch.ones(2, dtype=F64), 0.1), test_utils=WITHOUT_GRADIENTS)
