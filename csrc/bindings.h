@@ -5,6 +5,7 @@
 #include "advantages/bindings.h"
 #include "conflicts/bindings.h"
 #include "core/bindings.h"
+#include "diversity/bindings.h"
 #include "filters/bindings.h"
 #include "groups/bindings.h"
 #include "lists/bindings.h"
@@ -28,6 +29,7 @@ inline void bind_argument_structs(py::module_& m) {
   bind_filters(m);
   bind_lists(m);
   bind_sampling(m);
+  bind_diversity(m);
 }
 
 inline void bind_cpu_launchers(py::module_& m) {
@@ -42,6 +44,7 @@ inline void bind_cpu_launchers(py::module_& m) {
   bind_filters_cpu(m);
   bind_lists_cpu(m);
   bind_sampling_cpu(m);
+  bind_diversity_cpu(m);
 }
 
 inline void bind_cuda_launchers(py::module_& m) {
@@ -55,6 +58,7 @@ inline void bind_cuda_launchers(py::module_& m) {
   bind_filters_cuda(m);
   bind_lists_cuda(m);
   bind_sampling_cuda(m);
+  bind_diversity_cuda(m);
 }
 
 }  // namespace prefkern

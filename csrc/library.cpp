@@ -4,6 +4,7 @@
 #include "advantages/ops.h"
 #include "groups/ops.h"
 #include "conflicts/ops.h"
+#include "diversity/ops.h"
 #include "filters/ops.h"
 #include "lists/ops.h"
 #include "logprobs/ops.h"
@@ -287,6 +288,12 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "decayed_beta_update_(Tensor(a!) alpha, Tensor(b!) beta, Tensor ids, Tensor successes, Tensor n, float lam1, float lam2) "
       "-> ()");
   m.def("knapsack_allocate(Tensor utilities, int surplus, int method) -> Tensor");
+  // ---- diversity: of responses, float64 per prompt, on the CPU alone; sets of candidates that are unlike each other. No gradients.
+  m.def(
+      "self_bleu(Tensor ids, Tensor? mask, Tensor? cu_seqlens, Tensor? cu_prompts, Tensor weights, float smoothing) -> Tensor");
+  m.def("distinct_n(Tensor ids, Tensor? mask, Tensor? cu_seqlens, Tensor? cu_prompts, int n) -> Tensor");
+  m.def("edit_distance(Tensor ids, Tensor? mask, Tensor? cu_seqlens, Tensor? cu_prompts, bool normalize) -> Tensor");
+  m.def("greedy_select(Tensor emb, Tensor type_id, Tensor seeds, Tensor quotas, int size, bool maximum) -> Tensor");
 }
 
 #define PK_REGISTER(key)                                                              \
@@ -364,6 +371,10 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("beta_thompson_topk", PK_OP(beta_thompson_topk));                          \
     m.impl("decayed_beta_update_", PK_OP(decayed_beta_update));                       \
     m.impl("knapsack_allocate", PK_OP(knapsack_allocate));                            \
+    m.impl("self_bleu", PK_OP(self_bleu));                                            \
+    m.impl("distinct_n", PK_OP(distinct_n));                                          \
+    m.impl("edit_distance", PK_OP(edit_distance));                                    \
+    m.impl("greedy_select", PK_OP(greedy_select));                                    \
   }
 PK_REGISTER(CPU)
 PK_REGISTER(CUDA)

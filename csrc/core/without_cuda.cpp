@@ -8,6 +8,7 @@
 #include "conflicts/runs.h"
 #include "core/cuda_runtime.h"
 #include "core/gemm_bounded.h"
+#include "diversity/greedy_select.h"
 #include "filters/select.h"
 #include "groups/group_folds.h"
 #include "groups/pair_walk.h"
@@ -96,5 +97,6 @@ int cuda_skew_means(const SkewMeansArgs<float>&, void*) { return kBuiltWithoutCu
 int cuda_row_gradient(const RowGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_beta_thompson(const ThompsonArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_beta_update(const BetaUpdateArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_greedy_select(const GreedyArgs<float>&, void*) { return kBuiltWithoutCuda; }
 }  // namespace prefkern
 #endif

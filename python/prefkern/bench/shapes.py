@@ -56,6 +56,9 @@ OPS = {
         Op("seeded_normal_combine", ("D", "M"), ((10_000_000, 8),), ("fp32",), ("fwd",)),
         Op("beta_thompson_topk", ("M",), ((1000000,),), ("fp32", "fp64"), ("fwd",)),
         Op("knapsack_allocate", ("N", "B"), ((200, 8),), ("fp32", "fp64"), ("fwd",)),
+        Op("self_bleu", ("P", "K", "L"), ((32, 8, 512),), ("fp32",), ("fwd",)),
+        Op("edit_distance", ("P", "K", "L"), ((8, 8, 256),), ("fp32",), ("fwd",)),
+        Op("greedy_select", ("Q", "K", "D"), ((8, 1024, 768),), ("fp32", "bf16", "fp16", "fp64"), ("fwd",)),
         Op("overhead", (), ((),), ("fp32",), ("fwd",)),
     )
 }

@@ -121,8 +121,12 @@ def _small(size: str, device: str) -> list[Part]:
         "seeded_normal_combine": ((1000, 3) if quick else (10_000_000, 8), "fwd"),
         "beta_thompson_topk": ((4096,) if quick else (1000000,), "fwd"),
         "knapsack_allocate": ((12, 6) if quick else (200, 8), "fwd"),
+        "greedy_select": ((2, 20, 8) if quick else (8, 1024, 768), "fwd"),
     }
     peers = ("eager", "torch", "python") if device == "cpu" else ("eager", "torch")
+    if device == "cpu":  # where alone there are kernels for it
+        others["self_bleu"] = ((2, 3, 20) if quick else (32, 8, 512), "fwd")
+        others["edit_distance"] = ((2, 3, 20) if quick else (8, 8, 256), "fwd")
     parts += [Part(Case(op, shape, "fp32", mode), peers) for op, (shape, mode) in others.items()]
     return parts if quick else [*parts, Part(Case("overhead", (), "fp32", "fwd"), default_peers("overhead"))]
 

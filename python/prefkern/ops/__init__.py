@@ -14,6 +14,7 @@ from .advantages import (
 )
 from .budget import knapsack_allocate
 from .conflicts import conflict_runs, conflict_weights, first_divergence
+from .diversity import distinct_n, edit_distance, greedy_select, self_bleu
 from .filters import masked_quantile, top_quantile_mask
 from .groups import group_normalize, group_reduce, level_pairs
 from .linear_policy import linear_policy_loss
@@ -57,8 +58,11 @@ __all__ = [
     "conflict_weights",
     "decayed_beta_update_",
     "discounted_returns",
+    "distinct_n",
+    "edit_distance",
     "first_divergence",
     "gae",
+    "greedy_select",
     "group_advantages",
     "group_normalize",
     "group_preference_loss",
@@ -90,6 +94,7 @@ __all__ = [
     "seeded_normal_combine",
     "seeded_normal_combine_",
     "segmented_returns",
+    "self_bleu",
     "sequence_mean",
     "sequence_sum",
     "set_validation",

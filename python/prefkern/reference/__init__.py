@@ -15,6 +15,7 @@ from prefkern.reference.advantages import (
 )
 from prefkern.reference.budget import knapsack_allocate
 from prefkern.reference.conflicts import conflict_runs, conflict_weights, first_divergence
+from prefkern.reference.diversity import distinct_n, edit_distance, greedy_select, self_bleu
 from prefkern.reference.filters import masked_quantile, top_quantile_mask
 from prefkern.reference.groups import group_normalize, group_reduce, level_pairs
 from prefkern.reference.lists import group_preference_loss, listwise_loss, skew_loss, skew_row_means, skew_score
@@ -41,8 +42,11 @@ __all__ = [
     "conflict_weights",
     "decayed_beta_update_",
     "discounted_returns",
+    "distinct_n",
+    "edit_distance",
     "first_divergence",
     "gae",
+    "greedy_select",
     "group_advantages",
     "group_normalize",
     "group_preference_loss",
@@ -68,6 +72,7 @@ __all__ = [
     "seeded_normal",
     "seeded_normal_combine",
     "segmented_returns",
+    "self_bleu",
     "sequence_mean",
     "sequence_sum",
     "skew_loss",

@@ -20,6 +20,8 @@ library has no such op. Every method takes and returns tensors and is differenti
     seeded_normal_combine(seed, weights [M], n)                             -> [n]; numbers of whatever generator
     beta_thompson_topk(alpha [M], beta [M], k, mode)                        -> ids [k], utilities [k]
     knapsack_allocate(utilities [n, K], total, b_min, method)               -> budgets [n]
+    self_bleu(ids [N], cu_seqlens, cu_prompts), edit_distance(...)          -> [P]
+    greedy_select(emb [Q, K, D], types [Q, K], seeds [Q], quotas, reduce)   -> chosen [Q, S]
 
 `size` is the size of the groups when they lie one behind the other, None when they do not. `estimator` and `objective`
 are names from `ESTIMATORS`, `OBJECTIVES` and, for pairs and lists, `PAIR_OBJECTIVES` and `LIST_OBJECTIVES`; for losses from

@@ -199,3 +199,12 @@ class Peer:
 
     def knapsack_allocate(self, utilities: Tensor, total: int, b_min: int, method: KnapsackMethod) -> Tensor:
         raise Unavailable("has no such op")
+
+    def self_bleu(self, ids: Tensor, cu_seqlens: Tensor, cu_prompts: Tensor) -> Tensor:
+        raise Unavailable("has no such op")
+
+    def edit_distance(self, ids: Tensor, cu_seqlens: Tensor, cu_prompts: Tensor) -> Tensor:
+        raise Unavailable("has no such op")
+
+    def greedy_select(self, emb: Tensor, types: Tensor, seeds: Tensor, quotas: tuple[int, ...], reduce: str) -> Tensor:
+        raise Unavailable("has no such op")

@@ -173,6 +173,21 @@ class Prefkern(Peer):
 
         return prefkern.knapsack_allocate(utilities, total, b_min=b_min, method=method)
 
+    def self_bleu(self, ids: Tensor, cu_seqlens: Tensor, cu_prompts: Tensor) -> Tensor:
+        import prefkern
+
+        return prefkern.self_bleu(ids, cu_seqlens=cu_seqlens, cu_prompts=cu_prompts)
+
+    def edit_distance(self, ids: Tensor, cu_seqlens: Tensor, cu_prompts: Tensor) -> Tensor:
+        import prefkern
+
+        return prefkern.edit_distance(ids, cu_seqlens=cu_seqlens, cu_prompts=cu_prompts)
+
+    def greedy_select(self, emb: Tensor, types: Tensor, seeds: Tensor, quotas: tuple[int, ...], reduce: str) -> Tensor:
+        import prefkern
+
+        return prefkern.greedy_select(emb, types, seeds, quotas, reduce="max" if reduce == "max" else "min")
+
 
 class PrefkernTwoStep(Prefkern):
     """This library, head and loss one after the other: the logits are computed again in the backward."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -280,6 +281,63 @@ class Eager(TwoStep):
             surplus -= int(extra[i])
         return extra + b_min
 
+    def self_bleu(self, ids: Tensor, cu_seqlens: Tensor, cu_prompts: Tensor) -> Tensor:
+        """Prompt by prompt: all n-grams by torch.unique, a table of how often each response has each, and of every column of
+        it the largest two. Every response has an n-gram."""
+        ends, result = cu_seqlens.tolist(), []
+        for first, last in pairwise(cu_prompts.tolist()):
+            rows = [ids[a:b] for a, b in pairwise(ends[first : last + 1])]
+            logs = torch.zeros(len(rows), dtype=torch.float64)
+            for n in (1, 2, 3):
+                windows = [row.unfold(0, n, 1) for row in rows]
+                counts = torch.tensor([len(w) for w in windows])
+                grams, index = torch.unique(torch.cat(windows), dim=0, return_inverse=True)
+                cell = torch.arange(len(rows)).repeat_interleave(counts) * len(grams) + index
+                table = torch.bincount(cell, minlength=len(rows) * len(grams)).view(len(rows), -1)
+                top, second = table.topk(2, dim=0).values
+                matched = table.minimum(torch.where(table == top, second, top)).sum(1).double()
+                if n == 1:
+                    some = matched > 0
+                logs += torch.where(matched > 0, matched, 0.1).div(counts).log() / 3
+            length = torch.tensor([len(row) for row in rows])
+            apart = (length - length[:, None]).abs() * 2 * length.max() + length
+            nearest = length[apart.fill_diagonal_(torch.iinfo(torch.int64).max).argmin(1)]
+            brevity = torch.where(length > nearest, 1.0, (1 - nearest / length.double()).exp())
+            result.append(torch.where(some, brevity * logs.exp(), 0.0).mean())
+        return torch.stack(result)
+
+    def edit_distance(self, ids: Tensor, cu_seqlens: Tensor, cu_prompts: Tensor) -> Tensor:
+        """Row by row of the tables of all pairs at once, a row's running minimum by cummin. Responses are equally long, and
+        prompts have equally many."""
+        prompts, responses = len(cu_prompts) - 1, int(cu_prompts[1])
+        rows = ids.view(prompts, responses, -1)
+        i, j = torch.triu_indices(responses, responses, 1)
+        a, b = rows[:, i], rows[:, j]
+        place = torch.arange(rows.shape[-1] + 1, dtype=torch.float32)
+        row = place.expand(*a.shape[:2], -1)
+        for t in range(a.shape[-1]):
+            within = torch.minimum(row[..., 1:] + 1, row[..., :-1] + (b != a[..., t : t + 1]))
+            row = (F.pad(within, (1, 0), value=t + 1.0) - place).cummin(-1).values + place
+        return row[..., -1].double().mean(1)
+
+    def greedy_select(self, emb: Tensor, types: Tensor, seeds: Tensor, quotas: tuple[int, ...], reduce: str) -> Tensor:
+        """All seeds at once: per step a batched product, and the argmin of what is left."""
+        unit = emb / emb.norm(dim=-1, keepdim=True)
+        fold = torch.maximum if reduce == "max" else torch.minimum
+        each = torch.arange(len(seeds), device=emb.device)
+        room = torch.tensor(quotas, device=emb.device).repeat(len(seeds), 1)
+        taken = torch.zeros_like(types, dtype=torch.bool)
+        last, chosen, scores = seeds, [seeds], None
+        for _ in range(sum(quotas) - 1):
+            taken[each, last] = True
+            room[each, types[each, last]] -= 1
+            cosines = (unit @ unit[each, last].unsqueeze(-1)).squeeze(-1)
+            scores = cosines if scores is None else fold(scores, cosines)
+            closed = taken | (room.gather(1, types) == 0)
+            last = scores.masked_fill(closed, torch.inf).argmin(1)
+            chosen.append(last)
+        return torch.stack(chosen, 1)
+
 
 class Compile(Peer):
     """torch.compile of the eager definitions, static shapes."""
@@ -379,6 +437,15 @@ class Compile(Peer):
 
     def gae(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         raise Unavailable("a loop over every token would be unrolled")
+
+    def self_bleu(self, ids: Tensor, cu_seqlens: Tensor, cu_prompts: Tensor) -> Tensor:
+        raise Unavailable("torch.unique is not compiled")
+
+    def edit_distance(self, ids: Tensor, cu_seqlens: Tensor, cu_prompts: Tensor) -> Tensor:
+        raise Unavailable("a loop over every token would be unrolled")
+
+    def greedy_select(self, emb: Tensor, types: Tensor, seeds: Tensor, quotas: tuple[int, ...], reduce: str) -> Tensor:
+        raise Unavailable("a loop over every candidate would be unrolled")
 
 
 def _advantages_of_view(r: Tensor, estimator: str) -> Tensor:

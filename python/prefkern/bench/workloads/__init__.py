@@ -7,9 +7,11 @@ The floor is the least that an implementation of the same kind has to do, in pla
                       three with backward, two if the weight is frozen; with a fifth of the rows active 1 + 2 / 5. Beside it,
                       as "floor-recompute", one more: linear_logprobs knows no gradient in its forward
     logits_logprobs   the fastest plain read of the logits; with backward two reads and one write
-    conflict_runs     a copy of the tokens
+    conflict_runs, self_bleu, edit_distance
+                      a copy of the tokens
     group_advantages, group_reduce, policy_loss, preference_loss, listwise_loss, top_quantile_mask,
     sequence_sum, gae, beta_thompson_topk, knapsack_allocate
+    sequence_sum, gae, greedy_select
                       a copy of the inputs
     seeded_normal_combine
                       a copy of the result
@@ -19,6 +21,7 @@ The floor is the least that an implementation of the same kind has to do, in pla
 from prefkern.bench.workloads.advantages import AdvantagesWorkload
 from prefkern.bench.workloads.base import Errors, Floor, Outputs, OutputsCall, Workload, fastest_read
 from prefkern.bench.workloads.conflicts import ConflictRunsWorkload
+from prefkern.bench.workloads.diversity import EditDistanceWorkload, GreedySelectWorkload, SelfBleuWorkload
 from prefkern.bench.workloads.filters import TopQuantileWorkload
 from prefkern.bench.workloads.groups import GroupReduceWorkload
 from prefkern.bench.workloads.logprobs import LinearWorkload, LogitsWorkload
@@ -48,6 +51,9 @@ WORKLOADS: dict[str, type[Workload]] = {
     "seeded_normal_combine": SeededNormalWorkload,
     "beta_thompson_topk": ThompsonWorkload,
     "knapsack_allocate": KnapsackWorkload,
+    "self_bleu": SelfBleuWorkload,
+    "edit_distance": EditDistanceWorkload,
+    "greedy_select": GreedySelectWorkload,
     "overhead": OverheadWorkload,
 }
 

@@ -7,6 +7,7 @@ from prefkern.bench.shapes import Case, Shape
 from prefkern.bench.workloads.advantages import AdvantagesWorkload
 from prefkern.bench.workloads.base import Errors, Floor, Outputs, OutputsCall, Workload
 from prefkern.bench.workloads.conflicts import ConflictRunsWorkload
+from prefkern.bench.workloads.diversity import EditDistanceWorkload, GreedySelectWorkload, SelfBleuWorkload
 from prefkern.bench.workloads.filters import TopQuantileWorkload
 from prefkern.bench.workloads.groups import GroupReduceWorkload
 from prefkern.bench.workloads.logprobs import LinearWorkload, LogitsWorkload
@@ -39,6 +40,9 @@ TINY: dict[str, tuple[type[Workload], str, Shape, str, str]] = {
     "seeded_normal_combine": (SeededNormalWorkload, "seeded_normal_combine", (8, 2), "fwd", "sum"),
     "beta_thompson_topk": (ThompsonWorkload, "beta_thompson_topk", (16,), "fwd", "mean"),
     "knapsack_allocate": (KnapsackWorkload, "knapsack_allocate", (3, 4), "fwd", "greedy"),
+    "self_bleu": (SelfBleuWorkload, "self_bleu", (1, 2, 8), "fwd", "1 to 3"),
+    "edit_distance": (EditDistanceWorkload, "edit_distance", (1, 2, 8), "fwd", "tokens"),
+    "greedy_select": (GreedySelectWorkload, "greedy_select", (1, 8, 4), "fwd", "min"),
 }
 
 
