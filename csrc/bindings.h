@@ -6,6 +6,7 @@
 #include "conflicts/bindings.h"
 #include "core/bindings.h"
 #include "filters/bindings.h"
+#include "gaussian/bindings.h"
 #include "groups/bindings.h"
 #include "lists/bindings.h"
 #include "logprobs/bindings.h"
@@ -25,6 +26,7 @@ inline void bind_argument_structs(py::module_& m) {
   bind_groups(m);
   bind_conflicts(m);
   bind_filters(m);
+  bind_gaussian(m);
   bind_lists(m);
 }
 
@@ -38,6 +40,7 @@ inline void bind_cpu_launchers(py::module_& m) {
   bind_groups_cpu(m);
   bind_conflicts_cpu(m);
   bind_filters_cpu(m);
+  bind_gaussian_cpu(m);
   bind_lists_cpu(m);
 }
 
@@ -50,6 +53,7 @@ inline void bind_cuda_launchers(py::module_& m) {
   bind_groups_cuda(m);
   bind_conflicts_cuda(m);
   bind_filters_cuda(m);
+  bind_gaussian_cuda(m);
   bind_lists_cuda(m);
 }
 

@@ -5,6 +5,7 @@
 #include "groups/ops.h"
 #include "conflicts/ops.h"
 #include "filters/ops.h"
+#include "gaussian/ops.h"
 #include "lists/ops.h"
 #include "logprobs/ops.h"
 #include "policy/ops.h"
@@ -271,6 +272,14 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("skew_row_means(Tensor v, Tensor? mask, Tensor? scales, bool normalize, float tau) -> Tensor");
   m.def("preference_rows_backward(Tensor g_loss, Tensor unnormalised, Tensor inverse) -> Tensor");
+
+  // ---- gaussian: kernel is the enumeration of math/gaussian.h. Constants in, constants out. The factor of chol_* is changed in
+  // place; they return the new, or smallest, squared diagonal.
+  m.def(
+      "gp_unique_posterior(Tensor factor, Tensor weights, Tensor unique, Tensor inputs, Tensor? counts, Tensor inverse_length, "
+      "int kernel, float variance) -> (Tensor, Tensor)");
+  m.def("chol_append_(Tensor(a!) factor, Tensor row, int size) -> Tensor");
+  m.def("chol_rank1_(Tensor(a!) factor, Tensor vector, float sigma, int size) -> Tensor");
 }
 
 #define PK_REGISTER(key)                                                              \
@@ -342,6 +351,9 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("skew_score_fwd", PK_OP(skew_score));                                      \
     m.impl("skew_row_means", PK_OP(skew_row_means));                                  \
     m.impl("preference_rows_backward", PK_OP(preference_rows_backward));              \
+    m.impl("gp_unique_posterior", PK_OP(gp_unique_posterior));                        \
+    m.impl("chol_append_", PK_OP(chol_append));                                       \
+    m.impl("chol_rank1_", PK_OP(chol_rank1));                                         \
   }
 PK_REGISTER(CPU)
 PK_REGISTER(CUDA)

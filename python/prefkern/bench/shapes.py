@@ -53,6 +53,8 @@ OPS = {
         Op("top_quantile_mask", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), ("fwd",)),
         Op("sequence_sum", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), BOTH),
         Op("gae", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), ("fwd",)),
+        Op("gp_unique_posterior", ("Q", "M", "D"), ((256, 10000, 2),), ("fp32", "fp64"), ("fwd",)),
+        Op("chol_append", ("Q",), ((256,),), ("fp32", "fp64"), ("fwd",)),
         Op("overhead", (), ((),), ("fp32",), ("fwd",)),
     )
 }

@@ -118,6 +118,8 @@ def _small(size: str, device: str) -> list[Part]:
         "top_quantile_mask": ((8, 64) if quick else (64, 4096), "fwd"),
         "sequence_sum": ((8, 64) if quick else (64, 4096), "bwd"),
         "gae": ((8, 64) if quick else (64, 4096), "fwd"),
+        "gp_unique_posterior": ((20, 50, 2) if quick else (256, 10000, 2), "fwd"),
+        "chol_append": ((20,) if quick else (256,), "fwd"),
     }
     peers = ("eager", "torch", "python") if device == "cpu" else ("eager", "torch")
     parts += [Part(Case(op, shape, "fp32", mode), peers) for op, (shape, mode) in others.items()]

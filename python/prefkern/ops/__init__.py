@@ -14,6 +14,7 @@ from .advantages import (
 )
 from .conflicts import conflict_runs, conflict_weights, first_divergence
 from .filters import masked_quantile, top_quantile_mask
+from .gaussian import GpPosterior, chol_append, chol_rank1, gp_unique_posterior
 from .groups import group_normalize, group_reduce, level_pairs
 from .linear_policy import linear_policy_loss
 from .linear_preference import linear_preference_loss
@@ -39,6 +40,7 @@ __all__ = [
     "BackwardPlan",
     "ConflictRuns",
     "GaeOutput",
+    "GpPosterior",
     "GroupAdvantages",
     "LevelPairs",
     "LinearLogprobs",
@@ -48,11 +50,14 @@ __all__ = [
     "StepMeans",
     "batch_moments",
     "batch_normalize",
+    "chol_append",
+    "chol_rank1",
     "conflict_runs",
     "conflict_weights",
     "discounted_returns",
     "first_divergence",
     "gae",
+    "gp_unique_posterior",
     "group_advantages",
     "group_normalize",
     "group_preference_loss",

@@ -15,6 +15,7 @@ from prefkern.reference.advantages import (
 )
 from prefkern.reference.conflicts import conflict_runs, conflict_weights, first_divergence
 from prefkern.reference.filters import masked_quantile, top_quantile_mask
+from prefkern.reference.gaussian import gp_unique_posterior
 from prefkern.reference.groups import group_normalize, group_reduce, level_pairs
 from prefkern.reference.lists import group_preference_loss, listwise_loss, skew_loss, skew_row_means, skew_score
 from prefkern.reference.logprobs import linear_logprobs, logits_logprobs
@@ -38,6 +39,7 @@ __all__ = [
     "discounted_returns",
     "first_divergence",
     "gae",
+    "gp_unique_posterior",
     "group_advantages",
     "group_normalize",
     "group_preference_loss",

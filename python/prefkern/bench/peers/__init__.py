@@ -17,6 +17,8 @@ library has no such op. Every method takes and returns tensors and is differenti
     top_quantile_mask(values [B, T], mask, rule)                            -> bool [B, T]
     sequence_sum(values [B, T] or [N], mask, cu_seqlens)                    -> [B]
     gae(rewards [B, T], values [B, T], mask)                                -> advantages, returns
+    gp_unique_posterior(L [q, q], a [q], U [q, d], X [M, d], kernel, length) -> mean [M], var [M]
+    chol_append(factor [q + 1, q + 1], row [q + 1], matrix)                 -> the last row of the factor of the matrix
 
 `size` is the size of the groups when they lie one behind the other, None when they do not. `estimator` and `objective`
 are names from `ESTIMATORS`, `OBJECTIVES` and, for pairs and lists, `PAIR_OBJECTIVES` and `LIST_OBJECTIVES`; for losses from
@@ -38,6 +40,7 @@ from prefkern.bench.peers.base import (
     OBJECTIVES,
     PAIR_OBJECTIVES,
     Estimator,
+    GpKernelName,
     HeadObjective,
     Logprobs,
     LossAndMetrics,
@@ -102,6 +105,7 @@ __all__ = [
     "Compile",
     "Eager",
     "Estimator",
+    "GpKernelName",
     "HeadObjective",
     "Liger",
     "Logprobs",

@@ -105,6 +105,7 @@ Logprobs = tuple[Tensor, Tensor | None]
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
 Reduction = Literal["sum", "logsumexp"]
 Rule = Literal["trl", "count"]
+GpKernelName = Literal["rbf", "matern52"]
 
 
 class Unavailable(Exception):
@@ -187,4 +188,12 @@ class Peer:
         raise Unavailable("has no such op")
 
     def gae(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        raise Unavailable("has no such op")
+
+    def gp_unique_posterior(
+        self, L: Tensor, a: Tensor, U: Tensor, X: Tensor, kernel: GpKernelName, length: float
+    ) -> tuple[Tensor, Tensor]:
+        raise Unavailable("has no such op")
+
+    def chol_append(self, factor: Tensor, row: Tensor, matrix: Tensor) -> Tensor:
         raise Unavailable("has no such op")

@@ -20,6 +20,7 @@ from prefkern.bench.peers.base import (
     PAIR_BETA,
     PAIR_OBJECTIVES,
     TOP_FRACTION,
+    GpKernelName,
     Logprobs,
     LossAndMetrics,
     Peer,
@@ -154,6 +155,19 @@ class Prefkern(Peer):
         import prefkern
 
         return prefkern.gae(rewards, values, mask, gamma=GAMMA, lam=LAMBDA)
+
+    def gp_unique_posterior(
+        self, L: Tensor, a: Tensor, U: Tensor, X: Tensor, kernel: GpKernelName, length: float
+    ) -> tuple[Tensor, Tensor]:
+        import prefkern
+
+        return prefkern.gp_unique_posterior(L, a, U, X, kernel=kernel, length=length)
+
+    def chol_append(self, factor: Tensor, row: Tensor, matrix: Tensor) -> Tensor:
+        import prefkern
+
+        prefkern.chol_append(factor, row, len(row) - 1)
+        return factor[-1]
 
 
 class PrefkernTwoStep(Prefkern):

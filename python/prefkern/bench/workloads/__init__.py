@@ -11,6 +11,8 @@ The floor is the least that an implementation of the same kind has to do, in pla
     group_advantages, group_reduce, policy_loss, preference_loss, listwise_loss, top_quantile_mask,
     sequence_sum, gae
                       a copy of the inputs
+    gp_unique_posterior, chol_append
+                      the triangular solution, of a kernel matrix that is there already
     overhead          x + 1 on a tiny tensor; all on one thread, since waking the others is not what is asked for
 """
 
@@ -18,6 +20,7 @@ from prefkern.bench.workloads.advantages import AdvantagesWorkload
 from prefkern.bench.workloads.base import Errors, Floor, Outputs, OutputsCall, Workload, fastest_read
 from prefkern.bench.workloads.conflicts import ConflictRunsWorkload
 from prefkern.bench.workloads.filters import TopQuantileWorkload
+from prefkern.bench.workloads.gaussian import CholAppendWorkload, GpPosteriorWorkload
 from prefkern.bench.workloads.groups import GroupReduceWorkload
 from prefkern.bench.workloads.logprobs import LinearWorkload, LogitsWorkload
 from prefkern.bench.workloads.losses import LinearPolicyWorkload, LinearPreferenceWorkload, LinearUnpairedWorkload
@@ -41,6 +44,8 @@ WORKLOADS: dict[str, type[Workload]] = {
     "top_quantile_mask": TopQuantileWorkload,
     "sequence_sum": SequenceSumWorkload,
     "gae": GaeWorkload,
+    "gp_unique_posterior": GpPosteriorWorkload,
+    "chol_append": CholAppendWorkload,
     "overhead": OverheadWorkload,
 }
 

@@ -9,6 +9,7 @@ import torch
 from prefkern.cli.problems.advantages import advantage_problems
 from prefkern.cli.problems.base import Problem, on
 from prefkern.cli.problems.conflicts import conflict_problems, filter_problems
+from prefkern.cli.problems.gaussian import gaussian_problems
 from prefkern.cli.problems.groups import group_problems
 from prefkern.cli.problems.lists import list_problems
 from prefkern.cli.problems.logprobs import logprob_problems
@@ -31,5 +32,6 @@ def all_problems(dtype: torch.dtype) -> Iterator[Problem]:
         filter_problems,
         sequence_problems,
         group_problems,
+        gaussian_problems,
     ):
         yield from problems(dtype)
