@@ -1,4 +1,4 @@
-"""What mini-GP-UCB claims, on functions that are drawn from a Gaussian process: regret, unique points, and what a decision costs.
+"""What mini-GP-UCB claims, on functions drawn from a Gaussian process: regret, unique points, and what a decision costs.
 
 GP-UCB chooses anew before every evaluation; mini-GP-UCB and mini-GP-EI evaluate a choice as often as their variance allows (the
 constant C), and form the posterior only then. Functions on 400 candidates, in one dimension and in two, are drawn from the
@@ -8,7 +8,7 @@ kernel that all methods know, Matern 5/2 with length 0.2, and are seen with nois
     python examples/gp_search.py --quick               # one function each, 300 evaluations
     python examples/gp_search.py --json numbers.json --markdown
 
-A run repeats exactly on the same machine, but for its times. Needed besides prefkern: matplotlib, which the "demo" extra brings.
+A run repeats exactly on the same machine, but for its times. Needed besides prefkern: matplotlib, of the "demo" extra.
 """
 
 from __future__ import annotations
@@ -281,7 +281,9 @@ def compare(seeds: int = 5, budget: int = 3000) -> Result:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="mini-GP-UCB and mini-GP-EI beside GP-UCB on functions of one and two dimensions.")
+    parser = argparse.ArgumentParser(
+        description="mini-GP-UCB and mini-GP-EI beside GP-UCB on functions of one and two dimensions."
+    )
     add = parser.add_argument
     add("--quick", action="store_true", help="one function each, 300 evaluations")
     add("--seeds", type=int, metavar="N", help="functions of each dimension (default 5)")

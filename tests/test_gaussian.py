@@ -72,7 +72,10 @@ def test_worked_numbers(device):
 @each_kernel
 def test_a_length_per_dimension_and_the_kernels_themselves(device, kernel):
     """With one point of no noise the variance left is 1 - k^2."""
-    U, X = torch.zeros(1, 2, dtype=F64), torch.tensor([[0.0, 0.0], [0.3, 0.0], [0.0, 2.0], [3.0, 40.0], [1e200, -1e200]], dtype=F64)
+    U, X = (
+        torch.zeros(1, 2, dtype=F64),
+        torch.tensor([[0.0, 0.0], [0.3, 0.0], [0.0, 2.0], [3.0, 40.0], [1e200, -1e200]], dtype=F64),
+    )
     length = torch.tensor([0.5, 4.0], dtype=F64)
     one = torch.ones(1, 1, dtype=F64)
     mean, var = gp_unique_posterior(*(t.to(device) for t in (one, one[0], U, X)), kernel=kernel, length=length.to(device))
@@ -100,7 +103,7 @@ def test_no_points_and_no_candidates(device):
 
 
 def test_a_point_without_observations_has_no_influence(device):
-    L, a, U, X, counts, *_ = given_points(6, 2, 9, device=device)
+    L, a, U, X, *_ = given_points(6, 2, 9, device=device)
     n = torch.tensor([2, 0, 3, 1, 0, 1], device=device)
     K = gp_covariance(U.cpu(), U.cpu())
     S, s = n.cpu().double().sqrt(), torch.randn(6, dtype=F64) * (n.cpu() > 0)
@@ -156,7 +159,9 @@ def test_append_is_a_row_of_the_factorisation(q, room):
     pivot = chol_append(factor, A[q], q)
     close(factor[: q + 1, : q + 1].tril().nan_to_num(7.0), whole, 1e-11)
     close(pivot, whole[q, q] ** 2, 1e-11)
-    assert factor.triu(1).isnan().sum() == (q + 1 + room) * (q + room) // 2  # nothing above the diagonal, and nothing below row q
+    assert (
+        factor.triu(1).isnan().sum() == (q + 1 + room) * (q + room) // 2
+    )  # nothing above the diagonal, and nothing below row q
     assert factor[q + 1 :].isnan().all()
 
 
@@ -301,7 +306,7 @@ def test_one_graph_for_any_number_of_candidates(device):
         return mean + var, factor
 
     for q, candidates in ((4, 6), (5, 11), (7, 30)):
-        L, a, U, X, _, plain, *_ = given_points(q, 2, candidates, device=device)
+        _, a, U, X, _, plain, *_ = given_points(q, 2, candidates, device=device)
         row = torch.randn(q, device=device)
         total, factor = run(plain, a, U, X, row)
         by_hand = plain.clone()
@@ -326,7 +331,11 @@ BAD = {
     "counts list": (dict(counts=[1]), TypeError, r"counts is a list; a torch\.Tensor"),
     "L int": (dict(L=L.long()), TypeError, "L has dtype Long; accepted: float64, float32"),
     "L shape": (dict(L=L[:2]), ValueError, r"L has shape \[2, 3\]; expected \[q, q\]"),
-    "L zero": (dict(L=L * torch.tensor([1.0, 1, 0])), ValueError, r"L\[2, 2\] is 0; the diagonal of a Cholesky factor is positive"),
+    "L zero": (
+        dict(L=L * torch.tensor([1.0, 1, 0])),
+        ValueError,
+        r"L\[2, 2\] is 0; the diagonal of a Cholesky factor is positive",
+    ),
     "L nan": (dict(L=L * NAN), ValueError, r"L\[0, 0\] is -?nan; the diagonal"),
     "a shape": (dict(a=A[:2]), ValueError, r"a has shape \[2\]; expected \[3\]"),
     "a int": (dict(a=N), TypeError, "a has dtype Long"),
@@ -344,7 +353,11 @@ BAD = {
     "length": (dict(length=0.0), ValueError, "length is 0.0; it must be finite and positive"),
     "length tiny": (dict(length=1e-310), ValueError, "length is 1e-310"),
     "length text": (dict(length="1"), TypeError, "length is '1'; a number or a torch.Tensor"),
-    "length negative": (dict(length=torch.tensor([1.0, -2.0])), ValueError, r"length\[1\] is -2; it must be finite and positive"),
+    "length negative": (
+        dict(length=torch.tensor([1.0, -2.0])),
+        ValueError,
+        r"length\[1\] is -2; it must be finite and positive",
+    ),
     "length shape": (dict(length=torch.ones(3)), ValueError, r"length has shape \[3\]; expected a number, or \[2\]"),
     "variance": (dict(variance=0.0), ValueError, "variance is 0; it must be finite and positive"),
     "variance nan": (dict(variance=NAN), ValueError, "variance is nan"),
@@ -372,7 +385,11 @@ def test_errors(case):
         (lambda: chol_append(L, A, 1), ValueError, r"row has shape \[3\]; expected \[2\]"),
         (lambda: chol_append(L, N, 2), TypeError, "row has dtype Long"),
         (lambda: chol_append(0 * L, A, 2), ValueError, r"factor\[0, 0\] is 0; the diagonal"),
-        (lambda: chol_append(torch.ones(3, 6, dtype=F64)[:, ::2], A, 2), ValueError, "factor has strides 6, 2; the numbers of a row"),
+        (
+            lambda: chol_append(torch.ones(3, 6, dtype=F64)[:, ::2], A, 2),
+            ValueError,
+            "factor has strides 6, 2; the numbers of a row",
+        ),
         (lambda: chol_append(L, A.to("meta"), 2), ValueError, "row is on meta but factor is on cpu"),
         (lambda: chol_rank1(L, A[:2]), ValueError, r"vector has shape \[2\]; expected \[3\]"),
         (lambda: chol_rank1(L, A, size=4), ValueError, "it must have room for 4 rows"),

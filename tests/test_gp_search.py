@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -33,7 +32,9 @@ def close(actual, expected, atol=1e-10) -> None:
 def test_problems(example):
     for dimensions in (1, 2):
         points = example.grid(dimensions)
-        assert points.shape == (400, dimensions) and points.min() == 0 and points.max() == 1 and len(points.unique(dim=0)) == 400
+        assert (
+            points.shape == (400, dimensions) and points.min() == 0 and points.max() == 1 and len(points.unique(dim=0)) == 400
+        )
     problem, again = example.sample_path(2, 3), example.sample_path(2, 3)
     assert torch.equal(problem.f, again.f) and not torch.equal(problem.f, example.sample_path(2, 4).f)
     first = problem.reward(7, 20, 3)
@@ -50,7 +51,9 @@ def test_direct_posterior_is_that_of_the_unique_points(example):
     gp = example.MiniGP(problem.candidates, example.KERNEL, lam=example.LAM, C=1.1, beta=1.0).gp
     gp.update(problem.candidates[picks], y)
     for ours, theirs in zip(
-        gp.posterior(problem.candidates), example.direct_posterior(problem.candidates[picks], y, problem.candidates), strict=True
+        gp.posterior(problem.candidates),
+        example.direct_posterior(problem.candidates[picks], y, problem.candidates),
+        strict=True,
     ):
         close(ours, theirs)
 

@@ -98,8 +98,9 @@ typedef int64_t VecL __attribute__((vector_size(kWide * 8)));
 PK_HD double vexp_falling(double x) { return x < -708 ? 0.0 : vexp(x); }
 PK_HD VecD vexp_falling(VecD x) {
   constexpr double log2_e = 0x1.71547652b82fep+0, ln2_high = 0x1.62e42feep-1, ln2_low = 0x1.a39ef35793c76p-33;
-  constexpr double inverse_factorial[] = {1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,       1.0 / 5040,
-                                          1.0 / 40320,  1.0 / 362880,  1.0 / 3628800,  1.0 / 39916800,  1.0 / 479001600, 1.0 / 6227020800};
+  constexpr double inverse_factorial[] = {1.0 / 2,       1.0 / 6,        1.0 / 24,        1.0 / 120,
+                                          1.0 / 720,     1.0 / 5040,     1.0 / 40320,     1.0 / 362880,
+                                          1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
   const VecD bounded = x < -708 ? splat_wide(-709.0) : x;
   const VecD shifted = bounded * log2_e + (0x1.8p52 + 1023), n = shifted - (0x1.8p52 + 1023);
   const VecD f = (bounded - n * ln2_high) - n * ln2_low;

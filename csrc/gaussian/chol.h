@@ -10,8 +10,8 @@ struct CholArgs {
   int64_t size = 0, stride = 0;  // of L before the call; between its rows
   double* factor = nullptr;
   const double* vector = nullptr;  // append: the new row of the matrix, [size + 1] with its diagonal; rank1: w, [size]
-  double sigma = 1;                // rank1
-  double* pivot = nullptr;         // [1]: the new squared diagonal, or the smallest of all
+  double sigma = 1;  // rank1
+  double* pivot = nullptr;  // [1]: the new squared diagonal, or the smallest of all
 };
 
 constexpr int64_t kCholCudaPoints = 512;

@@ -71,8 +71,8 @@ Tensor chol_rank1(Tensor factor, const Tensor& vector, double sigma, int64_t siz
     check_cuda(cuda_chol_rank1(a, current_stream(factor)));
   } else {
     cpu_chol_rank1(a);
-    check_value(*a.pivot > 0 && (std::isfinite(*a.pivot) || size == 0), "vector makes the matrix indefinite: its smallest pivot is ",
-                *a.pivot, "; it must be finite and positive");
+    check_value(*a.pivot > 0 && (std::isfinite(*a.pivot) || size == 0),
+                "vector makes the matrix indefinite: its smallest pivot is ", *a.pivot, "; it must be finite and positive");
   }
   return pivot;
 }

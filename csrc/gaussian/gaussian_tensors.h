@@ -13,7 +13,8 @@ inline Tensor widened(const Tensor& t, const char* name) {
     case ScalarType::Float:
     case ScalarType::BFloat16:
     case ScalarType::Half: return cast(t, ScalarType::Double);
-    default: fail("TypeError", name, " has dtype ", dtype_name(t.scalar_type()), "; accepted: float64, float32, bfloat16, float16");
+    default:
+      fail("TypeError", name, " has dtype ", dtype_name(t.scalar_type()), "; accepted: float64, float32, bfloat16, float16");
   }
 }
 

@@ -18,7 +18,7 @@ __device__ __forceinline__ double squared_distance(const GpPosteriorArgs& a, con
 }
 
 __global__ void __launch_bounds__(kThreads) posterior_kernel(const GpPosteriorArgs a) {
-  PK_SMEM(double, v, kGpCudaPoints * kTile);
+  PK_SMEM(double, v, kGpCudaPoints* kTile);
   PK_SMEM(double, mean_of, kThreads);
   PK_SMEM(double, explained_of, kThreads);
   const int c = threadIdx.x % kTile, r = threadIdx.x / kTile;

@@ -1,4 +1,4 @@
-"""mini-GP-UCB and mini-GP-EI: worked numbers, the posterior of unique points against that of all observations, the loop, states."""
+"""mini-GP-UCB and mini-GP-EI: worked numbers, the posterior of unique points against that of all, the loop, states."""
 
 import math
 
@@ -81,7 +81,12 @@ def test_scores_and_width():
 
 def test_expected_improvement_of_its_definition():
     """The integral of max(0, f - best) over a normal of deviation beta sigma, far below the best one and without variance."""
-    mean, var, lam, beta = torch.tensor([0.4, 0.1, -3.0, 0.9], dtype=F64), torch.tensor([0.3, 0.02, 0.1, 0.0], dtype=F64), 0.5, 1.7
+    mean, var, lam, beta = (
+        torch.tensor([0.4, 0.1, -3.0, 0.9], dtype=F64),
+        torch.tensor([0.3, 0.02, 0.1, 0.0], dtype=F64),
+        0.5,
+        1.7,
+    )
     score = ei(mean, var, lam, beta=beta)
     steps = torch.linspace(-12, 12, 200001, dtype=F64)
     density = torch.exp(-0.5 * steps**2) / math.sqrt(2 * math.pi)
@@ -352,7 +357,9 @@ def test_a_kernel_that_is_not_positive_semi_definite():
     arms = torch.arange(3.0, dtype=F64)[:, None]
     gp.update(arms[:1], [1.0])
     mean = gp.posterior(arms[:1]).mean
-    with pytest.raises(ValueError, match=r"kernel is not positive semi-definite: of K \+ lam / n of 2 points its pivot is -1\.7"):
+    with pytest.raises(
+        ValueError, match=r"kernel is not positive semi-definite: of K \+ lam / n of 2 points its pivot is -1\.7"
+    ):
         gp.update(arms[[0, 1]], [1.0, 1.0])  # 1.5 - 4 / 1.25
     assert len(gp) == 1 and torch.equal(gp.posterior(arms[:1]).mean, mean)
     with pytest.raises(ValueError, match=r"of 2 points its pivot is -2\.5$"):

@@ -72,8 +72,8 @@ def gp_unique_posterior(
         GpPosterior(mean, var), ``[M]`` float64 each. Constants: no gradient. Without points mean 0 and the variance.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is accepted. Points that are not finite, counts below 0, a
-            diagonal or length that is not positive are always found on the CPU; on CUDA they show as NaN, or raise under
+        ValueError, TypeError: naming the argument, what came and what is accepted. Points that are not finite, counts below 0,
+            a diagonal or length that is not positive are always found on the CPU; on CUDA they show as NaN, or raise under
             ``prefkern.set_validation(True)``.
     """
     check_tensors(L=L, a=a, U=U, X=X)
@@ -97,8 +97,8 @@ def chol_append(factor: Tensor, row: Tensor, size: int) -> Tensor:
     The new row is :math:`l = L^{-1} b`, and its diagonal the root of the pivot :math:`c - l^\top l`.
 
     Args:
-        factor: ``[rows, columns]`` float64, preallocated: the lower triangle of its first ``size`` rows is L, and row ``size`` is
-            written. What is above the diagonal is never touched. Rows may be a part of longer ones.
+        factor: ``[rows, columns]`` float64, preallocated: the lower triangle of its first ``size`` rows is L, and row ``size``
+            is written. What is above the diagonal is never touched. Rows may be a part of longer ones.
         row: (b, c), ``[size + 1]``, of any floating dtype.
         size: q, of L before the call.
 
@@ -106,9 +106,9 @@ def chol_append(factor: Tensor, row: Tensor, size: int) -> Tensor:
         The pivot, 0-d float64.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what is accepted; and with the pivot, where it is not positive,
-            so that the matrix is not positive definite. On the CPU the factor has not changed then. On CUDA, where there is no
-            wait, the new diagonal is NaN, or it raises under ``prefkern.set_validation(True)``; at most 512 rows.
+        ValueError, TypeError: naming the argument, what came and what is accepted; and with the pivot, where it is not
+            positive, so that the matrix is not positive definite. On the CPU the factor has not changed then. On CUDA, where
+            there is no wait, the new diagonal is NaN, or it raises under ``prefkern.set_validation(True)``; at most 512 rows.
     """
     check_tensors(factor=factor, row=row)
     pivot: Tensor = call(_append, factor, row.detach(), integer("size", size))

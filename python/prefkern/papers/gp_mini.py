@@ -15,7 +15,8 @@ A function f is observed with noise at t times, at q <= t unique points :math:`u
     \mathrm{var}(x) = k(x, x) - k(x)^\top (K + \lambda N^{-1})^{-1} k(x)
 
 so that time and memory go with q and not with t. All rules measure the deviation in units of the noise,
-:math:`\sigma(x) = \sqrt{\mathrm{var}(x) / \lambda}`; to leave that division out is a factor :math:`\lambda` in B. Of the candidates
+:math:`\sigma(x) = \sqrt{\mathrm{var}(x) / \lambda}`: leaving that division out is a factor :math:`\lambda` in B. Of
+the candidates
 
 .. math::
     \mathrm{UCB}: \ \mathrm{mean} + \beta \sigma, \qquad
@@ -27,14 +28,16 @@ the first with the highest score is chosen, and is evaluated
 .. math:: B = \max\bigl(1, \lfloor (C^2 - 1) / \sigma^2 \rfloor\bigr)
 
 times before the posterior is formed again: B observations more change :math:`\sigma^2` there by the factor
-:math:`1 + B \sigma^2 \le C^2`, and by no more anywhere else, so that a bound formed before holds up to C. The floor stops before
-that is exceeded; the predecessors' loop stops after. Where :math:`\sigma^2` is large the floor is 0, and one evaluation is made.
+:math:`1 + B \sigma^2 \le C^2`, and by no more anywhere else, so that a bound formed before holds up to C. The floor stops
+before that is exceeded; the predecessors' loop stops after. Where :math:`\sigma^2` is large the floor is 0, and one evaluation
+is made.
 
 :func:`mini_gp_opt` is the whole loop, :class:`MiniGP` its choices one at a time (which prompts to label again, say), and
 :class:`UniqueGP` the posterior, over :func:`prefkern.gp_unique_posterior`.
 
-Defaults: none for C, lambda and beta, of which the paper's values are not known (C slightly above 1; 1.1 is a choice). F = 1 and
-delta are constants of the theory; the predecessors' code has F = 1, delta = 0.5 and lambda = 1, to be set to the noise variance.
+Defaults: none for C, lambda and beta, of which the paper's values are not known (C slightly above 1; 1.1 is a choice). F = 1
+and delta are constants of the theory; the predecessors' code has F = 1, delta = 0.5 and lambda = 1, to be set to the noise
+variance.
 """
 
 from __future__ import annotations
@@ -243,7 +246,8 @@ class UniqueGP:
         q, d = points.shape if isinstance(points, Tensor) and points.dim() == 2 else (0, 0)
         own = self.state_dict()
         sized = {
-            "points": self._empty(q, d), "counts": self._counts.new_empty(q), "sums": self._empty(q), "factor": self._empty(q, q),
+            "points": self._empty(q, d), "counts": self._counts.new_empty(q), "sums": self._empty(q),
+            "factor": self._empty(q, q),
         }  # fmt: skip
         like = {name: sized.get(name, value) for name, value in own.items() if name not in ("class", "version")}
         taken = checked_state(self, 1, state, like)
@@ -447,7 +451,7 @@ def beta_bound(
     lam, xi, F = _positive("lam", lam), _positive("xi", xi), _positive("F", F)
     if not 0 < delta < 1:
         raise ValueError(f"delta is {delta}; a number in (0, 1) is expected")
-    if not C >= 1 or C == math.inf:
+    if not C >= 1 or math.inf == C:
         raise ValueError(f"C is {C}; at least 1 is expected")
     if not 0 <= logdet < math.inf:
         raise ValueError(f"logdet is {logdet}; it must be finite and not negative")
@@ -654,7 +658,9 @@ def mini_gp_opt(
         pick = sampler.sample()
         found = torch.as_tensor(evaluate(*pick), dtype=F64).detach().reshape(-1)
         if len(found) != pick.repeats:
-            raise ValueError(f"evaluate returned {len(found)} rewards of candidate {pick.candidate}; it was asked for {pick.repeats}")
+            raise ValueError(
+                f"evaluate returned {len(found)} rewards of candidate {pick.candidate}; it was asked for {pick.repeats}"
+            )
         sampler.update(pick.candidate, found)
         rounds.append(pick)
         picks += [pick.candidate] * pick.repeats

@@ -14,9 +14,7 @@ class GpPosterior(NamedTuple):
     var: Tensor
 
 
-def gp_covariance(
-    A: Tensor, B: Tensor, *, kernel: str = "rbf", length: float | Tensor = 1.0, variance: float = 1.0
-) -> Tensor:
+def gp_covariance(A: Tensor, B: Tensor, *, kernel: str = "rbf", length: float | Tensor = 1.0, variance: float = 1.0) -> Tensor:
     """k(A, B), [n, m], of points [n, d] and [m, d]. With r the distance in units of the length scale, and variance 1:
 
         rbf       exp(-r^2 / 2)

@@ -41,7 +41,9 @@ class GpPosteriorWorkload(Workload):
         L = self.L["rbf"]
         k = torch.rand(len(L), len(self.X), dtype=L.dtype, device=L.device)
         out = torch.empty_like(k)
-        return Floor("solve_triangular of a matrix that is there", lambda: torch.linalg.solve_triangular(L, k, upper=False, out=out))
+        return Floor(
+            "solve_triangular of a matrix that is there", lambda: torch.linalg.solve_triangular(L, k, upper=False, out=out)
+        )
 
     def errors(self, outputs: Outputs, variant: str) -> Errors:
         """Against the definition, candidate by candidate as far as memory goes: it forms the whole matrix."""
