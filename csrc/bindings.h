@@ -7,6 +7,7 @@
 #include "core/bindings.h"
 #include "diversity/bindings.h"
 #include "filters/bindings.h"
+#include "gaussian/bindings.h"
 #include "groups/bindings.h"
 #include "lists/bindings.h"
 #include "logprobs/bindings.h"
@@ -27,6 +28,7 @@ inline void bind_argument_structs(py::module_& m) {
   bind_groups(m);
   bind_conflicts(m);
   bind_filters(m);
+  bind_gaussian(m);
   bind_lists(m);
   bind_sampling(m);
   bind_diversity(m);
@@ -42,6 +44,7 @@ inline void bind_cpu_launchers(py::module_& m) {
   bind_groups_cpu(m);
   bind_conflicts_cpu(m);
   bind_filters_cpu(m);
+  bind_gaussian_cpu(m);
   bind_lists_cpu(m);
   bind_sampling_cpu(m);
   bind_diversity_cpu(m);
@@ -56,6 +59,7 @@ inline void bind_cuda_launchers(py::module_& m) {
   bind_groups_cuda(m);
   bind_conflicts_cuda(m);
   bind_filters_cuda(m);
+  bind_gaussian_cuda(m);
   bind_lists_cuda(m);
   bind_sampling_cuda(m);
   bind_diversity_cuda(m);

@@ -6,6 +6,7 @@
 #include "conflicts/ops.h"
 #include "diversity/ops.h"
 #include "filters/ops.h"
+#include "gaussian/ops.h"
 #include "lists/ops.h"
 #include "logprobs/ops.h"
 #include "policy/ops.h"
@@ -294,6 +295,13 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
   m.def("distinct_n(Tensor ids, Tensor? mask, Tensor? cu_seqlens, Tensor? cu_prompts, int n) -> Tensor");
   m.def("edit_distance(Tensor ids, Tensor? mask, Tensor? cu_seqlens, Tensor? cu_prompts, bool normalize) -> Tensor");
   m.def("greedy_select(Tensor emb, Tensor type_id, Tensor seeds, Tensor quotas, int size, bool maximum) -> Tensor");
+  // ---- gaussian: kernel is the enumeration of math/gaussian.h. Constants in, constants out. The factor of chol_* is changed in
+  // place; they return the new, or smallest, squared diagonal.
+  m.def(
+      "gp_unique_posterior(Tensor factor, Tensor weights, Tensor unique, Tensor inputs, Tensor? counts, Tensor inverse_length, "
+      "int kernel, float variance) -> (Tensor, Tensor)");
+  m.def("chol_append_(Tensor(a!) factor, Tensor row, int size) -> Tensor");
+  m.def("chol_rank1_(Tensor(a!) factor, Tensor vector, float sigma, int size) -> Tensor");
 }
 
 #define PK_REGISTER(key)                                                              \
@@ -375,6 +383,9 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("distinct_n", PK_OP(distinct_n));                                          \
     m.impl("edit_distance", PK_OP(edit_distance));                                    \
     m.impl("greedy_select", PK_OP(greedy_select));                                    \
+    m.impl("gp_unique_posterior", PK_OP(gp_unique_posterior));                        \
+    m.impl("chol_append_", PK_OP(chol_append));                                       \
+    m.impl("chol_rank1_", PK_OP(chol_rank1));                                         \
   }
 PK_REGISTER(CPU)
 PK_REGISTER(CUDA)

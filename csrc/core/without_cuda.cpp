@@ -10,6 +10,8 @@
 #include "core/gemm_bounded.h"
 #include "diversity/greedy_select.h"
 #include "filters/select.h"
+#include "gaussian/chol.h"
+#include "gaussian/gp_posterior.h"
 #include "groups/group_folds.h"
 #include "groups/pair_walk.h"
 #include "logprobs/active_rows.h"
@@ -65,6 +67,9 @@ int cuda_first_divergence(const DivergenceArgs<int64_t>&, void*) { return kBuilt
 int cuda_quantile(const SelectArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_keep_largest(const SelectArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_keep_from(const SelectArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_gp_posterior(const GpPosteriorArgs&, void*) { return kBuiltWithoutCuda; }
+int cuda_chol_append(const CholArgs&, void*) { return kBuiltWithoutCuda; }
+int cuda_chol_rank1(const CholArgs&, void*) { return kBuiltWithoutCuda; }
 int cuda_batch_moments(const MomentsArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_merge_moments(const MergeArgs&, void*) { return kBuiltWithoutCuda; }
 int cuda_batch_normalize(const BatchNormalizeArgs<float>&, void*) { return kBuiltWithoutCuda; }

@@ -59,6 +59,8 @@ OPS = {
         Op("self_bleu", ("P", "K", "L"), ((32, 8, 512),), ("fp32",), ("fwd",)),
         Op("edit_distance", ("P", "K", "L"), ((8, 8, 256),), ("fp32",), ("fwd",)),
         Op("greedy_select", ("Q", "K", "D"), ((8, 1024, 768),), ("fp32", "bf16", "fp16", "fp64"), ("fwd",)),
+        Op("gp_unique_posterior", ("Q", "M", "D"), ((256, 10000, 2),), ("fp32", "fp64"), ("fwd",)),
+        Op("chol_append", ("Q",), ((256,),), ("fp32", "fp64"), ("fwd",)),
         Op("overhead", (), ((),), ("fp32",), ("fwd",)),
     )
 }

@@ -122,6 +122,8 @@ def _small(size: str, device: str) -> list[Part]:
         "beta_thompson_topk": ((4096,) if quick else (1000000,), "fwd"),
         "knapsack_allocate": ((12, 6) if quick else (200, 8), "fwd"),
         "greedy_select": ((2, 20, 8) if quick else (8, 1024, 768), "fwd"),
+        "gp_unique_posterior": ((20, 50, 2) if quick else (256, 10000, 2), "fwd"),
+        "chol_append": ((20,) if quick else (256,), "fwd"),
     }
     peers = ("eager", "torch", "python") if device == "cpu" else ("eager", "torch")
     if device == "cpu":  # where alone there are kernels for it

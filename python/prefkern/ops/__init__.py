@@ -16,6 +16,7 @@ from .budget import knapsack_allocate
 from .conflicts import conflict_runs, conflict_weights, first_divergence
 from .diversity import distinct_n, edit_distance, greedy_select, self_bleu
 from .filters import masked_quantile, top_quantile_mask
+from .gaussian import GpPosterior, chol_append, chol_rank1, gp_unique_posterior
 from .groups import group_normalize, group_reduce, level_pairs
 from .linear_policy import linear_policy_loss
 from .linear_preference import linear_preference_loss
@@ -43,6 +44,7 @@ __all__ = [
     "BackwardPlan",
     "ConflictRuns",
     "GaeOutput",
+    "GpPosterior",
     "GroupAdvantages",
     "LevelPairs",
     "LinearLogprobs",
@@ -54,6 +56,8 @@ __all__ = [
     "batch_moments",
     "batch_normalize",
     "beta_thompson_topk",
+    "chol_append",
+    "chol_rank1",
     "conflict_runs",
     "conflict_weights",
     "decayed_beta_update_",
@@ -63,6 +67,7 @@ __all__ = [
     "first_divergence",
     "gae",
     "greedy_select",
+    "gp_unique_posterior",
     "group_advantages",
     "group_normalize",
     "group_preference_loss",

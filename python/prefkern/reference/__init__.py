@@ -17,6 +17,7 @@ from prefkern.reference.budget import knapsack_allocate
 from prefkern.reference.conflicts import conflict_runs, conflict_weights, first_divergence
 from prefkern.reference.diversity import distinct_n, edit_distance, greedy_select, self_bleu
 from prefkern.reference.filters import masked_quantile, top_quantile_mask
+from prefkern.reference.gaussian import gp_unique_posterior
 from prefkern.reference.groups import group_normalize, group_reduce, level_pairs
 from prefkern.reference.lists import group_preference_loss, listwise_loss, skew_loss, skew_row_means, skew_score
 from prefkern.reference.logprobs import linear_logprobs, logits_logprobs
@@ -47,6 +48,7 @@ __all__ = [
     "first_divergence",
     "gae",
     "greedy_select",
+    "gp_unique_posterior",
     "group_advantages",
     "group_normalize",
     "group_preference_loss",

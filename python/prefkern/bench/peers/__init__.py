@@ -22,6 +22,8 @@ library has no such op. Every method takes and returns tensors and is differenti
     knapsack_allocate(utilities [n, K], total, b_min, method)               -> budgets [n]
     self_bleu(ids [N], cu_seqlens, cu_prompts), edit_distance(...)          -> [P]
     greedy_select(emb [Q, K, D], types [Q, K], seeds [Q], quotas, reduce)   -> chosen [Q, S]
+    gp_unique_posterior(L [q, q], a [q], U [q, d], X [M, d], kernel, length) -> mean [M], var [M]
+    chol_append(factor [q + 1, q + 1], row [q + 1], matrix)                 -> the last row of the factor of the matrix
 
 `size` is the size of the groups when they lie one behind the other, None when they do not. `estimator` and `objective`
 are names from `ESTIMATORS`, `OBJECTIVES` and, for pairs and lists, `PAIR_OBJECTIVES` and `LIST_OBJECTIVES`; for losses from
@@ -43,6 +45,7 @@ from prefkern.bench.peers.base import (
     OBJECTIVES,
     PAIR_OBJECTIVES,
     Estimator,
+    GpKernelName,
     HeadObjective,
     KnapsackMethod,
     Logprobs,
@@ -109,6 +112,7 @@ __all__ = [
     "Compile",
     "Eager",
     "Estimator",
+    "GpKernelName",
     "HeadObjective",
     "KnapsackMethod",
     "Liger",

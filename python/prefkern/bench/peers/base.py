@@ -107,6 +107,7 @@ Reduction = Literal["sum", "logsumexp"]
 Rule = Literal["trl", "count"]
 ThompsonMode = Literal["thompson", "mean"]
 KnapsackMethod = Literal["exact", "greedy"]
+GpKernelName = Literal["rbf", "matern52"]
 
 
 class Unavailable(Exception):
@@ -207,4 +208,12 @@ class Peer:
         raise Unavailable("has no such op")
 
     def greedy_select(self, emb: Tensor, types: Tensor, seeds: Tensor, quotas: tuple[int, ...], reduce: str) -> Tensor:
+        raise Unavailable("has no such op")
+
+    def gp_unique_posterior(
+        self, L: Tensor, a: Tensor, U: Tensor, X: Tensor, kernel: GpKernelName, length: float
+    ) -> tuple[Tensor, Tensor]:
+        raise Unavailable("has no such op")
+
+    def chol_append(self, factor: Tensor, row: Tensor, matrix: Tensor) -> Tensor:
         raise Unavailable("has no such op")

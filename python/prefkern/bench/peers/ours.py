@@ -21,6 +21,7 @@ from prefkern.bench.peers.base import (
     PAIR_OBJECTIVES,
     TOP_FRACTION,
     KnapsackMethod,
+    GpKernelName,
     Logprobs,
     LossAndMetrics,
     Peer,
@@ -187,6 +188,19 @@ class Prefkern(Peer):
         import prefkern
 
         return prefkern.greedy_select(emb, types, seeds, quotas, reduce="max" if reduce == "max" else "min")
+
+    def gp_unique_posterior(
+        self, L: Tensor, a: Tensor, U: Tensor, X: Tensor, kernel: GpKernelName, length: float
+    ) -> tuple[Tensor, Tensor]:
+        import prefkern
+
+        return prefkern.gp_unique_posterior(L, a, U, X, kernel=kernel, length=length)
+
+    def chol_append(self, factor: Tensor, row: Tensor, matrix: Tensor) -> Tensor:
+        import prefkern
+
+        prefkern.chol_append(factor, row, len(row) - 1)
+        return factor[-1]
 
 
 class PrefkernTwoStep(Prefkern):

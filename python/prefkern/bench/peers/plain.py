@@ -27,6 +27,7 @@ from prefkern.bench.peers.base import (
     TOP_FRACTION,
     VIRTUAL_REWARD,
     KnapsackMethod,
+    GpKernelName,
     Logprobs,
     LossAndMetrics,
     Peer,
@@ -337,6 +338,24 @@ class Eager(TwoStep):
             last = scores.masked_fill(closed, torch.inf).argmin(1)
             chosen.append(last)
         return torch.stack(chosen, 1)
+
+    def gp_unique_posterior(
+        self, L: Tensor, a: Tensor, U: Tensor, X: Tensor, kernel: GpKernelName, length: float
+    ) -> tuple[Tensor, Tensor]:
+        """In float64, as everybody; the kernel matrix by a product."""
+        u, x = U.double() / length, X.double() / length
+        r2 = (u.square().sum(1, keepdim=True) + x.square().sum(1) - 2 * (u @ x.T)).clamp_min(0)
+        if kernel == "rbf":
+            k = (-0.5 * r2).exp()
+        else:
+            s = (5 * r2).sqrt()
+            k = (1 + s + s.square() / 3) * (-s).exp()
+        v = torch.linalg.solve_triangular(L, k, upper=False)
+        return a.double() @ v, (1 - v.square().sum(0)).clamp_min(0)
+
+    def chol_append(self, factor: Tensor, row: Tensor, matrix: Tensor) -> Tensor:
+        """The whole matrix anew."""
+        return torch.linalg.cholesky(matrix)[-1]
 
 
 class Compile(Peer):

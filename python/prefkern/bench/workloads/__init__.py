@@ -15,6 +15,8 @@ The floor is the least that an implementation of the same kind has to do, in pla
                       a copy of the inputs
     seeded_normal_combine
                       a copy of the result
+    gp_unique_posterior, chol_append
+                      the triangular solution, of a kernel matrix that is there already
     overhead          x + 1 on a tiny tensor; all on one thread, since waking the others is not what is asked for
 """
 
@@ -23,6 +25,7 @@ from prefkern.bench.workloads.base import Errors, Floor, Outputs, OutputsCall, W
 from prefkern.bench.workloads.conflicts import ConflictRunsWorkload
 from prefkern.bench.workloads.diversity import EditDistanceWorkload, GreedySelectWorkload, SelfBleuWorkload
 from prefkern.bench.workloads.filters import TopQuantileWorkload
+from prefkern.bench.workloads.gaussian import CholAppendWorkload, GpPosteriorWorkload
 from prefkern.bench.workloads.groups import GroupReduceWorkload
 from prefkern.bench.workloads.logprobs import LinearWorkload, LogitsWorkload
 from prefkern.bench.workloads.losses import LinearPolicyWorkload, LinearPreferenceWorkload, LinearUnpairedWorkload
@@ -54,6 +57,8 @@ WORKLOADS: dict[str, type[Workload]] = {
     "self_bleu": SelfBleuWorkload,
     "edit_distance": EditDistanceWorkload,
     "greedy_select": GreedySelectWorkload,
+    "gp_unique_posterior": GpPosteriorWorkload,
+    "chol_append": CholAppendWorkload,
     "overhead": OverheadWorkload,
 }
 
