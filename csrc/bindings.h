@@ -9,6 +9,7 @@
 #include "groups/bindings.h"
 #include "lists/bindings.h"
 #include "logprobs/bindings.h"
+#include "meta/bindings.h"
 #include "policy/bindings.h"
 #include "preference/bindings.h"
 #include "sequence/bindings.h"
@@ -26,6 +27,7 @@ inline void bind_argument_structs(py::module_& m) {
   bind_conflicts(m);
   bind_filters(m);
   bind_lists(m);
+  bind_meta(m);
 }
 
 inline void bind_cpu_launchers(py::module_& m) {
@@ -39,6 +41,7 @@ inline void bind_cpu_launchers(py::module_& m) {
   bind_conflicts_cpu(m);
   bind_filters_cpu(m);
   bind_lists_cpu(m);
+  bind_meta_cpu(m);
 }
 
 inline void bind_cuda_launchers(py::module_& m) {
@@ -51,6 +54,7 @@ inline void bind_cuda_launchers(py::module_& m) {
   bind_conflicts_cuda(m);
   bind_filters_cuda(m);
   bind_lists_cuda(m);
+  bind_meta_cuda(m);
 }
 
 }  // namespace prefkern

@@ -7,6 +7,7 @@
 #include "filters/ops.h"
 #include "lists/ops.h"
 #include "logprobs/ops.h"
+#include "meta/ops.h"
 #include "policy/ops.h"
 #include "preference/ops.h"
 #include "sequence/ops.h"
@@ -271,6 +272,27 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("skew_row_means(Tensor v, Tensor? mask, Tensor? scales, bool normalize, float tau) -> Tensor");
   m.def("preference_rows_backward(Tensor g_loss, Tensor unnormalised, Tensor inverse) -> Tensor");
+
+  // ---- meta: needs is the bit set of meta/ops.h. lpg_inner_loss results in the loss and the means of its two terms; its backward
+  // is differentiable, by lpg_inner_loss_second, which is not. reverse_gru: states, and what its backward needs of the gates.
+  m.def(
+      "lpg_inner_loss(Tensor probs, Tensor actions, Tensor y, Tensor pi_hat, Tensor y_hat, float alpha, float sign) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "lpg_inner_loss_fwd(Tensor probs, Tensor actions, Tensor y, Tensor pi_hat, Tensor y_hat, float alpha, float sign) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "lpg_inner_loss_backward(Tensor g, Tensor probs, Tensor actions, Tensor y, Tensor pi_hat, Tensor y_hat, float alpha, "
+      "float sign, int needs) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "lpg_inner_loss_second(Tensor? above_probs, Tensor? above_y, Tensor? above_pi_hat, Tensor? above_y_hat, Tensor g, "
+      "Tensor probs, Tensor actions, Tensor y, Tensor pi_hat, Tensor y_hat, float alpha, float sign, int needs) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("reverse_gru(Tensor gates, Tensor? done, Tensor weight, Tensor bias, bool with_grad) -> (Tensor, Tensor)");
+  m.def("reverse_gru_fwd(Tensor gates, Tensor? done, Tensor weight, Tensor bias, bool with_grad) -> (Tensor, Tensor)");
+  m.def(
+      "reverse_gru_backward(Tensor grad, Tensor states, Tensor saved, Tensor? done, Tensor weight, bool needs_weights) "
+      "-> (Tensor, Tensor, Tensor)");
 }
 
 #define PK_REGISTER(key)                                                              \
@@ -342,6 +364,13 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("skew_score_fwd", PK_OP(skew_score));                                      \
     m.impl("skew_row_means", PK_OP(skew_row_means));                                  \
     m.impl("preference_rows_backward", PK_OP(preference_rows_backward));              \
+    m.impl("lpg_inner_loss", PK_OP(lpg_inner_loss));                                  \
+    m.impl("lpg_inner_loss_fwd", PK_OP(lpg_inner_loss));                              \
+    m.impl("lpg_inner_loss_backward", PK_OP(lpg_inner_loss_backward));                \
+    m.impl("lpg_inner_loss_second", PK_OP(lpg_inner_loss_second));                    \
+    m.impl("reverse_gru", PK_OP(reverse_gru));                                        \
+    m.impl("reverse_gru_fwd", PK_OP(reverse_gru));                                    \
+    m.impl("reverse_gru_backward", PK_OP(reverse_gru_backward));                      \
   }
 PK_REGISTER(CPU)
 PK_REGISTER(CUDA)

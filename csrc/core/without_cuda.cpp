@@ -26,6 +26,8 @@
 #include "lists/listwise.h"
 #include "lists/row_loss.h"
 #include "lists/skew.h"
+#include "meta/gru.h"
+#include "meta/inner_loss.h"
 #include "sequence/returns.h"
 #include "sequence/sequence_sums.h"
 
@@ -90,5 +92,11 @@ int cuda_group_preference(const GroupPreferenceArgs<float>&, void*) { return kBu
 int cuda_skew(const SkewArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_skew_means(const SkewMeansArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_row_gradient(const RowGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_lpg_loss(const LpgArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_lpg_gradients(const LpgArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_lpg_second(const LpgArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_gru_forward_step(const GruArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_gru_backward_step(const GruArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_column_sums(const ColumnSumArgs<float>&, void*) { return kBuiltWithoutCuda; }
 }  // namespace prefkern
 #endif

@@ -20,6 +20,7 @@ from .linear_preference import linear_preference_loss
 from .linear_unpaired import linear_unpaired_loss
 from .lists import group_preference_loss, listwise_loss, skew_loss, skew_row_means, skew_score
 from .logprobs import linear_logprobs, logits_logprobs, plan_backward, plan_chunks
+from .meta import lpg_inner_loss, reverse_gru_reset
 from .policy import importance_weights, kl_penalty, masked_aggregate, off_policy_mask, policy_loss
 from .preference import label_posterior, preference_loss, unpaired_loss
 from .sequence import discounted_returns, gae, masked_mean_pool, segmented_returns, sequence_mean, sequence_sum, step_mean
@@ -67,6 +68,7 @@ __all__ = [
     "linear_unpaired_loss",
     "listwise_loss",
     "logits_logprobs",
+    "lpg_inner_loss",
     "masked_aggregate",
     "masked_mean_pool",
     "masked_quantile",
@@ -78,6 +80,7 @@ __all__ = [
     "policy_loss",
     "preference_loss",
     "question_weights",
+    "reverse_gru_reset",
     "segmented_returns",
     "sequence_mean",
     "sequence_sum",

@@ -18,6 +18,7 @@ from prefkern.reference.filters import masked_quantile, top_quantile_mask
 from prefkern.reference.groups import group_normalize, group_reduce, level_pairs
 from prefkern.reference.lists import group_preference_loss, listwise_loss, skew_loss, skew_row_means, skew_score
 from prefkern.reference.logprobs import linear_logprobs, logits_logprobs
+from prefkern.reference.meta import lpg_inner_loss, reverse_gru_reset
 from prefkern.reference.policy import importance_weights, kl_penalty, masked_aggregate, off_policy_mask, policy_loss
 from prefkern.reference.preference import label_posterior, preference_loss, unpaired_loss
 from prefkern.reference.sequence import (
@@ -49,6 +50,7 @@ __all__ = [
     "linear_logprobs",
     "listwise_loss",
     "logits_logprobs",
+    "lpg_inner_loss",
     "masked_aggregate",
     "masked_mean_pool",
     "masked_quantile",
@@ -58,6 +60,7 @@ __all__ = [
     "policy_loss",
     "preference_loss",
     "question_weights",
+    "reverse_gru_reset",
     "segmented_returns",
     "sequence_mean",
     "sequence_sum",

@@ -12,6 +12,7 @@ from prefkern.cli.problems.conflicts import conflict_problems, filter_problems
 from prefkern.cli.problems.groups import group_problems
 from prefkern.cli.problems.lists import list_problems
 from prefkern.cli.problems.logprobs import logprob_problems
+from prefkern.cli.problems.meta import meta_problems
 from prefkern.cli.problems.policy import policy_problems
 from prefkern.cli.problems.preference import preference_problems
 from prefkern.cli.problems.sequence import sequence_problems
@@ -31,5 +32,6 @@ def all_problems(dtype: torch.dtype) -> Iterator[Problem]:
         filter_problems,
         sequence_problems,
         group_problems,
+        meta_problems,
     ):
         yield from problems(dtype)
