@@ -92,7 +92,7 @@ def make_levels(numbers: Sequence[int], seed: int) -> Levels:
 
 
 def values(levels: Levels, policy: Tensor | None) -> Tensor:
-    """Expected reward of an episode from state 0, [L]: of a policy [L, S, A], or of the best one, which may look at the clock."""
+    """Expected reward of an episode from state 0, [L]: of a policy [L, S, A], or of the best, which may look at the clock."""
     v, found = torch.zeros(len(levels), STATES, dtype=F64), torch.zeros(len(levels), dtype=F64)
     for left in range(1, int(levels.horizon.max()) + 1):
         q = levels.reward + (levels.transition @ v[:, None, :, None]).squeeze(-1)
@@ -164,8 +164,8 @@ POLICY_LR, CRITIC_LR, REINFORCE_LR = 4.0, 1.0, 0.5
 
 
 def reinforce(levels: Levels, updates: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """REINFORCE without a baseline: the inner loss of LPG whose adjustment is minus the return to go. Policy, and values that are
-    fitted beside it, which it does not use."""
+    """REINFORCE without a baseline: the inner loss of LPG whose adjustment is minus the return to go. Policy, and values that
+    are fitted beside it, which it does not use."""
     logits, critic = table(levels, ACTIONS), table(levels)
     for _ in range(updates):
         probs = logits.softmax(-1)

@@ -101,7 +101,12 @@ def test_zero_probabilities_have_a_finite_logarithm(device):
 @each_dtype
 def test_loss(device, dtype):
     skip_float64_on_cuda(device, dtype)
-    for rows, actions, width, sign in (((1,), 1, 1, "code"), ((3, 5), 4, 8, "paper"), ((7, 41), 3, 13, "code"), ((600,), 2, 5, "code")):
+    for rows, actions, width, sign in (
+        ((1,), 1, 1, "code"),
+        ((3, 5), 4, 8, "paper"),
+        ((7, 41), 3, 13, "code"),
+        ((600,), 2, 5, "code"),
+    ):
         given = leaves(rollout(*rows, actions=actions, width=width, device=device, dtype=dtype))
         exact = leaves(t.detach().cpu().double() if t.is_floating_point() else t.cpu() for t in given)
         out, truth = lpg_inner_loss(*given, sign=sign, alpha_y=0.7), reference.lpg_inner_loss(*exact, sign=sign, alpha_y=0.7)

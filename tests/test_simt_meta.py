@@ -18,7 +18,7 @@ def rows(count, actions, width):
 
 def inner_loss(module, prefix, given, above=(None,) * 4, upstream=0.7, wanted=15):
     """Everything that the three launchers make."""
-    probs, actions, y, pi_hat, y_hat = given
+    probs, _, y, pi_hat, y_hat = given
     blocks = -(-len(probs) // 256)
     args = module.LpgArgs()
     args.rule.alpha, args.rule.sign = 0.6, -1.0
@@ -56,7 +56,11 @@ def expected_of(given, above, upstream):
     first = torch.autograd.grad(loss, leaves, g[0], create_graph=True)
     total = sum((t * u.double()).sum() for t, u in zip(first, above, strict=True) if u is not None)
     second = torch.autograd.grad(total, [g, *leaves])
-    results = {"loss": loss.detach().view(1), "terms": torch.stack([metrics["policy"], metrics["kl"]]), "by upstream": second[0]}
+    results = {
+        "loss": loss.detach().view(1),
+        "terms": torch.stack([metrics["policy"], metrics["kl"]]),
+        "by upstream": second[0],
+    }
     results |= {f"first {k}": t.detach() for k, t in enumerate(first)}
     return {**results, **{f"second {k}": t for k, t in enumerate(second[1:])}}
 

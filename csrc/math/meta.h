@@ -20,7 +20,7 @@ constexpr double kLpgEps = 1e-8;  // keeps the logarithm of 0 at -18.4
 
 struct LpgRule {
   double alpha = 0.5;  // a
-  double sign = 1;     // s
+  double sign = 1;  // s
 };
 
 inline namespace PK_ISA {

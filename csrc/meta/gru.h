@@ -14,22 +14,22 @@ namespace prefkern {
 
 template <class S> struct GruArgs {
   int64_t rows = 0, steps = 0, hidden = 0;  // B, T, H
-  const S* gates = nullptr;                 // [B, T, 3H]
-  const uint8_t* done = nullptr;            // [B, T]; 1: nothing from behind this step reaches it. null: no step is terminal
-  const S* bias = nullptr;                  // [H], of the product inside n
-  S* out = nullptr;                         // [B, T, H]; backward: what the forward has left there
-  S* saved = nullptr;                       // [B, T, 4H]: u, z, n, m; forward: null where nobody asks. Backward: reads it
+  const S* gates = nullptr;  // [B, T, 3H]
+  const uint8_t* done = nullptr;  // [B, T]; 1: nothing from behind this step reaches it. null: no step is terminal
+  const S* bias = nullptr;  // [H], of the product inside n
+  S* out = nullptr;  // [B, T, H]; backward: what the forward has left there
+  S* saved = nullptr;  // [B, T, 4H]: u, z, n, m; forward: null where nobody asks. Backward: reads it
   // Of one step, on the CPU for the rows of a task. Forward: U h [B, 3H], and h as step t - 1 takes it [B, H]. Backward: what comes
   // from step t - 1, through its products and past them, [B, H] both.
   S *product = nullptr, *carry = nullptr;
   int64_t step = 0;  // CUDA: which one
   // Backward.
   const S* grad_out = nullptr;  // [B, T, H]
-  S* grad_gates = nullptr;      // [B, T, 3H]
-  S* grad_inner = nullptr;      // [B, T, H], by m
-  S* before = nullptr;          // [B, T, H]: h as the step took it
+  S* grad_gates = nullptr;  // [B, T, 3H]
+  S* grad_inner = nullptr;  // [B, T, H], by m
+  S* before = nullptr;  // [B, T, H]: h as the step took it
   // CPU.
-  const S* weight = nullptr;             // U, [3H, H]
+  const S* weight = nullptr;  // U, [3H, H]
   const S* weight_transposed = nullptr;  // forward: [H, 3H]
 };
 

@@ -16,8 +16,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const GruArgs<float> 
   if (i >= a.rows * h) return;
   const int64_t row = i / h, j = i % h, token = row * a.steps + a.step;
   const float *gates = a.gates + token * 3 * h + j, *product = a.product + row * 3 * h + j;
-  const auto c =
-      gru_cell(gates[0], gates[h], gates[2 * h], product[0], product[h], product[2 * h], a.bias[j], a.carry[i]);
+  const auto c = gru_cell(gates[0], gates[h], gates[2 * h], product[0], product[h], product[2 * h], a.bias[j], a.carry[i]);
   a.out[token * h + j] = c.hidden;
   a.carry[i] = a.step > 0 && terminal(a, row, a.step - 1) ? 0.0f : c.hidden;
   if (!a.saved) return;

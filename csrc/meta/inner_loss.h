@@ -15,13 +15,13 @@ enum LpgSum : int { kLpgPolicy, kLpgDivergence, kLpgSums };
 template <class S> struct LpgArgs {
   LpgRule rule;
   int64_t rows = 0, actions = 0, width = 0;  // N, A, W
-  const S* probs = nullptr;                  // [N, A]
-  const int64_t* taken = nullptr;            // [N], in [0, A); on CUDA another one makes its row NaN
-  const S *y = nullptr, *target = nullptr;   // [N, W]
-  const S* adjustment = nullptr;             // [N]
-  double* sums = nullptr;                    // [blocks of rows, kLpgSums] of scratch
-  uint32_t* finished = nullptr;              // CUDA: a counter that must be 0
-  S* out = nullptr;    // [1], the loss; of second derivatives that by the upstream gradient
+  const S* probs = nullptr;  // [N, A]
+  const int64_t* taken = nullptr;  // [N], in [0, A); on CUDA another one makes its row NaN
+  const S *y = nullptr, *target = nullptr;  // [N, W]
+  const S* adjustment = nullptr;  // [N]
+  double* sums = nullptr;  // [blocks of rows, kLpgSums] of scratch
+  uint32_t* finished = nullptr;  // CUDA: a counter that must be 0
+  S* out = nullptr;  // [1], the loss; of second derivatives that by the upstream gradient
   S* terms = nullptr;  // [2], forward: the means of log(p + e) q and of the divergence
 
   // Backwards. Gradients are null where nobody wants them.

@@ -142,8 +142,8 @@ template <class V> void second(const LpgArgs<typename Lanes<V>::Scalar>& a, int6
 }  // namespace
 
 extern const InnerLossCpu inner_loss_cpu;
-const InnerLossCpu inner_loss_cpu = {&loss<VecF>,   &loss<double>,   &gradients<VecF>, &gradients<double>,
-                                     &second<VecF>, &second<double>};
+const InnerLossCpu inner_loss_cpu = {&loss<VecF>,        &loss<double>, &gradients<VecF>,
+                                     &gradients<double>, &second<VecF>, &second<double>};
 
 }  // namespace PK_ISA
 }  // namespace prefkern

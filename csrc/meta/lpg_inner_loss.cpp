@@ -156,9 +156,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lpg_inner_loss_backward(const Tensor&
   return {grads.probs, grads.y, grads.pi_hat, grads.y_hat};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lpg_inner_loss_second(
-    OptTensor above_probs, OptTensor above_y, OptTensor above_pi_hat, OptTensor above_y_hat, const Tensor& g, const Tensor& probs,
-    const Tensor& actions, const Tensor& y, const Tensor& pi_hat, const Tensor& y_hat, double alpha, double sign, int64_t needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lpg_inner_loss_second(OptTensor above_probs, OptTensor above_y,
+                                                                         OptTensor above_pi_hat, OptTensor above_y_hat,
+                                                                         const Tensor& g, const Tensor& probs,
+                                                                         const Tensor& actions, const Tensor& y,
+                                                                         const Tensor& pi_hat, const Tensor& y_hat,
+                                                                         double alpha, double sign, int64_t needs) {
   const OnDevice guard(probs);
   const Inputs in(probs, actions, y, pi_hat, y_hat, alpha, sign);
   const Tensor upstream = checked_upstream(g, in), by_upstream = empty({}, probs.scalar_type(), probs);

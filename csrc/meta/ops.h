@@ -15,9 +15,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lpg_inner_loss_backward(const Tensor&
                                                                    const Tensor& y, const Tensor& pi_hat, const Tensor& y_hat,
                                                                    double alpha, double sign, int64_t needs);
 // Of the sum of those four times `above`: by g, probs, y, pi_hat and y_hat.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lpg_inner_loss_second(
-    OptTensor above_probs, OptTensor above_y, OptTensor above_pi_hat, OptTensor above_y_hat, const Tensor& g, const Tensor& probs,
-    const Tensor& actions, const Tensor& y, const Tensor& pi_hat, const Tensor& y_hat, double alpha, double sign, int64_t needs);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lpg_inner_loss_second(OptTensor above_probs, OptTensor above_y,
+                                                                         OptTensor above_pi_hat, OptTensor above_y_hat,
+                                                                         const Tensor& g, const Tensor& probs,
+                                                                         const Tensor& actions, const Tensor& y,
+                                                                         const Tensor& pi_hat, const Tensor& y_hat,
+                                                                         double alpha, double sign, int64_t needs);
 
 // gates [B, T, 3H] in the order r, z, n; done bool [B, T]; weight [3H, H]; bias [H]. States [B, T, H] and, for the backward, what it
 // needs of the gates [B, T, 4H]; no elements unless with_grad.

@@ -1,4 +1,4 @@
-"""GROOVE: the worked network, losses, advantages and buffer, the meta-gradient against finite differences, and every refusal."""
+"""GROOVE: the worked network, losses, advantages and buffer, the meta-gradient against finite differences, refusals."""
 
 import math
 import re
@@ -132,6 +132,7 @@ def test_what_the_network_refuses():
 
 def table(agent, obs):
     """Policy and prediction of a tabular agent, one table or one for each level."""
+
     def at(logits):
         if logits.dim() == 2:
             return logits[obs].softmax(-1)
@@ -157,7 +158,7 @@ def unrolled(lpg, agent, rollouts, fresh, **options):
         step = groove.lpg_agent_step(lpg, agent, table, *rollout, lr=0.7, **options)
         agent = step.params
         regularisers.append(step.regularisers)
-    obs, actions, reward, done, next_obs = fresh
+    obs, actions, reward, done, _ = fresh
     values = torch.linspace(-1, 1, reward.shape[-1] + 1, dtype=F64).expand(*reward.shape[:-1], -1)
     advantages = groove.rollout_advantages(reward, values, done).advantages
     mean = groove.Regularisers.mean(regularisers)
@@ -203,7 +204,9 @@ def test_meta_gradient_against_finite_differences(updates, sign, monkeypatch):
 
     def at_this_point():
         again = iter(fed)
-        monkeypatch.setattr(groove, "lpg_targets", lambda params, reward, done, *_: original(params, reward, done, *next(again)))
+        monkeypatch.setattr(
+            groove, "lpg_targets", lambda params, reward, done, *_: original(params, reward, done, *next(again))
+        )
         return unrolled(lpg, agent, rollouts, fresh, sign=sign).item()
 
     for p, grad in zip(parameters, grads, strict=True):

@@ -53,6 +53,8 @@ OPS = {
         Op("top_quantile_mask", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), ("fwd",)),
         Op("sequence_sum", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), BOTH),
         Op("gae", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), ("fwd",)),
+        Op("lpg_inner_loss", ("N", "A", "W"), ((81920, 8, 8),), ("fp32", "fp64"), BOTH),
+        Op("reverse_gru_reset", ("B", "T", "H"), ((256, 20, 256),), ("fp32", "fp64"), BOTH),
         Op("overhead", (), ((),), ("fp32",), ("fwd",)),
     )
 }

@@ -72,7 +72,9 @@ def lpg_inner_loss(
     rows = probs.shape[:-1]
     for name, t in (("actions", actions), ("pi_hat", pi_hat)):
         if t.shape != rows:
-            raise ValueError(f"{name} has shape {list(t.shape)}; probs has shape {list(probs.shape)}, so {list(rows)} is expected")
+            raise ValueError(
+                f"{name} has shape {list(t.shape)}; probs has shape {list(probs.shape)}, so {list(rows)} is expected"
+            )
     if y.dim() < 1 or y.shape[:-1] != rows:
         raise ValueError(
             f"y has shape {list(y.shape)}; probs has shape {list(probs.shape)}, so {[*rows, 'W']} is expected".replace("'", "")
@@ -82,7 +84,7 @@ def lpg_inner_loss(
     if probs.is_cuda and validation() and not torch.compiler.is_compiling():
         _validate_actions(actions, probs.shape[-1])
     wide = [_widened(t) for t in (probs, y, pi_hat, y_hat)]
-    flat_probs, flat_y, flat_y_hat = (t.reshape(-1, t.shape[-1]) for t in (wide[0], wide[1], wide[3]))
+    flat_probs, flat_y, flat_y_hat = (t.reshape(actions.numel(), t.shape[-1]) for t in (wide[0], wide[1], wide[3]))
     op = _loss if torch.is_grad_enabled() and any(t.requires_grad for t in wide) else _loss_fwd
     loss, terms = call(
         op, flat_probs, actions.reshape(-1), flat_y, wide[2].reshape(-1), flat_y_hat, alpha, SIGNS[sign]
@@ -119,9 +121,10 @@ def reverse_gru_reset(
         bias_n: ``[H]``, c; None: 0.
 
     Returns:
-        h, ``[B, T, H]``, float32 or float64. Gradients flow to all but ``done``, through time. Once: a second differentiation is
-        an error. The product with x is one for all steps, as are those of the weights' gradients; in between, on the CPU a task
-        takes some rows through all steps, and on CUDA each step is a product by cuBLAS and a kernel, without synchronisation.
+        h, ``[B, T, H]``, float32 or float64. Gradients flow to all but ``done``, through time. Once: a second differentiation
+        is an error. The product with x is one for all steps, as are those of the weights' gradients; in between, on the CPU a
+        task takes some rows through all steps, and on CUDA each step is a product by cuBLAS and a kernel, without
+        synchronisation.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what is accepted.
@@ -174,7 +177,13 @@ def _validate_actions(actions: Tensor, count: int) -> None:
 
 def _check_fake_rows(probs: Tensor, actions: Tensor, y: Tensor, pi_hat: Tensor, y_hat: Tensor) -> None:
     same_device("probs", probs, actions=actions, y=y, pi_hat=pi_hat, y_hat=y_hat)
-    for name, t, dims in (("probs", probs, 2), ("y", y, 2), ("y_hat", y_hat, 2), ("actions", actions, 1), ("pi_hat", pi_hat, 1)):
+    for name, t, dims in (
+        ("probs", probs, 2),
+        ("y", y, 2),
+        ("y_hat", y_hat, 2),
+        ("actions", actions, 1),
+        ("pi_hat", pi_hat, 1),
+    ):
         torch._check(t.dim() == dims, lambda name=name, t=t: f"{name} has shape {list(t.shape)}; one row per step is expected")
 
 
@@ -256,14 +265,14 @@ def _backward_loss(ctx: Any, g: Tensor | None, _: Any) -> tuple[Tensor | None, .
     return (*_placed(needs, _loss_backward(g, *ctx.saved_tensors, ctx.alpha, ctx.sign, needs)), None, None)
 
 
-def _setup_loss_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.alpha, ctx.sign, needs = inputs
     ctx.save_for_backward(*tensors)
     ctx.mark_non_differentiable(*(grad for k, grad in enumerate(output) if not needs >> k & 1))
     ctx.set_materialize_grads(False)
 
 
-def _backward_loss_backward(ctx: Any, *above: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward_second(ctx: Any, *above: Tensor | None) -> tuple[Tensor | None, ...]:
     if all(t is None for t in above):
         return (None,) * 9
     of_g, *of_inputs = ctx.needs_input_grad[:6]
@@ -295,7 +304,7 @@ def _backward_gru(ctx: Any, g: Tensor | None, _: Any) -> tuple[Tensor | None, ..
 
 
 torch.library.register_autograd("prefkern::lpg_inner_loss", _backward_loss, setup_context=_setup_loss)
-torch.library.register_autograd("prefkern::lpg_inner_loss_backward", _backward_loss_backward, setup_context=_setup_loss_backward)
+torch.library.register_autograd("prefkern::lpg_inner_loss_backward", _backward_second, setup_context=_setup_second)
 torch.library.register_autograd("prefkern::reverse_gru", _backward_gru, setup_context=_setup_gru)
 no_double_backward("lpg_inner_loss_second")
 no_double_backward("reverse_gru_backward")

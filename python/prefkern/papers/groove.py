@@ -1,8 +1,8 @@
 r"""GROOVE: a policy update that is itself learned (LPG), on levels chosen by algorithmic regret.
 
 "Discovering General Reinforcement Learning Algorithms with Adversarial Environment Design", arXiv:2310.02782.
-Evidence: code. Network, inner loss and its gradients through an agent's step, and the advantages agree with the authors' release
-run in float64. Its level buffer and meta-loss are followed as read.
+Evidence: code. Network, inner loss and its gradients through an agent's step, and the advantages agree with the authors'
+release run in float64. Its level buffer and meta-loss are followed as read.
 
 *Update network* (`LPG`, `lpg_targets`), over rollouts of T steps by B workers, from the last step to the first:
 
@@ -10,9 +10,9 @@ run in float64. Its level buffer and meta-loss are followed as read.
     x_t = [r_t, d_t, \pi_t, \phi(y_t), (1 - d_t)\,\phi(y_{t+1})], \qquad h_t = \mathrm{GRU}(x_t, (1 - d_t)\, h_{t+1}), \qquad
     \hat\pi_t = \mathrm{linear}(\mathrm{relu}(h_t)), \quad \hat y_t = \mathrm{softmax}(\mathrm{linear}(\mathrm{relu}(h_t)))
 
-with the probability :math:`\pi_t` of the action taken plus 1e-8, the agent's prediction y, a distribution over W numbers, and a
-small network :math:`\phi`. The inputs are constants. A GRU's state is dropped where a step is terminal: what comes later reaches
-neither this step nor earlier ones.
+with the probability :math:`\pi_t` of the action taken plus 1e-8, the agent's prediction y, a distribution over W numbers, and
+a small network :math:`\phi`. The inputs are constants. A GRU's state is dropped where a step is terminal: what comes later
+reaches neither this step nor earlier ones.
 
 *Inner loss* (`lpg_inner_loss`), one step of gradient descent on which is `lpg_agent_step`:
 
@@ -38,8 +38,8 @@ Where paper and code differ:
 - `transform="rank"` takes the top levels, whatever the temperature. Prioritised level replay draws by rank instead.
 - The code's options named relative step and log lifetime feed the raw step and lifetime; they are not offered here.
 
-Defaults: those of the code, which are the paper's for the most part: alpha_y 0.5, b 0.05, 0.001, 0.005, 0.001; W 8, embedding 16,
-GRU 256; gamma 0.99, lambda 0.95; buffer 4000, replay with probability 0.5, temperature 1, K = 5, T = 20.
+Defaults: those of the code, which are the paper's for the most part: alpha_y 0.5, b 0.05, 0.001, 0.005, 0.001; W 8, embedding
+16, GRU 256; gamma 0.99, lambda 0.95; buffer 4000, replay with probability 0.5, temperature 1, K = 5, T = 20.
 """
 
 from __future__ import annotations
@@ -161,7 +161,12 @@ def lpg_targets(params: LPG, reward: Tensor, done: Tensor, pi: Tensor, y: Tensor
     if done.dtype != torch.bool:
         raise TypeError(f"done has dtype {done.dtype}; bool is expected")
     width = params.embed_weight.shape[1]
-    for name, t, shape in (("done", done, rows), ("pi", pi, rows), ("y", y, (*rows, width)), ("y_next", y_next, (*rows, width))):
+    for name, t, shape in (
+        ("done", done, rows),
+        ("pi", pi, rows),
+        ("y", y, (*rows, width)),
+        ("y_next", y_next, (*rows, width)),
+    ):
         if t.shape != shape:
             raise ValueError(f"{name} has shape {list(t.shape)}; {list(shape)} is expected")
     dtype = params.weight_ih.dtype
@@ -169,7 +174,12 @@ def lpg_targets(params: LPG, reward: Tensor, done: Tensor, pi: Tensor, y: Tensor
     inputs[-1] = torch.where(done, 0.0, inputs[-1])
     x = torch.stack([t.detach().to(dtype) if k < 3 else t for k, t in enumerate(inputs)], -1)
     hidden = reverse_gru_reset(
-        x.reshape(-1, *x.shape[-2:]), done.reshape(-1, rows[-1]), params.weight_ih, params.weight_hh, params.bias_ih, params.bias_n
+        x.reshape(-1, *x.shape[-2:]),
+        done.reshape(-1, rows[-1]),
+        params.weight_ih,
+        params.weight_hh,
+        params.bias_ih,
+        params.bias_n,
     )
     features = F.relu(hidden).reshape(*rows, -1)
     pi_hat = F.linear(features, params.policy_weight, params.policy_bias).squeeze(-1)
@@ -230,12 +240,13 @@ def lpg_agent_step(
 ) -> AgentStep:
     """One step of gradient descent of an agent on the inner loss. What comes out depends on `params` differentiably.
 
-    The meta-gradient goes through the updates, and stops where the network is fed: its inputs are constants, in later updates too.
+    The meta-gradient goes through the updates, and stops where the network is fed: its inputs are constants, in later updates
+    too.
 
     agent: tensors that require gradients, by name; or, with `alive`, those of G agents side by side along the first dimension.
-    apply: gives of those and of observations probs [..., T, A] and y [..., T, W]; with `alive`, [G, ..., T, A] and so on. actions:
-    int64 [..., T]; reward, done: [..., T]. lr: the step. alive: bool [G]: whose lifetime is not over. The others keep their
-    parameters, and each agent's gradient is that of its own mean. create_graph: False where no meta-gradient is wanted.
+    apply: gives of those and of observations probs [..., T, A] and y [..., T, W]; with `alive`, [G, ..., T, A] and so on.
+    actions: int64 [..., T]; reward, done: [..., T]. lr: the step. alive: bool [G]: whose lifetime is not over. The others keep
+    their parameters, and each agent's gradient is that of its own mean. create_graph: False where no meta-gradient is wanted.
     """
     _finite("lr", lr)
     probs, y = apply(agent, obs)
@@ -283,12 +294,12 @@ def lpg_meta_loss(
     b3: float = 1e-3,
     per_agent: bool = False,
 ) -> LossOutput:
-    """The meta-loss of trained agents on a fresh rollout. Gradient to probs, and through them and the regularisers to the update
-    network; advantages are constants.
+    """The meta-loss of trained agents on a fresh rollout. Gradient to probs, and through them and the regularisers to the
+    update network; advantages are constants.
 
-    probs: [..., T, A]. actions: int64 [..., T]. advantages: [..., T], as estimated; normalised here by mean and population standard
-    deviation over everything, plus 1e-8: 0 where all are equal. regularisers: None for none. per_agent: the first dimension is one of
-    agents, each of which is normalised by itself.
+    probs: [..., T, A]. actions: int64 [..., T]. advantages: [..., T], as estimated; normalised here by mean and population
+    standard deviation over everything, plus 1e-8: 0 where all are equal. regularisers: None for none. per_agent: the first
+    dimension is one of agents, each of which is normalised by itself.
 
     Metrics: lpg, the loss without regularisers.
     """
@@ -301,11 +312,10 @@ def lpg_meta_loss(
     return LossOutput(loss, {"lpg": lpg.detach()})
 
 
-def rollout_advantages(
-    reward: Tensor, values: Tensor, done: Tensor, *, gamma: float = 0.99, lam: float = 0.95
-) -> GaeOutput:
+def rollout_advantages(reward: Tensor, values: Tensor, done: Tensor, *, gamma: float = 0.99, lam: float = 0.95) -> GaeOutput:
     r"""Generalised advantages of rollouts in which episodes end and others begin,
-    :math:`A_t = r_t + \gamma (1 - d_t) V_{t+1} - V_t + \gamma\lambda (1 - d_t) A_{t+1}`, and what the critic regresses on, A + V.
+    :math:`A_t = r_t + \gamma (1 - d_t) V_{t+1} - V_t + \gamma\lambda (1 - d_t) A_{t+1}`, and what the critic regresses on,
+    A + V.
 
     reward: [..., T]. values: [..., T + 1], the last that of the state behind the rollout. done: bool [..., T]. No gradient.
     """
@@ -316,8 +326,8 @@ def rollout_advantages(
         raise ValueError(f"values has shape {list(values.shape)}; {[*rows[:-1], rows[-1] + 1]} is expected: one more per row")
     if done.shape != rows or done.dtype != torch.bool:
         raise ValueError(f"done is {done.dtype} {list(done.shape)}; bool {list(rows)} is expected")
-    # Every step may be the last of an episode, so there are as many packed sequences, those of the other steps being empty: their
-    # number is known without looking.
+    # Every step may be the last of an episode, so there are as many packed sequences, those of the other steps being empty:
+    # their number is known without looking.
     steps = rows[-1]
     last = done.clone()
     last[..., -1] = True
@@ -326,8 +336,8 @@ def rollout_advantages(
     cu_seqlens = F.pad(ends, (1, 0)).to(torch.int32)
     behind = values[..., -1:].expand(rows).reshape(-1)
     out = gae(
-        reward.reshape(-1), values[..., :steps].reshape(-1), finished=done.reshape(-1), gamma=gamma, lam=lam, bootstrap="critic",
-        last_values=behind, cu_seqlens=cu_seqlens,
+        reward.reshape(-1), values[..., :steps].reshape(-1), finished=done.reshape(-1), gamma=gamma, lam=lam,
+        bootstrap="critic", last_values=behind, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     return GaeOutput(*(t.reshape(rows) for t in out))
 
@@ -354,8 +364,8 @@ def a2c_loss(
 ) -> LossOutput:
     """The loss of the antagonist: normalised advantages, an entropy bonus, and the critic's squared error.
 
-    probs: [..., T, A]; values: [..., T + 1]; gradients to both, to the last values none. actions, reward, done: [..., T]. per_agent: as
-    for `lpg_meta_loss`.
+    probs: [..., T, A]; values: [..., T + 1]; gradients to both, to the last values none. actions, reward, done: [..., T].
+    per_agent: as for `lpg_meta_loss`.
 
     Metrics: policy, entropy, critic, each a mean; loss = policy - entropy_coef entropy + critic.
     """
@@ -369,7 +379,8 @@ def a2c_loss(
 def _log_prob(probs: Tensor, actions: Tensor) -> Tensor:
     if probs.shape[:-1] != actions.shape or not actions.numel():
         raise ValueError(
-            f"probs has shape {list(probs.shape)} and actions {list(actions.shape)}; [..., A] and [...] with a step are expected"
+            f"probs has shape {list(probs.shape)} and actions {list(actions.shape)}; [..., A] and [...] with at "
+            "least one step are expected"
         )
     return (probs.gather(-1, actions.long().unsqueeze(-1)).squeeze(-1) + EPS).log()
 
@@ -390,8 +401,8 @@ def _normalised(advantages: Tensor, actions: Tensor, per_agent: bool) -> Tensor:
 
 
 def antithetic_fitness(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Fitness of the two candidates of each pair, which were judged on the same level: 1 for the one with the larger return, 0 for
-    the other. Of equal returns the second gets 1, as in the release.
+    """Fitness of the two candidates of each pair, which were judged on the same level: 1 for the one with the larger return, 0
+    for the other. Of equal returns the second gets 1, as in the release.
 
     first, second: returns, [P]. NaN is an error.
     """
@@ -404,15 +415,15 @@ def antithetic_fitness(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def antithetic_direction(noise: Tensor, first: Tensor, second: Tensor, *, sigma: float) -> Tensor:
-    """The direction of ascent [D] that pairs of candidates, at +sigma noise and -sigma noise, show by their fitness: the mean of
-    fitness times noise over all 2 P of them, over sigma.
+    """The direction of ascent [D] that pairs of candidates, at +sigma noise and -sigma noise, show by their fitness: the mean
+    of fitness times noise over all 2 P of them, over sigma.
 
     noise: [P, D]. first, second: fitness, [P].
     """
     if noise.dim() != 2 or not noise.shape[0] or first.shape != noise.shape[:1] or second.shape != first.shape:
         raise ValueError(
-            f"noise has shape {list(noise.shape)}, first {list(first.shape)}, second {list(second.shape)}; [P, D], [P] and [P] with "
-            "a pair are expected"
+            f"noise has shape {list(noise.shape)}, first {list(first.shape)}, second {list(second.shape)}; [P, D], [P] and [P] "
+            "with at least one pair are expected"
         )
     if not _finite("sigma", sigma) > 0:
         raise ValueError(f"sigma is {sigma}; it must be positive")
@@ -445,7 +456,9 @@ def algorithmic_regret(ret_antagonist: Tensor, ret_agent: Tensor) -> Tensor:
             raise ValueError(f"{name} has shape {list(t.shape)}; [L] or [L, workers] with a level is expected")
         _no_nan(name, t)
     if ret_antagonist.shape[0] != ret_agent.shape[0]:
-        raise ValueError(f"ret_agent is of {ret_agent.shape[0]} levels; {ret_antagonist.shape[0]} are expected, as ret_antagonist")
+        raise ValueError(
+            f"ret_agent is of {ret_agent.shape[0]} levels; {ret_antagonist.shape[0]} are expected, as ret_antagonist"
+        )
     antagonist, agent = (t.mean(-1) if t.dim() == 2 else t for t in (ret_antagonist, ret_agent))
     return antagonist - agent
 
@@ -464,19 +477,19 @@ class LevelSample(NamedTuple):
 class LevelBuffer:
     r"""Levels with their scores, of which those are replayed whose score is high.
 
-    A slot holds a level's number, its score, whether it is *new* (never evaluated) and whether it is *active* (an agent trains on
-    it). `sample` draws the next levels, some of them replayed, the others new; `update` takes their scores when an agent's
+    A slot holds a level's number, its score, whether it is *new* (never evaluated) and whether it is *active* (an agent trains
+    on it). `sample` draws the next levels, some of them replayed, the others new; `update` takes their scores when an agent's
     lifetime is over.
 
     Replayed are evaluated, inactive levels with probabilities :math:`\propto \exp(\mathrm{score} / \mathrm{temperature})`:
-    `transform="rank"` takes those of the highest, `"proportional"` draws without replacement. New levels take the slots of other
-    new ones first, then of the lowest scores, of active ones last. Of equal scores the lower slot comes first.
+    `transform="rank"` takes those of the highest, `"proportional"` draws without replacement. New levels take the slots of
+    other new ones first, then of the lowest scores, of active ones last. Of equal scores the lower slot comes first.
 
     Args:
         size: how many levels.
         temperature: positive; of no effect with "rank".
-        flags: "code" marks as new, when levels are reset, whatever is active, and nothing else but those; "intended" only the reset
-            ones.
+        flags: "code" marks as new, when levels are reset, whatever is active, and nothing else but those; "intended" only the
+            reset ones.
         p_replay: the probability that a level of a sample is a replayed one, as far as there are any.
         seed: draws depend on it and on the step that `sample` is told, so that a resumed run makes the same.
 
@@ -545,8 +558,8 @@ class LevelBuffer:
         values = torch.as_tensor(scores).detach().to("cpu", torch.float64)
         if where.dim() != 1 or where.dtype == torch.bool or where.is_floating_point() or values.shape != where.shape:
             raise ValueError(
-                f"slots is {where.dtype} {list(where.shape)} and scores has shape {list(values.shape)}; integers [n] and [n] are "
-                "expected"
+                f"slots is {where.dtype} {list(where.shape)} and scores has shape {list(values.shape)}; integers [n] and [n] "
+                "are expected"
             )
         where = where.to("cpu", torch.int64)
         for i, (slot, score) in enumerate(zip(where.tolist(), values.tolist(), strict=True)):
@@ -611,7 +624,9 @@ class LevelBuffer:
         if not bool(taken["scores"].isfinite().all()):
             raise ValueError("state['scores'] has numbers that are not finite")
         if bool(((taken["levels"] < 0) | (taken["levels"] >= taken["made"])).any()):
-            raise ValueError(f"state['levels'] has numbers outside [0, {taken['made']}), as many as state['made'] says there were")
+            raise ValueError(
+                f"state['levels'] has numbers outside [0, {taken['made']}), as many as state['made'] says there were"
+            )
         for name, value in taken.items():
             setattr(self, name, value)
 

@@ -17,6 +17,8 @@ library has no such op. Every method takes and returns tensors and is differenti
     top_quantile_mask(values [B, T], mask, rule)                            -> bool [B, T]
     sequence_sum(values [B, T] or [N], mask, cu_seqlens)                    -> [B]
     gae(rewards [B, T], values [B, T], mask)                                -> advantages, returns
+    lpg_inner_loss(actions [N], probs [N, A], y [N, W], pi_hat [N], y_hat [N, W])           -> loss
+    reverse_gru_reset(x [B, T, I], done, weight_ih, weight_hh, bias_ih, bias_n)             -> states [B, T, H]
 
 `size` is the size of the groups when they lie one behind the other, None when they do not. `estimator` and `objective`
 are names from `ESTIMATORS`, `OBJECTIVES` and, for pairs and lists, `PAIR_OBJECTIVES` and `LIST_OBJECTIVES`; for losses from

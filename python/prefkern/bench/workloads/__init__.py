@@ -9,8 +9,9 @@ The floor is the least that an implementation of the same kind has to do, in pla
     logits_logprobs   the fastest plain read of the logits; with backward two reads and one write
     conflict_runs     a copy of the tokens
     group_advantages, group_reduce, policy_loss, preference_loss, listwise_loss, top_quantile_mask,
-    sequence_sum, gae
+    sequence_sum, gae, lpg_inner_loss
                       a copy of the inputs
+    reverse_gru_reset the products with the state
     overhead          x + 1 on a tiny tensor; all on one thread, since waking the others is not what is asked for
 """
 
@@ -21,6 +22,7 @@ from prefkern.bench.workloads.filters import TopQuantileWorkload
 from prefkern.bench.workloads.groups import GroupReduceWorkload
 from prefkern.bench.workloads.logprobs import LinearWorkload, LogitsWorkload
 from prefkern.bench.workloads.losses import LinearPolicyWorkload, LinearPreferenceWorkload, LinearUnpairedWorkload
+from prefkern.bench.workloads.meta import InnerLossWorkload, ReverseGruWorkload
 from prefkern.bench.workloads.overhead import OverheadWorkload
 from prefkern.bench.workloads.policy import PolicyWorkload
 from prefkern.bench.workloads.preference import ListwiseWorkload, PreferenceWorkload
@@ -41,6 +43,8 @@ WORKLOADS: dict[str, type[Workload]] = {
     "top_quantile_mask": TopQuantileWorkload,
     "sequence_sum": SequenceSumWorkload,
     "gae": GaeWorkload,
+    "lpg_inner_loss": InnerLossWorkload,
+    "reverse_gru_reset": ReverseGruWorkload,
     "overhead": OverheadWorkload,
 }
 

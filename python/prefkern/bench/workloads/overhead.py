@@ -11,6 +11,7 @@ from prefkern.bench.workloads.filters import TopQuantileWorkload
 from prefkern.bench.workloads.groups import GroupReduceWorkload
 from prefkern.bench.workloads.logprobs import LinearWorkload, LogitsWorkload
 from prefkern.bench.workloads.losses import LinearPolicyWorkload, LinearPreferenceWorkload, LinearUnpairedWorkload
+from prefkern.bench.workloads.meta import InnerLossWorkload, ReverseGruWorkload
 from prefkern.bench.workloads.policy import PolicyWorkload
 from prefkern.bench.workloads.preference import ListwiseWorkload, PreferenceWorkload
 from prefkern.bench.workloads.sequence import GaeWorkload, SequenceSumWorkload
@@ -34,6 +35,8 @@ TINY: dict[str, tuple[type[Workload], str, Shape, str, str]] = {
     "top_quantile_mask": (TopQuantileWorkload, "top_quantile_mask", (2, 8), "fwd", "trl"),
     "sequence_sum": (SequenceSumWorkload, "sequence_sum", (2, 8), "fwd", "padded"),
     "gae": (GaeWorkload, "gae", (2, 8), "fwd", "padded"),
+    "lpg_inner_loss": (InnerLossWorkload, "lpg_inner_loss", (4, 2, 2), "fwd", "loss"),
+    "reverse_gru_reset": (ReverseGruWorkload, "reverse_gru_reset", (2, 2, 4), "fwd", "states"),
 }
 
 

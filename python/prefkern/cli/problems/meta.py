@@ -17,7 +17,12 @@ def meta_problems(dtype: torch.dtype) -> Iterator[Problem]:
     leaves = {"probs": probs, "y": y, "pi_hat": torch.randn(ROWS, STEPS).to(dtype), "y_hat": y_hat}
     for sign in ("code", "paper"):
         yield problem("lpg_inner_loss", sign, leaves, {"actions": torch.randint(ACTIONS, (ROWS, STEPS)), "sign": sign})
-    weights = {"weight_ih": (3 * HIDDEN, INPUTS), "weight_hh": (3 * HIDDEN, HIDDEN), "bias_ih": (3 * HIDDEN,), "bias_n": (HIDDEN,)}
+    weights = {
+        "weight_ih": (3 * HIDDEN, INPUTS),
+        "weight_hh": (3 * HIDDEN, HIDDEN),
+        "bias_ih": (3 * HIDDEN,),
+        "bias_n": (HIDDEN,),
+    }
     network = {"x": torch.randn(ROWS, STEPS, INPUTS).to(dtype)}
     network |= {name: (0.4 * torch.randn(shape)).to(dtype) for name, shape in weights.items()}
     yield problem("reverse_gru_reset", "no terminals", network, {"done": None})
