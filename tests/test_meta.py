@@ -413,7 +413,7 @@ def test_wrong_bits_of_the_ops():
     refused(RuntimeError, "needs is 16; accepted: 0 to 15", lambda: OPS.lpg_inner_loss_backward(g, *given, 0.5, 1.0, 16))
     refused(RuntimeError, "sign is 2; accepted: 1, -1", lambda: OPS.lpg_inner_loss_fwd(*given, 0.5, 2.0))
     refused(RuntimeError, "g has shape [2]", lambda: OPS.lpg_inner_loss_backward(torch.ones(2), *given, 0.5, 1.0, 15))
-    with pytest.raises(RuntimeError, match="with_grad is False"):
+    with pytest.raises(ValueError, match="with_grad is False"):
         OPS.reverse_gru(torch.randn(1, 2, 3).requires_grad_(), None, torch.randn(3, 1), torch.zeros(1), False)
 
 

@@ -149,7 +149,10 @@ def reverse_gru_reset(
             raise ValueError(
                 f"{name} is {_kind(t)} and x {_kind(wide_x)} once both are widened; they must be of one kind"
             )  # fmt: skip
-    with torch.autocast(x.device.type, enabled=False):  # else the product would be rounded
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):  # else the product would be rounded
+            gates = F.linear(wide_x, wide_ih, wide_bias)
+    else:
         gates = F.linear(wide_x, wide_ih, wide_bias)
     bias = wide_hh.new_zeros(hidden) if bias_n is None else _widened(bias_n)
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (gates, wide_hh, bias))

@@ -17,7 +17,7 @@ class InnerLossWorkload(Workload):
     """N steps of agents with A actions and predictions over W numbers. "meta" is a step of the agent and the gradient through
     it to the targets: what a meta-gradient costs."""
 
-    variants = ("loss",)
+    variants: tuple[str, ...] = ("loss",)
     leaves = ("probs", "y", "pi_hat", "y_hat")
 
     def __init__(self, case: Case, device: str) -> None:
