@@ -55,7 +55,7 @@ def expected_of(given, above, upstream):
     leaves = [wide[0], wide[1], wide[2], wide[3]]
     first = torch.autograd.grad(loss, leaves, g[0], create_graph=True)
     total = sum((t * u.double()).sum() for t, u in zip(first, above, strict=True) if u is not None)
-    second = torch.autograd.grad(total, [g, *leaves])
+    second = torch.autograd.grad(total, [g, *leaves], materialize_grads=True)
     results = {
         "loss": loss.detach().view(1),
         "terms": torch.stack([metrics["policy"], metrics["kl"]]),
