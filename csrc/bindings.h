@@ -11,6 +11,7 @@
 #include "groups/bindings.h"
 #include "lists/bindings.h"
 #include "logprobs/bindings.h"
+#include "meta/bindings.h"
 #include "policy/bindings.h"
 #include "preference/bindings.h"
 #include "sampling/bindings.h"
@@ -32,6 +33,7 @@ inline void bind_argument_structs(py::module_& m) {
   bind_lists(m);
   bind_sampling(m);
   bind_diversity(m);
+  bind_meta(m);
 }
 
 inline void bind_cpu_launchers(py::module_& m) {
@@ -48,6 +50,7 @@ inline void bind_cpu_launchers(py::module_& m) {
   bind_lists_cpu(m);
   bind_sampling_cpu(m);
   bind_diversity_cpu(m);
+  bind_meta_cpu(m);
 }
 
 inline void bind_cuda_launchers(py::module_& m) {
@@ -63,6 +66,7 @@ inline void bind_cuda_launchers(py::module_& m) {
   bind_lists_cuda(m);
   bind_sampling_cuda(m);
   bind_diversity_cuda(m);
+  bind_meta_cuda(m);
 }
 
 }  // namespace prefkern

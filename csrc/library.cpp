@@ -9,6 +9,7 @@
 #include "gaussian/ops.h"
 #include "lists/ops.h"
 #include "logprobs/ops.h"
+#include "meta/ops.h"
 #include "policy/ops.h"
 #include "preference/ops.h"
 #include "sampling/ops.h"
@@ -302,6 +303,26 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "int kernel, float variance) -> (Tensor, Tensor)");
   m.def("chol_append_(Tensor(a!) factor, Tensor row, int size) -> Tensor");
   m.def("chol_rank1_(Tensor(a!) factor, Tensor vector, float sigma, int size) -> Tensor");
+  // ---- meta: needs is the bit set of meta/ops.h. lpg_inner_loss results in the loss and the means of its two terms; its backward
+  // is differentiable, by lpg_inner_loss_second, which is not. reverse_gru: states, and what its backward needs of the gates.
+  m.def(
+      "lpg_inner_loss(Tensor probs, Tensor actions, Tensor y, Tensor pi_hat, Tensor y_hat, float alpha, float sign) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "lpg_inner_loss_fwd(Tensor probs, Tensor actions, Tensor y, Tensor pi_hat, Tensor y_hat, float alpha, float sign) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "lpg_inner_loss_backward(Tensor g, Tensor probs, Tensor actions, Tensor y, Tensor pi_hat, Tensor y_hat, float alpha, "
+      "float sign, int needs) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "lpg_inner_loss_second(Tensor? above_probs, Tensor? above_y, Tensor? above_pi_hat, Tensor? above_y_hat, Tensor g, "
+      "Tensor probs, Tensor actions, Tensor y, Tensor pi_hat, Tensor y_hat, float alpha, float sign, int needs) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("reverse_gru(Tensor gates, Tensor? done, Tensor weight, Tensor bias, bool with_grad) -> (Tensor, Tensor)");
+  m.def("reverse_gru_fwd(Tensor gates, Tensor? done, Tensor weight, Tensor bias, bool with_grad) -> (Tensor, Tensor)");
+  m.def(
+      "reverse_gru_backward(Tensor grad, Tensor states, Tensor saved, Tensor? done, Tensor weight, bool needs_weights) "
+      "-> (Tensor, Tensor, Tensor)");
 }
 
 #define PK_REGISTER(key)                                                              \
@@ -386,6 +407,13 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("gp_unique_posterior", PK_OP(gp_unique_posterior));                        \
     m.impl("chol_append_", PK_OP(chol_append));                                       \
     m.impl("chol_rank1_", PK_OP(chol_rank1));                                         \
+    m.impl("lpg_inner_loss", PK_OP(lpg_inner_loss));                                  \
+    m.impl("lpg_inner_loss_fwd", PK_OP(lpg_inner_loss));                              \
+    m.impl("lpg_inner_loss_backward", PK_OP(lpg_inner_loss_backward));                \
+    m.impl("lpg_inner_loss_second", PK_OP(lpg_inner_loss_second));                    \
+    m.impl("reverse_gru", PK_OP(reverse_gru));                                        \
+    m.impl("reverse_gru_fwd", PK_OP(reverse_gru));                                    \
+    m.impl("reverse_gru_backward", PK_OP(reverse_gru_backward));                      \
   }
 PK_REGISTER(CPU)
 PK_REGISTER(CUDA)

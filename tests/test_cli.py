@@ -35,6 +35,8 @@ DIFFERENTIABLE = {
     "group_preference_loss",
     *SINGLE_PASS,
     "listwise_loss",
+    "lpg_inner_loss",
+    "reverse_gru_reset",
     "preference_loss",
     "skew_loss",
     "skew_score",

@@ -31,6 +31,8 @@
 #include "lists/skew.h"
 #include "sampling/seeded_normal.h"
 #include "sampling/beta_thompson.h"
+#include "meta/gru.h"
+#include "meta/inner_loss.h"
 #include "sequence/returns.h"
 #include "sequence/sequence_sums.h"
 
@@ -103,5 +105,11 @@ int cuda_row_gradient(const RowGradArgs<float>&, void*) { return kBuiltWithoutCu
 int cuda_beta_thompson(const ThompsonArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_beta_update(const BetaUpdateArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_greedy_select(const GreedyArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_lpg_loss(const LpgArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_lpg_gradients(const LpgArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_lpg_second(const LpgArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_gru_forward_step(const GruArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_gru_backward_step(const GruArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_column_sums(const ColumnSumArgs<float>&, void*) { return kBuiltWithoutCuda; }
 }  // namespace prefkern
 #endif

@@ -61,6 +61,8 @@ OPS = {
         Op("greedy_select", ("Q", "K", "D"), ((8, 1024, 768),), ("fp32", "bf16", "fp16", "fp64"), ("fwd",)),
         Op("gp_unique_posterior", ("Q", "M", "D"), ((256, 10000, 2),), ("fp32", "fp64"), ("fwd",)),
         Op("chol_append", ("Q",), ((256,),), ("fp32", "fp64"), ("fwd",)),
+        Op("lpg_inner_loss", ("N", "A", "W"), ((81920, 8, 8),), ("fp32", "fp64"), BOTH),
+        Op("reverse_gru_reset", ("B", "T", "H"), ((256, 20, 256),), ("fp32", "fp64"), BOTH),
         Op("overhead", (), ((),), ("fp32",), ("fwd",)),
     )
 }

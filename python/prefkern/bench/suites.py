@@ -109,7 +109,7 @@ def _small(size: str, device: str) -> list[Part]:
         against = (*SMALL_PEERS, "python") if count <= 10000 and device == "cpu" else SMALL_PEERS
         variants = ("contiguous", "shuffled") if size == "default" else None
         parts.append(Part(Case("group_advantages", (count, 8), "fp32", "fwd"), against, variants))
-    # Of eager PyTorch, gae loops over the columns; python loops over the tokens.
+    # Of eager PyTorch, gae and reverse_gru_reset loop over the columns; python loops over the tokens.
     others: dict[str, tuple[Shape, str]] = {
         "conflict_runs": ((8, 64, 2000) if quick else (8, 1024, 128256), "fwd"),
         "group_reduce": ((800, 8) if quick else (100000, 8), "bwd"),
@@ -124,6 +124,8 @@ def _small(size: str, device: str) -> list[Part]:
         "greedy_select": ((2, 20, 8) if quick else (8, 1024, 768), "fwd"),
         "gp_unique_posterior": ((20, 50, 2) if quick else (256, 10000, 2), "fwd"),
         "chol_append": ((20,) if quick else (256,), "fwd"),
+        "lpg_inner_loss": ((64, 3, 4) if quick else (81920, 8, 8), "bwd"),
+        "reverse_gru_reset": ((8, 4, 16) if quick else (256, 20, 256), "bwd"),
     }
     peers = ("eager", "torch", "python") if device == "cpu" else ("eager", "torch")
     if device == "cpu":  # where alone there are kernels for it

@@ -23,6 +23,7 @@ from .linear_preference import linear_preference_loss
 from .linear_unpaired import linear_unpaired_loss
 from .lists import group_preference_loss, listwise_loss, skew_loss, skew_row_means, skew_score
 from .logprobs import linear_logprobs, logits_logprobs, plan_backward, plan_chunks
+from .meta import lpg_inner_loss, reverse_gru_reset
 from .policy import importance_weights, kl_penalty, masked_aggregate, off_policy_mask, policy_loss
 from .preference import label_posterior, preference_loss, unpaired_loss
 from .seeded_normal import seeded_normal, seeded_normal_add_, seeded_normal_combine, seeded_normal_combine_
@@ -83,6 +84,7 @@ __all__ = [
     "linear_unpaired_loss",
     "listwise_loss",
     "logits_logprobs",
+    "lpg_inner_loss",
     "masked_aggregate",
     "masked_mean_pool",
     "masked_quantile",
@@ -98,6 +100,7 @@ __all__ = [
     "seeded_normal_add_",
     "seeded_normal_combine",
     "seeded_normal_combine_",
+    "reverse_gru_reset",
     "segmented_returns",
     "self_bleu",
     "sequence_mean",

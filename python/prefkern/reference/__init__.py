@@ -21,6 +21,7 @@ from prefkern.reference.gaussian import gp_unique_posterior
 from prefkern.reference.groups import group_normalize, group_reduce, level_pairs
 from prefkern.reference.lists import group_preference_loss, listwise_loss, skew_loss, skew_row_means, skew_score
 from prefkern.reference.logprobs import linear_logprobs, logits_logprobs
+from prefkern.reference.meta import lpg_inner_loss, reverse_gru_reset
 from prefkern.reference.policy import importance_weights, kl_penalty, masked_aggregate, off_policy_mask, policy_loss
 from prefkern.reference.preference import label_posterior, preference_loss, unpaired_loss
 from prefkern.reference.seeded_normal import philox_words, seeded_normal, seeded_normal_combine
@@ -61,6 +62,7 @@ __all__ = [
     "linear_logprobs",
     "listwise_loss",
     "logits_logprobs",
+    "lpg_inner_loss",
     "masked_aggregate",
     "masked_mean_pool",
     "masked_quantile",
@@ -73,6 +75,7 @@ __all__ = [
     "question_weights",
     "seeded_normal",
     "seeded_normal_combine",
+    "reverse_gru_reset",
     "segmented_returns",
     "self_bleu",
     "sequence_mean",

@@ -24,6 +24,8 @@ library has no such op. Every method takes and returns tensors and is differenti
     greedy_select(emb [Q, K, D], types [Q, K], seeds [Q], quotas, reduce)   -> chosen [Q, S]
     gp_unique_posterior(L [q, q], a [q], U [q, d], X [M, d], kernel, length) -> mean [M], var [M]
     chol_append(factor [q + 1, q + 1], row [q + 1], matrix)                 -> the last row of the factor of the matrix
+    lpg_inner_loss(actions [N], probs [N, A], y [N, W], pi_hat [N], y_hat [N, W])           -> loss
+    reverse_gru_reset(x [B, T, I], done, weight_ih, weight_hh, bias_ih, bias_n)             -> states [B, T, H]
 
 `size` is the size of the groups when they lie one behind the other, None when they do not. `estimator` and `objective`
 are names from `ESTIMATORS`, `OBJECTIVES` and, for pairs and lists, `PAIR_OBJECTIVES` and `LIST_OBJECTIVES`; for losses from

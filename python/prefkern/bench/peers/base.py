@@ -217,3 +217,11 @@ class Peer:
 
     def chol_append(self, factor: Tensor, row: Tensor, matrix: Tensor) -> Tensor:
         raise Unavailable("has no such op")
+
+    def lpg_inner_loss(self, actions: Tensor, probs: Tensor, y: Tensor, pi_hat: Tensor, y_hat: Tensor) -> Tensor:
+        raise Unavailable("has no such op")
+
+    def reverse_gru_reset(
+        self, x: Tensor, done: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_n: Tensor
+    ) -> Tensor:
+        raise Unavailable("has no such op")

@@ -202,6 +202,18 @@ class Prefkern(Peer):
         prefkern.chol_append(factor, row, len(row) - 1)
         return factor[-1]
 
+    def lpg_inner_loss(self, actions: Tensor, probs: Tensor, y: Tensor, pi_hat: Tensor, y_hat: Tensor) -> Tensor:
+        import prefkern
+
+        return prefkern.lpg_inner_loss(probs, actions, y, pi_hat, y_hat).loss
+
+    def reverse_gru_reset(
+        self, x: Tensor, done: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_n: Tensor
+    ) -> Tensor:
+        import prefkern
+
+        return prefkern.reverse_gru_reset(x, done, weight_ih, weight_hh, bias_ih, bias_n)
+
 
 class PrefkernTwoStep(Prefkern):
     """This library, head and loss one after the other: the logits are computed again in the backward."""

@@ -357,6 +357,27 @@ class Eager(TwoStep):
         """The whole matrix anew."""
         return torch.linalg.cholesky(matrix)[-1]
 
+    def lpg_inner_loss(self, actions: Tensor, probs: Tensor, y: Tensor, pi_hat: Tensor, y_hat: Tensor) -> Tensor:
+        log_pi = (probs.gather(-1, actions[:, None]).squeeze(-1) + 1e-8).log()
+        kl = (y * ((y + 1e-8).log() - (y_hat + 1e-8).log())).sum(-1)
+        return (log_pi * pi_hat).mean() + 0.5 * kl.mean()
+
+    def reverse_gru_reset(
+        self, x: Tensor, done: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_n: Tensor
+    ) -> Tensor:
+        """A loop over the steps from the last to the first."""
+        from_x = F.linear(x, weight_ih, bias_ih)
+        h, states = x.new_zeros(len(x), weight_hh.shape[1]), []
+        keep = (~done).to(x.dtype)
+        for t in range(x.shape[1] - 1, -1, -1):
+            h = h * keep[:, t, None]
+            x_r, x_z, x_n = from_x[:, t].chunk(3, -1)
+            h_r, h_z, h_n = (h @ weight_hh.T).chunk(3, -1)
+            r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
+            h = torch.lerp(torch.tanh(x_n + r * (h_n + bias_n)), h, z)
+            states.append(h)
+        return torch.stack(states[::-1], 1)
+
 
 class Compile(Peer):
     """torch.compile of the eager definitions, static shapes."""

@@ -17,6 +17,9 @@ The floor is the least that an implementation of the same kind has to do, in pla
                       a copy of the result
     gp_unique_posterior, chol_append
                       the triangular solution, of a kernel matrix that is there already
+    sequence_sum, gae, lpg_inner_loss
+                      a copy of the inputs
+    reverse_gru_reset the products with the state
     overhead          x + 1 on a tiny tensor; all on one thread, since waking the others is not what is asked for
 """
 
@@ -29,6 +32,7 @@ from prefkern.bench.workloads.gaussian import CholAppendWorkload, GpPosteriorWor
 from prefkern.bench.workloads.groups import GroupReduceWorkload
 from prefkern.bench.workloads.logprobs import LinearWorkload, LogitsWorkload
 from prefkern.bench.workloads.losses import LinearPolicyWorkload, LinearPreferenceWorkload, LinearUnpairedWorkload
+from prefkern.bench.workloads.meta import InnerLossWorkload, ReverseGruWorkload
 from prefkern.bench.workloads.overhead import OverheadWorkload
 from prefkern.bench.workloads.policy import PolicyWorkload
 from prefkern.bench.workloads.preference import ListwiseWorkload, PreferenceWorkload
@@ -59,6 +63,8 @@ WORKLOADS: dict[str, type[Workload]] = {
     "greedy_select": GreedySelectWorkload,
     "gp_unique_posterior": GpPosteriorWorkload,
     "chol_append": CholAppendWorkload,
+    "lpg_inner_loss": InnerLossWorkload,
+    "reverse_gru_reset": ReverseGruWorkload,
     "overhead": OverheadWorkload,
 }
 

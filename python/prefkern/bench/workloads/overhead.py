@@ -12,6 +12,7 @@ from prefkern.bench.workloads.filters import TopQuantileWorkload
 from prefkern.bench.workloads.groups import GroupReduceWorkload
 from prefkern.bench.workloads.logprobs import LinearWorkload, LogitsWorkload
 from prefkern.bench.workloads.losses import LinearPolicyWorkload, LinearPreferenceWorkload, LinearUnpairedWorkload
+from prefkern.bench.workloads.meta import InnerLossWorkload, ReverseGruWorkload
 from prefkern.bench.workloads.policy import PolicyWorkload
 from prefkern.bench.workloads.preference import ListwiseWorkload, PreferenceWorkload
 from prefkern.bench.workloads.sampling import SeededNormalWorkload
@@ -43,6 +44,8 @@ TINY: dict[str, tuple[type[Workload], str, Shape, str, str]] = {
     "self_bleu": (SelfBleuWorkload, "self_bleu", (1, 2, 8), "fwd", "1 to 3"),
     "edit_distance": (EditDistanceWorkload, "edit_distance", (1, 2, 8), "fwd", "tokens"),
     "greedy_select": (GreedySelectWorkload, "greedy_select", (1, 8, 4), "fwd", "min"),
+    "lpg_inner_loss": (InnerLossWorkload, "lpg_inner_loss", (4, 2, 2), "fwd", "loss"),
+    "reverse_gru_reset": (ReverseGruWorkload, "reverse_gru_reset", (2, 2, 4), "fwd", "states"),
 }
 
 

@@ -14,6 +14,7 @@ from prefkern.cli.problems.gaussian import gaussian_problems
 from prefkern.cli.problems.groups import group_problems
 from prefkern.cli.problems.lists import list_problems
 from prefkern.cli.problems.logprobs import logprob_problems
+from prefkern.cli.problems.meta import meta_problems
 from prefkern.cli.problems.policy import policy_problems
 from prefkern.cli.problems.preference import preference_problems
 from prefkern.cli.problems.sampling import sampling_problems
@@ -37,5 +38,6 @@ def all_problems(dtype: torch.dtype) -> Iterator[Problem]:
         sampling_problems,
         diversity_problems,
         gaussian_problems,
+        meta_problems,
     ):
         yield from problems(dtype)
