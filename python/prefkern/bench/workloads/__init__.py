@@ -10,15 +10,12 @@ The floor is the least that an implementation of the same kind has to do, in pla
     conflict_runs, self_bleu, edit_distance
                       a copy of the tokens
     group_advantages, group_reduce, policy_loss, preference_loss, listwise_loss, top_quantile_mask,
-    sequence_sum, gae, beta_thompson_topk, knapsack_allocate
-    sequence_sum, gae, greedy_select
+    sequence_sum, gae, beta_thompson_topk, knapsack_allocate, greedy_select, lpg_inner_loss
                       a copy of the inputs
     seeded_normal_combine
                       a copy of the result
     gp_unique_posterior, chol_append
                       the triangular solution, of a kernel matrix that is there already
-    sequence_sum, gae, lpg_inner_loss
-                      a copy of the inputs
     reverse_gru_reset the products with the state
     overhead          x + 1 on a tiny tensor; all on one thread, since waking the others is not what is asked for
 """
