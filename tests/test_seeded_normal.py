@@ -1,6 +1,7 @@
 """seeded_normal and its sums: known words and numbers, the definition in float64, statistics, and everything they must refuse.
 tests/test_package.py runs the raw kernels once per instruction set."""
 
+import itertools
 import math
 
 import pytest
@@ -154,7 +155,7 @@ def test_numbers_are_those_of_the_place_and_not_of_the_tensor(device):
     weights = torch.tensor([0.7, -2.0, 1e-3], device=device)
     whole = seeded_normal_combine(9, weights, 5000)
     for cuts in ((0, 1, 2, 3, 9, 5000), (0, 31, 64, 4097, 5000), (0, 1023, 1025, 5000)):
-        parts = [seeded_normal_combine(9, weights, b - a, element_offset=a) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        parts = [seeded_normal_combine(9, weights, b - a, element_offset=a) for a, b in itertools.pairwise(cuts)]
         assert torch.equal(torch.cat(parts), whole)
     x = torch.randn(50, 100, device=device)
     expected = seeded_normal_combine(9, weights, add_to=x, scale=0.5)

@@ -49,7 +49,7 @@ def test_directions_are_those_of_the_library(zo, variant):
 
 
 def test_the_cosines(zo):
-    """Known for 3000 draws of other probes: 0.543, 0.469, 0.384, 0.356 with the paper's weights, 0.538 and 0.468 with the code's."""
+    """Known for 3000 draws of other probes, each with an error of 0.002."""
     numbers = zo.cosine().numbers
     paper = {"(10, 10)": 0.543, "(10, 3)": 0.469, "5 pairs": 0.384, "(10, 1)": 0.356}
     for name, expected in paper.items():
@@ -151,7 +151,7 @@ NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?(?:e[+-]\d+)?")
 
 
 def same_cell(stated: str, found: str) -> bool:
-    """The same text, and numbers that another processor's rounding explains: a comparison that it turns changes what follows."""
+    """The same text, and numbers that another processor's rounding explains: a comparison that turns changes what follows."""
     if NUMBER.sub("#", stated) != NUMBER.sub("#", found):
         return False
     for a, b in zip(NUMBER.findall(stated), NUMBER.findall(found), strict=True):

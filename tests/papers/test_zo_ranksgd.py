@@ -1,4 +1,4 @@
-"""ZO-RankSGD: weights against the sum over edges, oracles, line search, steps on parameters against stored directions, rounds."""
+"""ZO-RankSGD: weights against the sum over edges, oracles, line search, steps and rounds against stored directions."""
 
 import itertools
 import math
@@ -198,7 +198,7 @@ def test_steps_are_those_with_stored_directions(options) -> None:
         rest = {key: value for key, value in options.items() if key not in ("k", "line_search")}
         calls = []
 
-        def f(at):
+        def f(at, calls=calls):
             assert at is x
             calls.append(quadratic(at))
             return calls[-1]

@@ -108,7 +108,7 @@ def seeded_normal_combine_(
     x: Tensor, seed: int, weights: Tensor, *, scale: float = 1.0, first_row: int = 0, element_offset: int = 0
 ) -> Tensor:
     """:func:`seeded_normal_combine` added to ``x`` in place: a step along directions that are known by their seed. Whether it
-    requires a gradient does not matter; the graph of none is made.
+    requires a gradient does not matter; no graph is made.
 
     Args:
         x: a parameter, say, any shape; float32, bfloat16 or float16 (float64 on the CPU). No memory beside it is needed if it
@@ -133,7 +133,7 @@ def seeded_normal_combine_(
 
 
 def seeded_normal_add_(x: Tensor, seed: int, row: int, mu: float, *, element_offset: int = 0) -> Tensor:
-    """``x += mu * seeded_normal(seed, row, ...)`` in place: one probe of a zeroth-order method, without its direction in memory.
+    """``x += mu * seeded_normal(seed, row, ...)`` in place: a probe of a zeroth-order method, its direction in no memory.
 
     The same call with ``-mu`` takes it back but for what rounding lost: in float32 an ulp of the larger of the two numbers, in
     bfloat16 far more. Where that matters, keep a copy and put it back.

@@ -1,12 +1,13 @@
 r"""ZO-RankSGD: descent that is told nothing but which of several points are the best, and in which order.
 
-Tang, Rybin and Chang, "Zeroth-Order Optimization Meets Human Feedback: Provable Learning via Ranking Oracles", arXiv:2303.03751.
+Tang, Rybin and Chang, "Zeroth-Order Optimization Meets Human Feedback: Provable Learning via Ranking Oracles",
+arXiv:2303.03751.
 Evidence: code. Direction, candidates, incumbent and averaging are those of the authors' `optimizer.py`; the hyperparameters of
 their notebook are not recovered, so mu, eta, m and k have no defaults here.
 
 To be minimised is f over :math:`R^d`. Of m probes :math:`x + \mu \xi_i`, :math:`\xi_i \sim N(0, I)`, an (m, k)-ranking oracle
-names the k best, best first: k = m is a full ranking, k = 1 the best of m, m = 2 a comparison. Such an answer is a graph: an edge
-(i, j) says that i is better than j, for all pairs within the best k, and for each of them with everyone else. The estimate
+names the k best, best first: k = m is a full ranking, k = 1 the best of m, m = 2 a comparison. Such an answer is a graph: an
+edge (i, j) says that i is better than j, for all pairs within the best k, and for each of them with everyone else. The estimate
 
 .. math::
     g = \frac{1}{|E|} \sum_{(i, j) \in E} (\xi_j - \xi_i), \qquad |E| = k m - \frac{k^2 + k}{2}
@@ -33,8 +34,8 @@ Where paper and code disagree:
 - The code's round (:class:`RankSGD`) averages the directions of rounds that led nowhere, and offers the best probe and the
   incumbent beside the line search; the basic algorithm (:func:`zo_rank_step`) does neither.
 
-Ties in values: the lower index comes first, as in a stable sort; `ties="drop"` (this library's own, variant "paper" only) leaves
-out the edges between equal values. NaN and +inf rank last, and are equal to each other.
+Ties in values: the lower index comes first, as in a stable sort; `ties="drop"` (this library's own, variant "paper" only)
+leaves out the edges between equal values. NaN and +inf rank last, and are equal to each other.
 """
 
 from __future__ import annotations
@@ -201,7 +202,7 @@ def line_search_candidates(x: Tensor, direction: Tensor, *, eta: float, n: int, 
 def line_search(
     x: Tensor, direction: Tensor, best_of: Callable[[Tensor], int], *, eta: float, n: int, gamma: float = 0.5
 ) -> Tensor:
-    """The candidate of which `best_of`, given all [n, ...], returns the index. x itself if the direction is 0: nobody is asked."""
+    """The candidate whose index `best_of` returns, given all [n, ...]. x itself if the direction is 0: nobody is asked."""
     candidates = line_search_candidates(x, direction, eta=eta, n=n, gamma=gamma)
     if not bool(direction.any()):
         return x.clone()
@@ -311,8 +312,8 @@ class RankSGD:
 
     A round ranks m probes, and averages the direction with those of the rounds before that led nowhere:
     D <- (D c + d) / (c + 1), c <- c + 1, from D = 0, c = 0. Then `n_query` candidates are compared: n_query - 2 steps
-    eta gamma^i along D, the best probe of this round, and the incumbent, which loses ties. If another than the incumbent wins, it
-    takes its place and D and c start over. Otherwise all stay, so that failures at one point pool their comparisons.
+    eta gamma^i along D, the best probe of this round, and the incumbent, which loses ties. If another than the incumbent wins,
+    it takes its place and D and c start over. Otherwise all stay, so that failures at one point pool their comparisons.
 
         optimizer = RankSGD(model, m=6, mu=0.1, eta=1.0, seed=0)
         for _ in range(20):
