@@ -6,6 +6,7 @@
 #include "conflicts/bindings.h"
 #include "core/bindings.h"
 #include "diversity/bindings.h"
+#include "diffusion/bindings.h"
 #include "filters/bindings.h"
 #include "gaussian/bindings.h"
 #include "groups/bindings.h"
@@ -34,6 +35,7 @@ inline void bind_argument_structs(py::module_& m) {
   bind_sampling(m);
   bind_diversity(m);
   bind_meta(m);
+  bind_diffusion(m);
 }
 
 inline void bind_cpu_launchers(py::module_& m) {
@@ -51,6 +53,7 @@ inline void bind_cpu_launchers(py::module_& m) {
   bind_sampling_cpu(m);
   bind_diversity_cpu(m);
   bind_meta_cpu(m);
+  bind_diffusion_cpu(m);
 }
 
 inline void bind_cuda_launchers(py::module_& m) {
@@ -67,6 +70,7 @@ inline void bind_cuda_launchers(py::module_& m) {
   bind_sampling_cuda(m);
   bind_diversity_cuda(m);
   bind_meta_cuda(m);
+  bind_diffusion_cuda(m);
 }
 
 }  // namespace prefkern

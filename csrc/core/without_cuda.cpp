@@ -9,6 +9,8 @@
 #include "core/cuda_runtime.h"
 #include "core/gemm_bounded.h"
 #include "diversity/greedy_select.h"
+#include "diffusion/clean_latents.h"
+#include "diffusion/pair_errors.h"
 #include "filters/select.h"
 #include "gaussian/chol.h"
 #include "gaussian/gp_posterior.h"
@@ -111,5 +113,10 @@ int cuda_lpg_second(const LpgArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_gru_forward_step(const GruArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_gru_backward_step(const GruArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_column_sums(const ColumnSumArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_diffusion_pairs(const DiffusionPairArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_diffusion_pairs_backward(const DiffusionGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_x0_loss(const X0LossArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_x0_loss_backward(const X0GradArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_latent_step(const LatentStepArgs&, void*) { return kBuiltWithoutCuda; }
 }  // namespace prefkern
 #endif

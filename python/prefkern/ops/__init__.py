@@ -15,6 +15,16 @@ from .advantages import (
 from .budget import knapsack_allocate
 from .conflicts import conflict_runs, conflict_weights, first_divergence
 from .diversity import distinct_n, edit_distance, greedy_select, self_bleu
+from .diffusion import (
+    alb_combine,
+    ddim_coefficients,
+    ddim_invert_step,
+    diffusion_margin,
+    diffusion_mse,
+    diffusion_pref_loss,
+    diffusion_pref_loss_stacked,
+    x0_regression_loss,
+)
 from .filters import masked_quantile, top_quantile_mask
 from .gaussian import GpPosterior, chol_append, chol_rank1, gp_unique_posterior
 from .groups import group_normalize, group_reduce, level_pairs
@@ -30,6 +40,7 @@ from .seeded_normal import seeded_normal, seeded_normal_add_, seeded_normal_comb
 from .sequence import discounted_returns, gae, masked_mean_pool, segmented_returns, sequence_mean, sequence_sum, step_mean
 from .thompson import ThompsonTopk, beta_thompson_topk, decayed_beta_update_
 from .types import (
+    BalancedLoss,
     ConflictRuns,
     GaeOutput,
     GroupAdvantages,
@@ -43,6 +54,7 @@ from .types import (
 
 __all__ = [
     "BackwardPlan",
+    "BalancedLoss",
     "ConflictRuns",
     "GaeOutput",
     "GpPosterior",
@@ -54,6 +66,7 @@ __all__ = [
     "QuestionWeights",
     "StepMeans",
     "ThompsonTopk",
+    "alb_combine",
     "batch_moments",
     "batch_normalize",
     "beta_thompson_topk",
@@ -62,6 +75,12 @@ __all__ = [
     "conflict_runs",
     "conflict_weights",
     "decayed_beta_update_",
+    "ddim_coefficients",
+    "ddim_invert_step",
+    "diffusion_margin",
+    "diffusion_mse",
+    "diffusion_pref_loss",
+    "diffusion_pref_loss_stacked",
     "discounted_returns",
     "distinct_n",
     "edit_distance",
@@ -114,4 +133,5 @@ __all__ = [
     "unpaired_loss",
     "validation",
     "whiten",
+    "x0_regression_loss",
 ]

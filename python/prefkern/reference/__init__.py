@@ -16,6 +16,13 @@ from prefkern.reference.advantages import (
 from prefkern.reference.budget import knapsack_allocate
 from prefkern.reference.conflicts import conflict_runs, conflict_weights, first_divergence
 from prefkern.reference.diversity import distinct_n, edit_distance, greedy_select, self_bleu
+from prefkern.reference.diffusion import (
+    ddim_invert_step,
+    diffusion_margin,
+    diffusion_mse,
+    diffusion_pref_loss,
+    x0_regression_loss,
+)
 from prefkern.reference.filters import masked_quantile, top_quantile_mask
 from prefkern.reference.gaussian import gp_unique_posterior
 from prefkern.reference.groups import group_normalize, group_reduce, level_pairs
@@ -43,6 +50,10 @@ __all__ = [
     "conflict_runs",
     "conflict_weights",
     "decayed_beta_update_",
+    "ddim_invert_step",
+    "diffusion_margin",
+    "diffusion_mse",
+    "diffusion_pref_loss",
     "discounted_returns",
     "distinct_n",
     "edit_distance",
@@ -87,4 +98,5 @@ __all__ = [
     "top_quantile_mask",
     "unpaired_loss",
     "whiten",
+    "x0_regression_loss",
 ]

@@ -17,6 +17,8 @@ The floor is the least that an implementation of the same kind has to do, in pla
     gp_unique_posterior, chol_append
                       the triangular solution, of a kernel matrix that is there already
     reverse_gru_reset the products with the state
+    diffusion_pref_loss
+                      a copy of the five tensors, which moves as many bytes; of the forward alone the fastest plain read
     overhead          x + 1 on a tiny tensor; all on one thread, since waking the others is not what is asked for
 """
 
@@ -24,6 +26,7 @@ from prefkern.bench.workloads.advantages import AdvantagesWorkload
 from prefkern.bench.workloads.base import Errors, Floor, Outputs, OutputsCall, Workload, fastest_read
 from prefkern.bench.workloads.conflicts import ConflictRunsWorkload
 from prefkern.bench.workloads.diversity import EditDistanceWorkload, GreedySelectWorkload, SelfBleuWorkload
+from prefkern.bench.workloads.diffusion import DiffusionPairWorkload
 from prefkern.bench.workloads.filters import TopQuantileWorkload
 from prefkern.bench.workloads.gaussian import CholAppendWorkload, GpPosteriorWorkload
 from prefkern.bench.workloads.groups import GroupReduceWorkload
@@ -46,6 +49,7 @@ WORKLOADS: dict[str, type[Workload]] = {
     "policy_loss": PolicyWorkload,
     "preference_loss": PreferenceWorkload,
     "listwise_loss": ListwiseWorkload,
+    "diffusion_pref_loss": DiffusionPairWorkload,
     "linear_policy_loss": LinearPolicyWorkload,
     "linear_preference_loss": LinearPreferenceWorkload,
     "linear_unpaired_loss": LinearUnpairedWorkload,

@@ -11,6 +11,7 @@ from prefkern.cli.problems.base import Problem, on
 from prefkern.cli.problems.conflicts import conflict_problems, filter_problems
 from prefkern.cli.problems.diversity import diversity_problems
 from prefkern.cli.problems.gaussian import gaussian_problems
+from prefkern.cli.problems.diffusion import diffusion_problems
 from prefkern.cli.problems.groups import group_problems
 from prefkern.cli.problems.lists import list_problems
 from prefkern.cli.problems.logprobs import logprob_problems
@@ -31,6 +32,7 @@ def all_problems(dtype: torch.dtype) -> Iterator[Problem]:
         policy_problems,
         preference_problems,
         list_problems,
+        diffusion_problems,
         conflict_problems,
         filter_problems,
         sequence_problems,
