@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import time
@@ -37,14 +38,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from prefkern.papers.self_npo import npo_cfg
+from prefkern.papers.smpo_diffusion import renoise_invert, smooth_weight
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prefkern import LossOutput, diffusion_pref_loss
-from prefkern.papers.self_npo import npo_cfg
-from prefkern.papers.smpo_diffusion import renoise_invert, smooth_weight
 
 SIZE, LEVELS = 16, 1000
 LOSSES = ("diffusion_dpo", "smpo", "npo")
@@ -57,9 +58,9 @@ class Settings:
     width: int = 64
     layers: int = 3
     heads: int = 4
-    patch: int = 2
-    train_steps: int = 500
-    train_batch: int = 48
+    patch: int = 4
+    train_steps: int = 700
+    train_batch: int = 64
     train_lr: float = 2e-3
     pairs: int = 512
     steps: int = 80
@@ -119,7 +120,7 @@ def kinds(count: int) -> Tensor:
 
 
 def strength(pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each pixel [B, 16, 16] its strongest channel, in [0, 1], and that over the picture's own maximum (less a few pixels)."""
+    """Of each pixel [B, 16, 16] its strongest channel, in [0, 1], and that over the picture's largest but a few."""
     strongest = ((pictures.clamp(-1, 1) + 1) / 2).amax(1)
     top = strongest.flatten(1).quantile(0.97, dim=1).clamp_min(1e-3)
     return strongest, (strongest / top[:, None, None]).clamp_max(1)
@@ -219,7 +220,8 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """Noise in pictures [B, 3, 16, 16] at levels t [B] (0 to 999), given their classes [B]."""
+    """Noise in pictures [B, 3, 16, 16] at levels t [B] (0 to 999), given their classes [B]. Inside it predicts v, a mixture of
+    noise and picture: where there is little but noise, what is seen passes for it, and a small network has the rest to find."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
@@ -246,7 +248,8 @@ class DiT(nn.Module):
         shift, scale = self.modulate(condition)[:, None].chunk(2, -1)
         x = self.out(self.norm(x) * (1 + scale) + shift).mT
         side = SIZE // self.patch
-        return F.pixel_shuffle(x.unflatten(2, (side, side)), self.patch)
+        signal, level = mix(t)
+        return level * pictures + signal * F.pixel_shuffle(x.unflatten(2, (side, side)), self.patch)
 
 
 # Noise
@@ -277,7 +280,11 @@ def normal(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def levels(count: int, generator: torch.Generator) -> Tensor:
     """Uniform over all levels, one in each of `count` equal parts."""
-    return ((torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) * (LEVELS / count)).long().clamp_max(LEVELS - 1)
+    return (
+        ((torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) * (LEVELS / count))
+        .long()
+        .clamp_max(LEVELS - 1)
+    )
 
 
 @torch.no_grad()
@@ -285,7 +292,7 @@ def sample(eps: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int) -
     """Pictures by deterministic DDIM from noise, with eps(x, t [B]); what it takes for the picture is held in [-1, 1]."""
     x = noise
     grid = torch.linspace(LEVELS - 1, 0, steps + 1).long().tolist()
-    for k, (level, following) in enumerate(zip(grid, grid[1:], strict=False)):
+    for k, (level, following) in enumerate(itertools.pairwise(grid)):
         t = torch.full((len(x),), level)
         signal, scale = mix(t)
         picture = ((x - scale * eps(x, t)) / signal).clamp(-1, 1)
@@ -320,7 +327,7 @@ class Optimiser:
 
 
 def learn_to_draw(settings: Settings, generator: torch.Generator) -> tuple[DiT, list[float]]:
-    """A model, and its loss step by step: the mean square of the noise that it does not find."""
+    """A model, and its loss step by step: the mean square error of v, which is that of the noise over abar."""
     model = DiT(settings)
     optimiser = Optimiser(model, settings.train_lr, settings.train_steps, settings)
     losses = []
@@ -328,7 +335,7 @@ def learn_to_draw(settings: Settings, generator: torch.Generator) -> tuple[DiT, 
     for _ in range(settings.train_steps):
         pictures = make_pictures(kind, generator)
         noise, t = normal(pictures, generator), levels(len(kind), generator)
-        loss = F.mse_loss(model(add_noise(pictures, noise, t), t, kind), noise)
+        loss = ((model(add_noise(pictures, noise, t), t, kind) - noise) / mix(t)[0]).square().mean()
         optimiser.step(loss)
         losses.append(loss.item())
     return model, losses
@@ -476,7 +483,7 @@ def run(names: Sequence[str], prefer: str, settings: Settings, seed: int, consol
     noise = torch.randn(settings.samples, 3, SIZE, SIZE, generator=generator)
     pictures = {"before": draw_samples(None, reference, reference, noise, settings)}
     console.print(
-        f"seed {seed}: {sum(p.numel() for p in reference.parameters())} parameters, error of the noise "
+        f"seed {seed}: {sum(p.numel() for p in reference.parameters())} parameters, loss "
         f"{mean_of_last(train_losses):.3f} after {settings.train_steps} steps ({time.perf_counter() - began:.0f} s)",
         highlight=False,
     )
@@ -501,7 +508,14 @@ def mean_of_last(losses: Sequence[float], share: float = 0.1) -> float:
 def summary_table(result: Run, prefer: str, seed: int) -> Table:
     table = Table(title=f"Before and after, preferred: {prefer} (seed {seed})")
     table.add_column("loss", overflow="fold")
-    for heading in ("margin", "accuracy", "winner error", "loser error", f"{PREFERENCES[prefer].__name__} of samples", "right shapes"):
+    for heading in (
+        "margin",
+        "accuracy",
+        "winner error",
+        "loser error",
+        f"{PREFERENCES[prefer].__name__} of samples",
+        "right shapes",
+    ):
         table.add_column(heading, justify="right")
     for record in result.records:
         held_out, samples = record.held_out[-1], record.samples
@@ -531,7 +545,7 @@ def draw(result: Run, path: Path) -> None:
         ax.set_yticks([])
     left, right = (figure.add_subplot(grid[rows, k]) for k in range(2))
     left.semilogy(result.train_losses, linewidth=0.8)
-    left.set(title="Error of the noise while it learns to draw", xlabel="step")
+    left.set(title="Loss while it learns to draw", xlabel="step")
     for record in result.records:
         right.plot(record.step, [numbers["margin"] for numbers in record.held_out], label=record.loss, marker=".")
     right.set(title="Margin of held-out pairs", xlabel="step")

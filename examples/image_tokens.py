@@ -3,10 +3,10 @@
 A study of image generation with RL (prefkern.papers.image_cot_rl) says: DPO is stronger in-domain, GRPO generalises better, and
 a reward that generalises better makes a policy that does. Here an image is six tokens out of eight, a prompt is one of four
 shapes and one of four colours, and a rule says which token is right in each place: even places by the shape, odd ones by the
-colour, the last by both, in a way that nothing about other prompts tells. Twelve prompts are trained on, four, one of each shape
-and colour, are held out.
+colour, the last by both, in a way that nothing about other prompts tells. Twelve prompts are trained on; four, one of each
+shape and colour, are held out.
 
-    policy    embeddings of shape, colour, place and the token before, tanh, a head; it starts from a teacher that is mostly wrong
+    policy    embeddings of shape, colour, place and the token before, tanh, a head; its teacher is mostly wrong
     DPO       best over worst of N candidates, all drawn before the training (in each iteration): image_dpo_loss
     GRPO      N candidates of each prompt at every step: image_grpo_loss
     rewards   the share of right tokens; or one fitted to some of the teacher's images of the twelve prompts, by shape and by
@@ -199,9 +199,7 @@ def learn_by_dpo(base: Policy, table: Tensor, size: int, iterations: int, lr: fl
         for _ in range(4):
             for batch in torch.randperm(len(groups), generator=generator).split(48):
                 kept = keep[:, batch].flatten()
-                lp, ref_lp = (
-                    [token_logps(p, groups[batch], side[:, batch])[kept] for side in sides] for p in (policy, ref)
-                )
+                lp, ref_lp = ([token_logps(p, groups[batch], side[:, batch])[kept] for side in sides] for p in (policy, ref))
                 step(optimiser, study.image_dpo_loss(*lp, *ref_lp).loss * policies)
     return copied(policy)
 
@@ -303,9 +301,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         torch.set_num_threads(threads_before)
     start = {prompts: sum(values) / len(values) for prompts, values in numbers["start"].items()}
-    title = (
-        f"Share of right tokens, mean of {arguments.seeds} seeds (start: {start['seen']:.3f} seen, {start['unseen']:.3f} unseen)"
-    )
+    title = f"Share of right tokens, mean of {arguments.seeds} seeds (start: seen {start['seen']:.3f}, {start['unseen']:.3f})"
     if arguments.markdown:
         lines = [COLUMNS, ["---"] * len(COLUMNS), *rows(numbers)]
         print(f"{title}:\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))

@@ -13,8 +13,8 @@ from torch.testing import assert_close
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "diffusion_tiny.py"
 TINY = {
-    "width": 16, "layers": 1, "heads": 2, "patch": 4, "train_steps": 60, "train_batch": 16, "pairs": 32, "steps": 8, "batch": 16,
-    "eval_every": 4, "held_out": 32, "samples": 8, "sample_steps": 4, "lr": 2e-3,
+    "width": 16, "layers": 1, "heads": 2, "patch": 4, "train_steps": 60, "train_batch": 16, "pairs": 32, "steps": 8,
+    "batch": 16, "eval_every": 4, "held_out": 32, "samples": 8, "sample_steps": 4, "lr": 2e-3,
 }  # fmt: skip
 
 
@@ -78,7 +78,9 @@ def test_winners_have_the_higher_score(demo, generator, prefer):
 
 
 def test_levels_of_noise(demo, generator):
-    assert_close(demo.ABAR[[0, 199, 279, 599]], torch.tensor([0.99915, 0.755238361158, 0.625729392010, 0.161752515005]).double())
+    assert_close(
+        demo.ABAR[[0, 199, 279, 599]], torch.tensor([0.99915, 0.755238361158, 0.625729392010, 0.161752515005]).double()
+    )
     t = demo.levels(50, generator)
     assert sorted((t // 20).tolist()) == list(range(50))
     pictures, noise = torch.ones(1, 3, 16, 16), torch.full((1, 3, 16, 16), 2.0)
@@ -98,10 +100,10 @@ def test_sampling_with_the_right_noise_ends_at_the_picture(demo, generator):
 
 
 @pytest.mark.parametrize("patch", [2, 4])
-def test_the_model_says_no_noise_before_it_has_learned(demo, generator, patch):
+def test_the_model_begins_with_a_share_of_what_it_sees(demo, generator, patch):
     model = demo.DiT(demo.Settings(**{**TINY, "patch": patch}))
     x, t, kind = torch.randn(2, 3, 16, 16, generator=generator), torch.tensor([3, 700]), torch.tensor([0, 1])
-    assert (model(x, t, kind) == 0).all()
+    assert_close(model(x, t, kind), demo.mix(t)[1] * x)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2, generator=generator)
     first = model(x, t, kind)
@@ -123,7 +125,7 @@ def run(demo, *names, prefer="warm", **settings):
 def test_every_loss_starts_at_a_coin_and_moves_its_own_way(demo):
     result = run(demo, *demo.LOSSES)
     early, late = sum(result.train_losses[:10]) / 10, demo.mean_of_last(result.train_losses)
-    assert early > 0.8 and late < 0.6 * early
+    assert early > 0.5 and late < 0.7 * early
     assert [record.loss for record in result.records] == list(demo.LOSSES) == list(result.pictures)[1:]
     for record in result.records:
         assert record.step == [0, 4, 8] and len(record.losses) == 8
