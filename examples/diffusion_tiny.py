@@ -63,9 +63,9 @@ class Settings:
     train_batch: int = 64
     train_lr: float = 2e-3
     pairs: int = 512
-    steps: int = 80
+    steps: int = 60
     batch: int = 24  # pairs
-    lr: float = 2e-4
+    lr: float = 1e-4
     beta: float = 2000.0
     gamma: float = 10.0  # of SmPO's weights
     inversion_steps: int = 5
@@ -107,8 +107,8 @@ def coverage(kind: Tensor, middle: Tensor, radius: Tensor) -> Tensor:
 def make_pictures(kind: Tensor, generator: torch.Generator) -> Tensor:
     """Pictures [B, 3, 16, 16] in [-1, 1], of one shape each on black."""
     rows = len(kind)
-    middle = SIZE / 2 - 0.5 + 4 * torch.rand(rows, 2, generator=generator) - 2
-    radius = 3 + 2.5 * torch.rand(rows, generator=generator)
+    middle = SIZE / 2 - 0.5 + 2 * torch.rand(rows, 2, generator=generator) - 1
+    radius = 3.5 + 2.5 * torch.rand(rows, generator=generator)
     hue = torch.rand(rows, 1, generator=generator) + torch.arange(3) / 3
     colour = (0.5 + 0.5 * torch.cos(2 * math.pi * hue)) * (0.4 + 0.6 * torch.rand(rows, 1, generator=generator))
     return 2 * coverage(kind, middle, radius)[:, None] * colour[:, :, None, None] - 1
@@ -351,7 +351,7 @@ def pair_loss(
     weight = None
     if name == "smpo":
         _, weight = smooth_weight(*pairs.scores, gamma=settings.gamma, smin=bounds[0], smax=bounds[1])
-        x, target = renoise_invert(
+        x, target, t = renoise_invert(
             lambda x, level: model(x, level, kind), pictures, t, abar=ABAR, n_steps=settings.inversion_steps
         )
     else:
@@ -539,7 +539,7 @@ def draw(result: Run, path: Path) -> None:
     grid = figure.add_gridspec(rows + 1, 2, height_ratios=[1] * rows + [1.7])
     for row, (name, pictures) in enumerate(result.pictures.items()):
         ax = figure.add_subplot(grid[row, :])
-        ax.imshow(tiled(pictures), interpolation="nearest")
+        ax.imshow(tiled(pictures).numpy(), interpolation="nearest")
         ax.set_ylabel(name)
         ax.set_xticks([])
         ax.set_yticks([])
