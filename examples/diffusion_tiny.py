@@ -55,12 +55,12 @@ LOSSES = ("diffusion_dpo", "smpo", "npo")
 class Settings:
     """Everything that decides a run, together with its seed, the preference and the number of threads."""
 
-    width: int = 64
-    layers: int = 3
+    width: int = 48
+    layers: int = 2
     heads: int = 4
-    patch: int = 4
+    patch: int = 2
     train_steps: int = 700
-    train_batch: int = 64
+    train_batch: int = 32
     train_lr: float = 2e-3
     pairs: int = 512
     steps: int = 60
@@ -79,7 +79,7 @@ class Settings:
 
 
 QUICK = Settings(
-    width=48, layers=2, patch=4, train_steps=250, train_batch=32, steps=30, batch=16, pairs=128, held_out=64, samples=32,
+    width=32, train_steps=150, train_batch=24, pairs=128, steps=24, batch=16, lr=2e-4, held_out=64, eval_every=12, samples=32,
     sample_steps=15,
 )  # fmt: skip
 

@@ -43,7 +43,7 @@ PROMPTS = torch.cartesian_prod(torch.arange(SHAPES), torch.arange(COLOURS))
 UNSEEN = (PROMPTS.sum(1) % 4 == 3).nonzero().flatten()
 SEEN = (PROMPTS.sum(1) % 4 != 3).nonzero().flatten()
 START = TOKENS  # what is before the first token
-RATES = (0.003, 0.01, 0.03, 0.1)
+RATES = (0.01, 0.03, 0.1, 0.3)
 
 
 @dataclass(frozen=True)
