@@ -116,3 +116,20 @@ def test_main_refuses(demo, capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
         demo.main(arguments)
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_the_page_says_of_eight_candidates(demo, monkeypatch):
+    monkeypatch.setattr(demo, "RATES", (0.03, 0.1))
+    runs = demo.experiment(demo.Settings(sizes=(8,)), 5)["runs"]
+    found = {(run["reward"], run["method"], run["iterations"]): run for run in runs}
+
+    def mean(prompts, *key):
+        return sum(found[key][prompts]) / 5
+
+    for reward, iterations in itertools.product(("exact", "fitted", "per prompt"), (1, 3)):
+        assert mean("seen", reward, "GRPO", iterations) > mean("seen", reward, "DPO", iterations) + 0.05
+    for iterations in (1, 3):
+        assert mean("unseen", "exact", "GRPO", iterations) > mean("unseen", "exact", "DPO", iterations) + 0.05
+        of_reward = [mean("unseen", reward, "GRPO", iterations) for reward in ("exact", "fitted", "per prompt")]
+        assert of_reward == sorted(of_reward, reverse=True)
