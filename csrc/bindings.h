@@ -5,6 +5,7 @@
 #include "advantages/bindings.h"
 #include "conflicts/bindings.h"
 #include "core/bindings.h"
+#include "diffusion/bindings.h"
 #include "filters/bindings.h"
 #include "groups/bindings.h"
 #include "lists/bindings.h"
@@ -26,6 +27,7 @@ inline void bind_argument_structs(py::module_& m) {
   bind_conflicts(m);
   bind_filters(m);
   bind_lists(m);
+  bind_diffusion(m);
 }
 
 inline void bind_cpu_launchers(py::module_& m) {
@@ -39,6 +41,7 @@ inline void bind_cpu_launchers(py::module_& m) {
   bind_conflicts_cpu(m);
   bind_filters_cpu(m);
   bind_lists_cpu(m);
+  bind_diffusion_cpu(m);
 }
 
 inline void bind_cuda_launchers(py::module_& m) {
@@ -51,6 +54,7 @@ inline void bind_cuda_launchers(py::module_& m) {
   bind_conflicts_cuda(m);
   bind_filters_cuda(m);
   bind_lists_cuda(m);
+  bind_diffusion_cuda(m);
 }
 
 }  // namespace prefkern

@@ -4,6 +4,7 @@
 #include "advantages/ops.h"
 #include "groups/ops.h"
 #include "conflicts/ops.h"
+#include "diffusion/ops.h"
 #include "filters/ops.h"
 #include "lists/ops.h"
 #include "logprobs/ops.h"
@@ -271,6 +272,27 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("skew_row_means(Tensor v, Tensor? mask, Tensor? scales, bool normalize, float tau) -> Tensor");
   m.def("preference_rows_backward(Tensor g_loss, Tensor unnormalised, Tensor inverse) -> Tensor");
+  // ---- diffusion: latents are [B, D]. kind and reduction are the enumerations of math/diffusion.h; of a pair either both
+  // references are given, or both of their errors; results are (loss, metrics, slopes). Only predictions have a gradient, those of
+  // winner and loser, as `needs` of diffusion/ops.h says, in one tensor. coefficients are float64.
+  m.def(
+      "diffusion_pair_loss(Tensor pred_w, Tensor pred_l, Tensor target, Tensor? target_l, Tensor? ref_w, Tensor? ref_l, "
+      "Tensor? ref_error_w, Tensor? ref_error_l, Tensor? weight, int kind, int reduction, float beta, float factor, "
+      "bool negative) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "diffusion_pair_loss_fwd(Tensor pred_w, Tensor pred_l, Tensor target, Tensor? target_l, Tensor? ref_w, Tensor? ref_l, "
+      "Tensor? ref_error_w, Tensor? ref_error_l, Tensor? weight, int kind, int reduction, float beta, float factor, "
+      "bool negative) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "diffusion_pair_loss_backward(Tensor g_loss, Tensor slopes, Tensor pred_w, Tensor pred_l, Tensor target, "
+      "Tensor? target_l, int reduction, int needs) -> Tensor");
+  m.def("diffusion_mse(Tensor pred, Tensor target) -> Tensor");
+  m.def("x0_loss(Tensor pred, Tensor x, Tensor target, Tensor coefficients, int kind, int reduction, float c) -> Tensor");
+  m.def("x0_loss_fwd(Tensor pred, Tensor x, Tensor target, Tensor coefficients, int kind, int reduction, float c) -> Tensor");
+  m.def(
+      "x0_loss_backward(Tensor g_loss, Tensor pred, Tensor x, Tensor target, Tensor coefficients, int kind, int reduction, "
+      "float c) -> Tensor");
+  m.def("ddim_invert_step(Tensor x, Tensor e1, Tensor? e2, Tensor coefficients) -> Tensor");
 }
 
 #define PK_REGISTER(key)                                                              \
@@ -342,6 +364,14 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("skew_score_fwd", PK_OP(skew_score));                                      \
     m.impl("skew_row_means", PK_OP(skew_row_means));                                  \
     m.impl("preference_rows_backward", PK_OP(preference_rows_backward));              \
+    m.impl("diffusion_pair_loss", PK_OP(diffusion_pair_loss));                        \
+    m.impl("diffusion_pair_loss_fwd", PK_OP(diffusion_pair_loss));                    \
+    m.impl("diffusion_pair_loss_backward", PK_OP(diffusion_pair_loss_backward));      \
+    m.impl("diffusion_mse", PK_OP(diffusion_mse));                                    \
+    m.impl("x0_loss", PK_OP(x0_loss));                                                \
+    m.impl("x0_loss_fwd", PK_OP(x0_loss));                                            \
+    m.impl("x0_loss_backward", PK_OP(x0_loss_backward));                              \
+    m.impl("ddim_invert_step", PK_OP(ddim_invert_step));                              \
   }
 PK_REGISTER(CPU)
 PK_REGISTER(CUDA)

@@ -8,6 +8,8 @@
 #include "conflicts/runs.h"
 #include "core/cuda_runtime.h"
 #include "core/gemm_bounded.h"
+#include "diffusion/clean_latents.h"
+#include "diffusion/pair_errors.h"
 #include "filters/select.h"
 #include "groups/group_folds.h"
 #include "groups/pair_walk.h"
@@ -90,5 +92,10 @@ int cuda_group_preference(const GroupPreferenceArgs<float>&, void*) { return kBu
 int cuda_skew(const SkewArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_skew_means(const SkewMeansArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_row_gradient(const RowGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_diffusion_pairs(const DiffusionPairArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_diffusion_pairs_backward(const DiffusionGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_x0_loss(const X0LossArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_x0_loss_backward(const X0GradArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_latent_step(const LatentStepArgs&, void*) { return kBuiltWithoutCuda; }
 }  // namespace prefkern
 #endif

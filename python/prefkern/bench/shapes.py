@@ -47,6 +47,7 @@ OPS = {
         Op("policy_loss", ("B", "T"), ((64, 4096),), ("fp32", "fp64"), BOTH),
         Op("preference_loss", ("P",), ((65536,),), ("fp32", "fp64"), BOTH),
         Op("listwise_loss", ("B", "K"), ((4096, 64),), ("fp32", "fp64"), BOTH),
+        Op("diffusion_pref_loss", ("B", "C", "H", "W"), ((8, 4, 128, 128),), tuple(DTYPES), BOTH),
         Op("linear_policy_loss", ("B", "T", "H", "V"), ((8, 64, 1024, 32000),), tuple(DTYPES), MODES),
         Op("linear_preference_loss", ("P", "T", "H", "V"), ((8, 64, 1024, 32000),), tuple(DTYPES), MODES[:3]),
         Op("linear_unpaired_loss", ("B", "T", "H", "V"), ((8, 64, 1024, 32000),), tuple(DTYPES), MODES[:3]),

@@ -115,6 +115,7 @@ def _small(size: str, device: str) -> list[Part]:
         "group_reduce": ((800, 8) if quick else (100000, 8), "bwd"),
         "preference_loss": ((64,) if quick else (65536,), "bwd"),
         "listwise_loss": ((16, 8) if quick else (4096, 64), "bwd"),
+        "diffusion_pref_loss": ((2, 4, 8, 8) if quick else (8, 4, 128, 128), "bwd"),
         "top_quantile_mask": ((8, 64) if quick else (64, 4096), "fwd"),
         "sequence_sum": ((8, 64) if quick else (64, 4096), "bwd"),
         "gae": ((8, 64) if quick else (64, 4096), "fwd"),

@@ -13,6 +13,16 @@ from .advantages import (
     whiten,
 )
 from .conflicts import conflict_runs, conflict_weights, first_divergence
+from .diffusion import (
+    alb_combine,
+    ddim_coefficients,
+    ddim_invert_step,
+    diffusion_margin,
+    diffusion_mse,
+    diffusion_pref_loss,
+    diffusion_pref_loss_stacked,
+    x0_regression_loss,
+)
 from .filters import masked_quantile, top_quantile_mask
 from .groups import group_normalize, group_reduce, level_pairs
 from .linear_policy import linear_policy_loss
@@ -24,6 +34,7 @@ from .policy import importance_weights, kl_penalty, masked_aggregate, off_policy
 from .preference import label_posterior, preference_loss, unpaired_loss
 from .sequence import discounted_returns, gae, masked_mean_pool, segmented_returns, sequence_mean, sequence_sum, step_mean
 from .types import (
+    BalancedLoss,
     ConflictRuns,
     GaeOutput,
     GroupAdvantages,
@@ -37,6 +48,7 @@ from .types import (
 
 __all__ = [
     "BackwardPlan",
+    "BalancedLoss",
     "ConflictRuns",
     "GaeOutput",
     "GroupAdvantages",
@@ -46,10 +58,17 @@ __all__ = [
     "PairMaskedAdvantages",
     "QuestionWeights",
     "StepMeans",
+    "alb_combine",
     "batch_moments",
     "batch_normalize",
     "conflict_runs",
     "conflict_weights",
+    "ddim_coefficients",
+    "ddim_invert_step",
+    "diffusion_margin",
+    "diffusion_mse",
+    "diffusion_pref_loss",
+    "diffusion_pref_loss_stacked",
     "discounted_returns",
     "first_divergence",
     "gae",
@@ -90,4 +109,5 @@ __all__ = [
     "unpaired_loss",
     "validation",
     "whiten",
+    "x0_regression_loss",
 ]

@@ -14,6 +14,13 @@ from prefkern.reference.advantages import (
     whiten,
 )
 from prefkern.reference.conflicts import conflict_runs, conflict_weights, first_divergence
+from prefkern.reference.diffusion import (
+    ddim_invert_step,
+    diffusion_margin,
+    diffusion_mse,
+    diffusion_pref_loss,
+    x0_regression_loss,
+)
 from prefkern.reference.filters import masked_quantile, top_quantile_mask
 from prefkern.reference.groups import group_normalize, group_reduce, level_pairs
 from prefkern.reference.lists import group_preference_loss, listwise_loss, skew_loss, skew_row_means, skew_score
@@ -35,6 +42,10 @@ __all__ = [
     "batch_normalize",
     "conflict_runs",
     "conflict_weights",
+    "ddim_invert_step",
+    "diffusion_margin",
+    "diffusion_mse",
+    "diffusion_pref_loss",
     "discounted_returns",
     "first_divergence",
     "gae",
@@ -68,4 +79,5 @@ __all__ = [
     "top_quantile_mask",
     "unpaired_loss",
     "whiten",
+    "x0_regression_loss",
 ]

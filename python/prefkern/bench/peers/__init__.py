@@ -11,6 +11,7 @@ library has no such op. Every method takes and returns tensors and is differenti
     policy_loss(logp, old_logp, advantages, mask, ref_logp, entropy, objective)   -> loss and metrics; [B, T], advantages [B]
     preference_loss(chosen [P], rejected [P], refs, lengths, objective)     -> loss and metrics
     listwise_loss(scores [B, K], labels [B, K], objective)                  -> loss
+    diffusion_pref_loss(pred_w, pred_l, target, ref_w, ref_l)               -> loss and metrics; [B, ...] each
     linear_policy_loss(hidden [B, T, H], weight, targets, old_logp, ref_logp, advantages [B], token_weight, objective) -> loss
     linear_preference_loss(hidden [2P, T, H], weight, targets, ref_logp, objective)        -> loss
     linear_unpaired_loss(hidden [B, T, H], weight, targets, ref_logp, desirable [B])       -> KTO's loss

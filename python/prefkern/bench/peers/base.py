@@ -12,6 +12,7 @@ VIRTUAL_REWARD = 1.0  # of the one virtual sample of "ngrpo"
 GAMMA, LAMBDA = 0.99, 0.95  # of gae
 TOP_FRACTION = 0.2  # of top_quantile_mask
 BETA = 0.04  # of the policy loss with a KL term
+DIFFUSION_BETA = 2000.0  # of the loss of pairs of latents
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,11 @@ class Peer:
         refs: tuple[Tensor, ...] | None,
         lengths: tuple[Tensor, ...] | None,
         objective: str,
+    ) -> LossAndMetrics:
+        raise Unavailable("has no such op")
+
+    def diffusion_pref_loss(
+        self, pred_w: Tensor, pred_l: Tensor, target: Tensor, ref_w: Tensor, ref_l: Tensor
     ) -> LossAndMetrics:
         raise Unavailable("has no such op")
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prefkern.bench.peers.base import (
     ADVANTAGE_EPS,
+    DIFFUSION_BETA,
     ESTIMATORS,
     GAMMA,
     HEAD_OBJECTIVES,
@@ -99,6 +100,13 @@ class Prefkern(Peer):
         if lengths is not None:
             options = options | {"chosen_lengths": lengths[0], "rejected_lengths": lengths[1]}
         return prefkern.preference_loss(chosen, rejected, *(refs or ()), **options)
+
+    def diffusion_pref_loss(
+        self, pred_w: Tensor, pred_l: Tensor, target: Tensor, ref_w: Tensor, ref_l: Tensor
+    ) -> LossAndMetrics:
+        import prefkern
+
+        return prefkern.diffusion_pref_loss(pred_w, pred_l, target, ref_w=ref_w, ref_l=ref_l, beta=DIFFUSION_BETA)
 
     def listwise_loss(self, scores: Tensor, labels: Tensor, objective: str) -> Tensor:
         import prefkern

@@ -11,6 +11,7 @@ from torch import Tensor
 from prefkern.bench.peers.base import (
     ADVANTAGE_EPS,
     BETA,
+    DIFFUSION_BETA,
     DUAL_CLIP,
     EPS_HIGH,
     EPS_LOW,
@@ -192,6 +193,23 @@ class Eager(TwoStep):
             }  # fmt: skip
         return losses.mean(), metrics
 
+    def diffusion_pref_loss(
+        self, pred_w: Tensor, pred_l: Tensor, target: Tensor, ref_w: Tensor, ref_l: Tensor
+    ) -> LossAndMetrics:
+        """As training scripts write it: errors in float32, means over the elements, differences of those."""
+        dims = tuple(range(1, target.dim()))
+        t = _wide(target)
+
+        def error(pred: Tensor) -> Tensor:
+            return (_wide(pred) - t).pow(2).mean(dims)
+
+        with torch.no_grad():
+            ref_gap = error(ref_w) - error(ref_l)
+        margin = -0.5 * DIFFUSION_BETA * ((error(pred_w) - error(pred_l)) - ref_gap)
+        with torch.no_grad():
+            metrics = {"margin": margin.mean(), "accuracy": (margin > 0).to(margin.dtype).mean()}
+        return -F.logsigmoid(margin).mean(), metrics
+
     def listwise_loss(self, scores: Tensor, labels: Tensor, objective: str) -> Tensor:
         """Without a loop: all pairs at once, or logcumsumexp over the sorted list."""
         options = LIST_OBJECTIVES[objective]
@@ -252,6 +270,7 @@ class Compile(Peer):
         self._policy = torch.compile(eager.policy_loss, dynamic=False)
         self._preference = torch.compile(eager.preference_loss, dynamic=False)
         self._listwise = torch.compile(eager.listwise_loss, dynamic=False)
+        self._diffusion = torch.compile(eager.diffusion_pref_loss, dynamic=False)
         self._linear_policy = torch.compile(eager.linear_policy_loss, dynamic=False)
         self._linear_preference = torch.compile(eager.linear_preference_loss, dynamic=False)
         self._linear_unpaired = torch.compile(eager.linear_unpaired_loss, dynamic=False)
@@ -297,6 +316,11 @@ class Compile(Peer):
         objective: str,
     ) -> LossAndMetrics:
         return self._preference(chosen, rejected, refs, lengths, objective)
+
+    def diffusion_pref_loss(
+        self, pred_w: Tensor, pred_l: Tensor, target: Tensor, ref_w: Tensor, ref_l: Tensor
+    ) -> LossAndMetrics:
+        return self._diffusion(pred_w, pred_l, target, ref_w, ref_l)
 
     def listwise_loss(self, scores: Tensor, labels: Tensor, objective: str) -> Tensor:
         return self._listwise(scores, labels, objective)

@@ -11,12 +11,15 @@ The floor is the least that an implementation of the same kind has to do, in pla
     group_advantages, group_reduce, policy_loss, preference_loss, listwise_loss, top_quantile_mask,
     sequence_sum, gae
                       a copy of the inputs
+    diffusion_pref_loss
+                      a copy of the five tensors, which moves as many bytes; of the forward alone the fastest plain read
     overhead          x + 1 on a tiny tensor; all on one thread, since waking the others is not what is asked for
 """
 
 from prefkern.bench.workloads.advantages import AdvantagesWorkload
 from prefkern.bench.workloads.base import Errors, Floor, Outputs, OutputsCall, Workload, fastest_read
 from prefkern.bench.workloads.conflicts import ConflictRunsWorkload
+from prefkern.bench.workloads.diffusion import DiffusionPairWorkload
 from prefkern.bench.workloads.filters import TopQuantileWorkload
 from prefkern.bench.workloads.groups import GroupReduceWorkload
 from prefkern.bench.workloads.logprobs import LinearWorkload, LogitsWorkload
@@ -35,6 +38,7 @@ WORKLOADS: dict[str, type[Workload]] = {
     "policy_loss": PolicyWorkload,
     "preference_loss": PreferenceWorkload,
     "listwise_loss": ListwiseWorkload,
+    "diffusion_pref_loss": DiffusionPairWorkload,
     "linear_policy_loss": LinearPolicyWorkload,
     "linear_preference_loss": LinearPreferenceWorkload,
     "linear_unpaired_loss": LinearUnpairedWorkload,

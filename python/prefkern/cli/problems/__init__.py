@@ -9,6 +9,7 @@ import torch
 from prefkern.cli.problems.advantages import advantage_problems
 from prefkern.cli.problems.base import Problem, on
 from prefkern.cli.problems.conflicts import conflict_problems, filter_problems
+from prefkern.cli.problems.diffusion import diffusion_problems
 from prefkern.cli.problems.groups import group_problems
 from prefkern.cli.problems.lists import list_problems
 from prefkern.cli.problems.logprobs import logprob_problems
@@ -27,6 +28,7 @@ def all_problems(dtype: torch.dtype) -> Iterator[Problem]:
         policy_problems,
         preference_problems,
         list_problems,
+        diffusion_problems,
         conflict_problems,
         filter_problems,
         sequence_problems,
