@@ -508,23 +508,16 @@ def mean_of_last(losses: Sequence[float], share: float = 0.1) -> float:
 def summary_table(result: Run, prefer: str, seed: int) -> Table:
     table = Table(title=f"Before and after, preferred: {prefer} (seed {seed})")
     table.add_column("loss", overflow="fold")
-    for heading in (
-        "margin",
-        "accuracy",
-        "winner error",
-        "loser error",
-        f"{PREFERENCES[prefer].__name__} of samples",
-        "right shapes",
-    ):
-        table.add_column(heading, justify="right")
+    for heading in ("margin", "accuracy", "errors w, l", PREFERENCES[prefer].__name__, "right shapes"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for record in result.records:
         held_out, samples = record.held_out[-1], record.samples
         table.add_row(
             record.loss,
-            f"0 -> [bold]{held_out['margin']:.2f}[/]",
+            f"[bold]{held_out['margin']:.1f}[/]",
             f"[bold]{held_out['accuracy']:.0%}[/]",
-            *(f"{held_out[name]:+.1%}" for name in ("winner error", "loser error")),
-            f"{samples['before']:.3f} -> [bold]{samples['after']:.3f}[/] ({samples['change']:+.3f} ± {samples['error']:.3f})",
+            f"{held_out['winner error']:+.0%}, {held_out['loser error']:+.0%}",
+            f"{samples['before']:.2f} -> [bold]{samples['after']:.2f}[/]",
             f"{samples['shapes before']:.0%} -> [bold]{samples['shapes after']:.0%}[/]",
         )
     return table

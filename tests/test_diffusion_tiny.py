@@ -232,3 +232,18 @@ def test_main_refuses_before_it_trains(demo, capsys, arguments, message):
         demo.main(arguments)
     assert stop.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_a_whole_run_moves_what_is_preferred_and_keeps_the_shapes(demo, tmp_path):
+    numbers = tmp_path / "numbers.json"
+    assert demo.main(["--json", str(numbers)]) == 0
+    document = json.loads(numbers.read_text())
+    losses = document["train_losses"]
+    assert sum(losses[:10]) / 10 > 0.6 and demo.mean_of_last(losses) < 0.1
+    (record,) = document["runs"]
+    held_out, samples = record["held_out"][-1], record["samples"]
+    assert held_out["margin"] > 2 and held_out["accuracy"] > 0.75
+    assert 0 < held_out["winner error"] < held_out["loser error"]  # both get worse, losers more
+    assert samples["change"] > 5 * samples["error"] and samples["change"] > 0.2 and samples["rose"] > 0.9
+    assert samples["shapes before"] > 0.4 and samples["shapes after"] > samples["shapes before"] - 0.1
