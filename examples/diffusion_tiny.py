@@ -38,14 +38,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from prefkern.papers.self_npo import npo_cfg
-from prefkern.papers.smpo_diffusion import renoise_invert, smooth_weight
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prefkern import LossOutput, diffusion_pref_loss
+from prefkern.papers.self_npo import npo_cfg
+from prefkern.papers.smpo_diffusion import renoise_invert, smooth_weight
 
 SIZE, LEVELS = 16, 1000
 LOSSES = ("diffusion_dpo", "smpo", "npo")
@@ -508,7 +508,7 @@ def mean_of_last(losses: Sequence[float], share: float = 0.1) -> float:
 def summary_table(result: Run, prefer: str, seed: int) -> Table:
     table = Table(title=f"Before and after, preferred: {prefer} (seed {seed})")
     table.add_column("loss", overflow="fold")
-    for heading in ("margin", "accuracy", "errors w, l", PREFERENCES[prefer].__name__, "right shapes"):
+    for heading in ("margin", "accuracy", "errors w, l", PREFERENCES[prefer].__name__, "shapes"):
         table.add_column(heading, justify="right", no_wrap=True)
     for record in result.records:
         held_out, samples = record.held_out[-1], record.samples
