@@ -28,12 +28,12 @@ from typing import Any, ClassVar
 
 import torch
 from matplotlib.figure import Figure
-from prefkern.papers.mmr1 import VasSampler
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from prefkern.papers import v0
+from prefkern.papers.mmr1 import VasSampler
 from prefkern.papers.vade import VadeSampler, select_from_draws
 
 F64 = torch.float64

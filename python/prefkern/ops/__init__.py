@@ -14,7 +14,6 @@ from .advantages import (
 )
 from .budget import knapsack_allocate
 from .conflicts import conflict_runs, conflict_weights, first_divergence
-from .diversity import distinct_n, edit_distance, greedy_select, self_bleu
 from .diffusion import (
     alb_combine,
     ddim_coefficients,
@@ -25,6 +24,7 @@ from .diffusion import (
     diffusion_pref_loss_stacked,
     x0_regression_loss,
 )
+from .diversity import distinct_n, edit_distance, greedy_select, self_bleu
 from .filters import masked_quantile, top_quantile_mask
 from .gaussian import GpPosterior, chol_append, chol_rank1, gp_unique_posterior
 from .groups import group_normalize, group_reduce, level_pairs
@@ -74,9 +74,9 @@ __all__ = [
     "chol_rank1",
     "conflict_runs",
     "conflict_weights",
-    "decayed_beta_update_",
     "ddim_coefficients",
     "ddim_invert_step",
+    "decayed_beta_update_",
     "diffusion_margin",
     "diffusion_mse",
     "diffusion_pref_loss",

@@ -15,7 +15,6 @@ from prefkern.reference.advantages import (
 )
 from prefkern.reference.budget import knapsack_allocate
 from prefkern.reference.conflicts import conflict_runs, conflict_weights, first_divergence
-from prefkern.reference.diversity import distinct_n, edit_distance, greedy_select, self_bleu
 from prefkern.reference.diffusion import (
     ddim_invert_step,
     diffusion_margin,
@@ -23,6 +22,7 @@ from prefkern.reference.diffusion import (
     diffusion_pref_loss,
     x0_regression_loss,
 )
+from prefkern.reference.diversity import distinct_n, edit_distance, greedy_select, self_bleu
 from prefkern.reference.filters import masked_quantile, top_quantile_mask
 from prefkern.reference.gaussian import gp_unique_posterior
 from prefkern.reference.groups import group_normalize, group_reduce, level_pairs
@@ -49,8 +49,8 @@ __all__ = [
     "beta_thompson_topk",
     "conflict_runs",
     "conflict_weights",
-    "decayed_beta_update_",
     "ddim_invert_step",
+    "decayed_beta_update_",
     "diffusion_margin",
     "diffusion_mse",
     "diffusion_pref_loss",

@@ -25,8 +25,8 @@ The floor is the least that an implementation of the same kind has to do, in pla
 from prefkern.bench.workloads.advantages import AdvantagesWorkload
 from prefkern.bench.workloads.base import Errors, Floor, Outputs, OutputsCall, Workload, fastest_read
 from prefkern.bench.workloads.conflicts import ConflictRunsWorkload
-from prefkern.bench.workloads.diversity import EditDistanceWorkload, GreedySelectWorkload, SelfBleuWorkload
 from prefkern.bench.workloads.diffusion import DiffusionPairWorkload
+from prefkern.bench.workloads.diversity import EditDistanceWorkload, GreedySelectWorkload, SelfBleuWorkload
 from prefkern.bench.workloads.filters import TopQuantileWorkload
 from prefkern.bench.workloads.gaussian import CholAppendWorkload, GpPosteriorWorkload
 from prefkern.bench.workloads.groups import GroupReduceWorkload

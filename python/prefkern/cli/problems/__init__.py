@@ -9,9 +9,9 @@ import torch
 from prefkern.cli.problems.advantages import advantage_problems
 from prefkern.cli.problems.base import Problem, on
 from prefkern.cli.problems.conflicts import conflict_problems, filter_problems
+from prefkern.cli.problems.diffusion import diffusion_problems
 from prefkern.cli.problems.diversity import diversity_problems
 from prefkern.cli.problems.gaussian import gaussian_problems
-from prefkern.cli.problems.diffusion import diffusion_problems
 from prefkern.cli.problems.groups import group_problems
 from prefkern.cli.problems.lists import list_problems
 from prefkern.cli.problems.logprobs import logprob_problems
