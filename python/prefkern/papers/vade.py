@@ -4,8 +4,8 @@ r"""VADE: roll out the prompts whose groups will disagree, by Thompson sampling 
 Evidence: part. Equations and update from the authors' page and its figure, with the numbers worked there; code was not seen.
 
 A group of rollouts that all succeed or all fail has no advantage, and teaches nothing. Each of M prompts has counts of
-successes and failures; the belief about its success probability under the current policy is :math:`\mathrm{Beta}(\alpha + 1, \beta + 1)`,
-uniform without evidence. Once per step
+successes and failures; the belief about its success probability under the current policy is
+:math:`\mathrm{Beta}(\alpha + 1, \beta + 1)`, uniform without evidence. Once per step
 
 .. math::
     \tilde p_i \sim \mathrm{Beta}(\alpha_i + 1, \beta_i + 1), \qquad I_i = \tilde p_i (1 - \tilde p_i)^2

@@ -15,6 +15,7 @@ from prefkern.cli.problems.logprobs import logprob_problems
 from prefkern.cli.problems.policy import policy_problems
 from prefkern.cli.problems.preference import preference_problems
 from prefkern.cli.problems.sequence import sequence_problems
+from prefkern.cli.problems.thompson import thompson_problems
 
 __all__ = ["Problem", "all_problems", "on"]
 
@@ -31,5 +32,6 @@ def all_problems(dtype: torch.dtype) -> Iterator[Problem]:
         filter_problems,
         sequence_problems,
         group_problems,
+        thompson_problems,
     ):
         yield from problems(dtype)
