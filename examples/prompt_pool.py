@@ -408,7 +408,7 @@ def tabular_grpo(allocate: Callable[[Tensor, int], Tensor], p: Tensor, sigma: fl
     return accuracy
 
 
-def budget(seeds: int = 3, quick: bool = False) -> Result:
+def budget(seeds: int = 2, quick: bool = False) -> Result:
     prompts, steps = (40, 15) if quick else (200, 100)
     sigmas = (0.0, 0.1, 0.3)
     figure = Figure(figsize=(12, 3.8), layout="constrained")
@@ -442,7 +442,7 @@ def budget(seeds: int = 3, quick: bool = False) -> Result:
         ax.grid(alpha=0.3)
     panels[-1].legend(fontsize=7)
     columns = [
-        "noise of p", "budgets", "U per prompt", "mixed groups", "mean sum of |A|", "largest budget", f"accuracy, {steps} steps"
+        "noise of p", "budgets", "U per prompt", "mixed groups", "mean sum of abs A", "largest budget", f"accuracy, {steps} steps"
     ]  # fmt: skip
     title = f"{prompts} prompts, {EACH} rollouts each on average, {seeds} pools"
     return Result([Rows(title, columns, rows)], figure, numbers)
@@ -521,7 +521,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Which prompts to roll out, and how often, on simulated pools of prompts.")
     add = parser.add_argument
     add("experiment", choices=tuple(EXPERIMENTS))
-    add("--seeds", type=int, metavar="N", help="pools or draws (default 3, 3, 5)")
+    add("--seeds", type=int, metavar="N", help="pools or draws (default 3, 2, 5)")
     add("--quick", action="store_true", help="a small pool and few steps: whether everything runs")
     add("--out", type=Path, metavar="PNG", help="the picture (default prompt_pool_EXPERIMENT.png)")
     add("--json", type=Path, metavar="FILE", help="all numbers")

@@ -88,7 +88,7 @@ def test_vade_beside_the_others_on_a_small_pool(pools):
     found = pools.pool(seeds=2, quick=True).numbers
     assert set(found) == set(pools.SAMPLERS)
     later = {name: pools.mean([s[1] for s in run["silent"]]) for name, run in found.items()}
-    assert later["VADE"] < 0.75 * later["uniform"] and later["oracle"] < 0.1
+    assert later["oracle"] < later["VADE"] < 0.75 * later["uniform"]
     signals = {name: pools.mean([s[1] for s in run["signal"]]) for name, run in found.items()}
     assert signals["VADE"] > 1.2 * signals["DAPO's filter"] and signals["oracle"] > signals["VADE"]
     assert found["DAPO's filter"]["steps"] < found["uniform"]["steps"] == [60, 60]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from prefkern import reference
-from prefkern.bench.peers import Eager, Peer
+from prefkern.bench.peers import Eager, KnapsackMethod, Peer, ThompsonMode
 from prefkern.bench.shapes import Case
 from prefkern.bench.workloads.base import Errors, Floor, Outputs, OutputsCall, Workload, copy_of, errors_against
 
+MODES: dict[str, ThompsonMode] = {"thompson": "thompson", "mean": "mean"}
+METHODS: dict[str, KnapsackMethod] = {"exact": "exact", "greedy": "greedy"}
 MOST_UTILITY = 4 / 27  # of p (1 - p)^2
 CAP = 128
 
@@ -17,7 +19,7 @@ class ThompsonWorkload(Workload):
     """M prompts of 0 to 10 rollouts, of which the best 512, or an eighth of a small pool, are chosen. "mean" is the same
     without random numbers: what it takes more than that is the cost of the draws."""
 
-    variants = ("thompson", "mean")
+    variants = tuple(MODES)
 
     def __init__(self, case: Case, device: str) -> None:
         super().__init__(case, device)
@@ -28,7 +30,7 @@ class ThompsonWorkload(Workload):
         self.k = max(1, min(512, prompts // 8))
 
     def call(self, peer: Peer, variant: str) -> OutputsCall:
-        return lambda: {"utilities": peer.beta_thompson_topk(self.alpha, self.beta, self.k, variant)[1]}
+        return lambda: {"utilities": peer.beta_thompson_topk(self.alpha, self.beta, self.k, MODES[variant])[1]}
 
     def floor(self) -> Floor:
         return copy_of([self.alpha, self.beta])
@@ -45,7 +47,7 @@ class ThompsonWorkload(Workload):
 class KnapsackWorkload(Workload):
     """N prompts that share B rollouts each among them, 2 to 128 for each, worth what V_0 says they are."""
 
-    variants = ("exact", "greedy")
+    variants = tuple(METHODS)
 
     def __init__(self, case: Case, device: str) -> None:
         super().__init__(case, device)
@@ -61,7 +63,7 @@ class KnapsackWorkload(Workload):
         return lambda: {"utility": self._worth(peer, variant)}
 
     def _worth(self, peer: Peer, variant: str) -> torch.Tensor:
-        budgets = peer.knapsack_allocate(self.utilities, self.total, self.b_min, variant)
+        budgets = peer.knapsack_allocate(self.utilities, self.total, self.b_min, METHODS[variant])
         return self.utilities.double().gather(1, (budgets - self.b_min)[:, None]).sum()
 
     def floor(self) -> Floor:

@@ -20,6 +20,7 @@ from prefkern.cli.problems.policy import policy_problems
 from prefkern.cli.problems.preference import preference_problems
 from prefkern.cli.problems.sampling import sampling_problems
 from prefkern.cli.problems.sequence import sequence_problems
+from prefkern.cli.problems.thompson import thompson_problems
 
 __all__ = ["Problem", "all_problems", "on"]
 
@@ -41,5 +42,6 @@ def all_problems(dtype: torch.dtype) -> Iterator[Problem]:
         diversity_problems,
         gaussian_problems,
         meta_problems,
+        thompson_problems,
     ):
         yield from problems(dtype)
