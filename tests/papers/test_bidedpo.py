@@ -49,7 +49,7 @@ def test_numbers():
 def test_a_satisfied_condition_leaves_the_prompt_its_gradient():
     """One pair with the sum of both scores does not."""
     gap = f64(-1.0).requires_grad_()
-    -F.logsigmoid(gap + 12).sum().backward()
+    (-F.logsigmoid(gap + 12).sum()).backward()
     close(gap.grad, [-1.6701421848e-5], 1e-14)
     out, (text, _) = gradients([-1.0], [12.0])
     close(text, [-0.7310551583335])

@@ -368,8 +368,15 @@ def _one_dtype(first: Tensor, *others: Tensor | None) -> Any:
 
 def _memory_order(t: Tensor) -> tuple[int, ...]:
     """The dimensions behind the first as they lie in memory, outermost first."""
-    dims = range(1, t.dim())
-    return tuple(dims) if t.is_contiguous() else tuple(sorted(dims, key=lambda d: -t.stride(d)))
+    if t.is_contiguous():
+        return tuple(range(1, t.dim()))
+    order: list[int] = []
+    for d in range(1, t.dim()):  # sorted() takes no strides that a compiler does not know
+        k = len(order)
+        while k > 0 and t.stride(order[k - 1]) < t.stride(d):
+            k -= 1
+        order.insert(k, d)
+    return tuple(order)
 
 
 def _rows(t: Tensor, order: tuple[int, ...]) -> Tensor:

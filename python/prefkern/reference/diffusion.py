@@ -13,7 +13,7 @@ from prefkern.reference.lists import _softplus
 
 def diffusion_mse(pred: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of each latent [B, ...]: [B]."""
-    return (widen(pred) - widen(target)).square().flatten(1).mean(1)
+    return (widen(pred) - widen(target)).square().reshape(len(pred), -1).mean(1)
 
 
 def diffusion_margin(
@@ -85,7 +85,7 @@ def x0_regression_loss(
     """How far the clean latent that a noise prediction [B, ...] tells of is from a target. Gradient to pred."""
     alpha, sigma = (_over(value, pred) for value in (alpha, sigma))
     y = (widen(x) - sigma * widen(pred)) / alpha - widen(target)
-    losses = (y.square() if loss_type == "l2" else (y.square() + c * c).sqrt() - c).flatten(1).mean(1)
+    losses = (y.square() if loss_type == "l2" else (y.square() + c * c).sqrt() - c).reshape(len(pred), -1).mean(1)
     return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
 
 
