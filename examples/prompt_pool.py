@@ -442,7 +442,8 @@ def budget(seeds: int = 2, quick: bool = False) -> Result:
         ax.grid(alpha=0.3)
     panels[-1].legend(fontsize=7)
     columns = [
-        "noise of p", "budgets", "U per prompt", "mixed groups", "mean sum of abs A", "largest budget", f"accuracy, {steps} steps"
+        "noise of p", "budgets", "U per prompt", "mixed groups", "mean sum of abs A", "largest budget",
+        f"accuracy, {steps} steps",
     ]  # fmt: skip
     title = f"{prompts} prompts, {EACH} rollouts each on average, {seeds} pools"
     return Result([Rows(title, columns, rows)], figure, numbers)
