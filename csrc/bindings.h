@@ -5,10 +5,14 @@
 #include "advantages/bindings.h"
 #include "conflicts/bindings.h"
 #include "core/bindings.h"
+#include "diversity/bindings.h"
+#include "diffusion/bindings.h"
 #include "filters/bindings.h"
+#include "gaussian/bindings.h"
 #include "groups/bindings.h"
 #include "lists/bindings.h"
 #include "logprobs/bindings.h"
+#include "meta/bindings.h"
 #include "policy/bindings.h"
 #include "preference/bindings.h"
 #include "sampling/bindings.h"
@@ -26,8 +30,12 @@ inline void bind_argument_structs(py::module_& m) {
   bind_groups(m);
   bind_conflicts(m);
   bind_filters(m);
+  bind_gaussian(m);
   bind_lists(m);
   bind_sampling(m);
+  bind_diversity(m);
+  bind_meta(m);
+  bind_diffusion(m);
 }
 
 inline void bind_cpu_launchers(py::module_& m) {
@@ -40,8 +48,12 @@ inline void bind_cpu_launchers(py::module_& m) {
   bind_groups_cpu(m);
   bind_conflicts_cpu(m);
   bind_filters_cpu(m);
+  bind_gaussian_cpu(m);
   bind_lists_cpu(m);
   bind_sampling_cpu(m);
+  bind_diversity_cpu(m);
+  bind_meta_cpu(m);
+  bind_diffusion_cpu(m);
 }
 
 inline void bind_cuda_launchers(py::module_& m) {
@@ -53,8 +65,12 @@ inline void bind_cuda_launchers(py::module_& m) {
   bind_groups_cuda(m);
   bind_conflicts_cuda(m);
   bind_filters_cuda(m);
+  bind_gaussian_cuda(m);
   bind_lists_cuda(m);
   bind_sampling_cuda(m);
+  bind_diversity_cuda(m);
+  bind_meta_cuda(m);
+  bind_diffusion_cuda(m);
 }
 
 }  // namespace prefkern

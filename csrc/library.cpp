@@ -4,9 +4,13 @@
 #include "advantages/ops.h"
 #include "groups/ops.h"
 #include "conflicts/ops.h"
+#include "diversity/ops.h"
+#include "diffusion/ops.h"
 #include "filters/ops.h"
+#include "gaussian/ops.h"
 #include "lists/ops.h"
 #include "logprobs/ops.h"
+#include "meta/ops.h"
 #include "policy/ops.h"
 #include "preference/ops.h"
 #include "sampling/ops.h"
@@ -273,7 +277,13 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
   m.def("skew_row_means(Tensor v, Tensor? mask, Tensor? scales, bool normalize, float tau) -> Tensor");
   m.def("preference_rows_backward(Tensor g_loss, Tensor unnormalised, Tensor inverse) -> Tensor");
 
-  // ---- sampling: utility and mode are the enumerations of math/thompson.h, method that of sampling/budget.h. No gradients.
+  // ---- sampling: seed is 64 bits as they are; rows are counted from first_row, elements from first_element. No gradients.
+  m.def(
+      "seeded_normal_combine(Tensor weights, Tensor? add_to, int seed, int n, int first_row, int first_element, float scale) "
+      "-> Tensor");
+  m.def("seeded_normal_combine_(Tensor(a!) x, Tensor weights, int seed, int first_row, int first_element, float scale) -> ()");
+  m.def("seeded_normal_add_(Tensor(a!) x, int seed, int row, int first_element, float mu) -> ()");
+  // utility and mode are the enumerations of math/thompson.h, method that of sampling/budget.h.
   m.def(
       "beta_thompson_topk(Tensor alpha, Tensor beta, Tensor? eligible, int k, int utility, int mode, int seed, int step, "
       "bool with_draws) -> (Tensor, Tensor, Tensor)");
@@ -281,6 +291,60 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
       "decayed_beta_update_(Tensor(a!) alpha, Tensor(b!) beta, Tensor ids, Tensor successes, Tensor n, float lam1, float lam2) "
       "-> ()");
   m.def("knapsack_allocate(Tensor utilities, int surplus, int method) -> Tensor");
+  // ---- diversity: of responses, float64 per prompt, on the CPU alone; sets of candidates that are unlike each other. No gradients.
+  m.def(
+      "self_bleu(Tensor ids, Tensor? mask, Tensor? cu_seqlens, Tensor? cu_prompts, Tensor weights, float smoothing) -> Tensor");
+  m.def("distinct_n(Tensor ids, Tensor? mask, Tensor? cu_seqlens, Tensor? cu_prompts, int n) -> Tensor");
+  m.def("edit_distance(Tensor ids, Tensor? mask, Tensor? cu_seqlens, Tensor? cu_prompts, bool normalize) -> Tensor");
+  m.def("greedy_select(Tensor emb, Tensor type_id, Tensor seeds, Tensor quotas, int size, bool maximum) -> Tensor");
+  // ---- gaussian: kernel is the enumeration of math/gaussian.h. Constants in, constants out. The factor of chol_* is changed in
+  // place; they return the new, or smallest, squared diagonal.
+  m.def(
+      "gp_unique_posterior(Tensor factor, Tensor weights, Tensor unique, Tensor inputs, Tensor? counts, Tensor inverse_length, "
+      "int kernel, float variance) -> (Tensor, Tensor)");
+  m.def("chol_append_(Tensor(a!) factor, Tensor row, int size) -> Tensor");
+  m.def("chol_rank1_(Tensor(a!) factor, Tensor vector, float sigma, int size) -> Tensor");
+  // ---- meta: needs is the bit set of meta/ops.h. lpg_inner_loss results in the loss and the means of its two terms; its backward
+  // is differentiable, by lpg_inner_loss_second, which is not. reverse_gru: states, and what its backward needs of the gates.
+  m.def(
+      "lpg_inner_loss(Tensor probs, Tensor actions, Tensor y, Tensor pi_hat, Tensor y_hat, float alpha, float sign) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "lpg_inner_loss_fwd(Tensor probs, Tensor actions, Tensor y, Tensor pi_hat, Tensor y_hat, float alpha, float sign) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "lpg_inner_loss_backward(Tensor g, Tensor probs, Tensor actions, Tensor y, Tensor pi_hat, Tensor y_hat, float alpha, "
+      "float sign, int needs) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "lpg_inner_loss_second(Tensor? above_probs, Tensor? above_y, Tensor? above_pi_hat, Tensor? above_y_hat, Tensor g, "
+      "Tensor probs, Tensor actions, Tensor y, Tensor pi_hat, Tensor y_hat, float alpha, float sign, int needs) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("reverse_gru(Tensor gates, Tensor? done, Tensor weight, Tensor bias, bool with_grad) -> (Tensor, Tensor)");
+  m.def("reverse_gru_fwd(Tensor gates, Tensor? done, Tensor weight, Tensor bias, bool with_grad) -> (Tensor, Tensor)");
+  m.def(
+      "reverse_gru_backward(Tensor grad, Tensor states, Tensor saved, Tensor? done, Tensor weight, bool needs_weights) "
+      "-> (Tensor, Tensor, Tensor)");
+  // ---- diffusion: latents are [B, D]. kind and reduction are the enumerations of math/diffusion.h; of a pair either both
+  // references are given, or both of their errors; results are (loss, metrics, slopes). Only predictions have a gradient, those of
+  // winner and loser, as `needs` of diffusion/ops.h says, in one tensor. coefficients are float64.
+  m.def(
+      "diffusion_pair_loss(Tensor pred_w, Tensor pred_l, Tensor target, Tensor? target_l, Tensor? ref_w, Tensor? ref_l, "
+      "Tensor? ref_error_w, Tensor? ref_error_l, Tensor? weight, int kind, int reduction, float beta, float factor, "
+      "bool negative) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "diffusion_pair_loss_fwd(Tensor pred_w, Tensor pred_l, Tensor target, Tensor? target_l, Tensor? ref_w, Tensor? ref_l, "
+      "Tensor? ref_error_w, Tensor? ref_error_l, Tensor? weight, int kind, int reduction, float beta, float factor, "
+      "bool negative) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "diffusion_pair_loss_backward(Tensor g_loss, Tensor slopes, Tensor pred_w, Tensor pred_l, Tensor target, "
+      "Tensor? target_l, int reduction, int needs) -> Tensor");
+  m.def("diffusion_mse(Tensor pred, Tensor target) -> Tensor");
+  m.def("x0_loss(Tensor pred, Tensor x, Tensor target, Tensor coefficients, int kind, int reduction, float c) -> Tensor");
+  m.def("x0_loss_fwd(Tensor pred, Tensor x, Tensor target, Tensor coefficients, int kind, int reduction, float c) -> Tensor");
+  m.def(
+      "x0_loss_backward(Tensor g_loss, Tensor pred, Tensor x, Tensor target, Tensor coefficients, int kind, int reduction, "
+      "float c) -> Tensor");
+  m.def("ddim_invert_step(Tensor x, Tensor e1, Tensor? e2, Tensor coefficients) -> Tensor");
 }
 
 #define PK_REGISTER(key)                                                              \
@@ -352,9 +416,34 @@ STABLE_TORCH_LIBRARY(prefkern, m) {
     m.impl("skew_score_fwd", PK_OP(skew_score));                                      \
     m.impl("skew_row_means", PK_OP(skew_row_means));                                  \
     m.impl("preference_rows_backward", PK_OP(preference_rows_backward));              \
+    m.impl("seeded_normal_combine", PK_OP(seeded_normal_combine));                    \
+    m.impl("seeded_normal_combine_", PK_OP(seeded_normal_combine_inplace));           \
+    m.impl("seeded_normal_add_", PK_OP(seeded_normal_add_inplace));                   \
     m.impl("beta_thompson_topk", PK_OP(beta_thompson_topk));                          \
     m.impl("decayed_beta_update_", PK_OP(decayed_beta_update));                       \
     m.impl("knapsack_allocate", PK_OP(knapsack_allocate));                            \
+    m.impl("self_bleu", PK_OP(self_bleu));                                            \
+    m.impl("distinct_n", PK_OP(distinct_n));                                          \
+    m.impl("edit_distance", PK_OP(edit_distance));                                    \
+    m.impl("greedy_select", PK_OP(greedy_select));                                    \
+    m.impl("gp_unique_posterior", PK_OP(gp_unique_posterior));                        \
+    m.impl("chol_append_", PK_OP(chol_append));                                       \
+    m.impl("chol_rank1_", PK_OP(chol_rank1));                                         \
+    m.impl("lpg_inner_loss", PK_OP(lpg_inner_loss));                                  \
+    m.impl("lpg_inner_loss_fwd", PK_OP(lpg_inner_loss));                              \
+    m.impl("lpg_inner_loss_backward", PK_OP(lpg_inner_loss_backward));                \
+    m.impl("lpg_inner_loss_second", PK_OP(lpg_inner_loss_second));                    \
+    m.impl("reverse_gru", PK_OP(reverse_gru));                                        \
+    m.impl("reverse_gru_fwd", PK_OP(reverse_gru));                                    \
+    m.impl("reverse_gru_backward", PK_OP(reverse_gru_backward));                      \
+    m.impl("diffusion_pair_loss", PK_OP(diffusion_pair_loss));                        \
+    m.impl("diffusion_pair_loss_fwd", PK_OP(diffusion_pair_loss));                    \
+    m.impl("diffusion_pair_loss_backward", PK_OP(diffusion_pair_loss_backward));      \
+    m.impl("diffusion_mse", PK_OP(diffusion_mse));                                    \
+    m.impl("x0_loss", PK_OP(x0_loss));                                                \
+    m.impl("x0_loss_fwd", PK_OP(x0_loss));                                            \
+    m.impl("x0_loss_backward", PK_OP(x0_loss_backward));                              \
+    m.impl("ddim_invert_step", PK_OP(ddim_invert_step));                              \
   }
 PK_REGISTER(CPU)
 PK_REGISTER(CUDA)

@@ -105,11 +105,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def(
       "plan_kept",
-      [](int64_t rows, int64_t hidden, int64_t vocab, DType dtype, bool cuda, bool backward, int64_t budget) {
-        return plan_kept({rows, hidden, vocab, dtype, cuda, backward, budget});
+      [](int64_t rows, int64_t hidden, int64_t vocab, DType dtype, bool cuda, bool backward, int64_t budget, bool weight_grad) {
+        return plan_kept({rows, hidden, vocab, dtype, cuda, backward, budget, 0, 0, weight_grad});
       },
       py::arg("rows"), py::arg("hidden"), py::arg("vocab"), py::arg("dtype"), py::arg("cuda"), py::arg("backward"),
-      py::arg("budget_bytes"));
+      py::arg("budget_bytes"), py::arg("weight_grad") = true);
 
   bind_argument_structs(m);
   bind_cpu_launchers(m);

@@ -28,12 +28,12 @@ from typing import Any, ClassVar
 
 import torch
 from matplotlib.figure import Figure
-from prefkern.papers.mmr1 import VasSampler
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from prefkern.papers import v0
+from prefkern.papers.mmr1 import VasSampler
 from prefkern.papers.vade import VadeSampler, select_from_draws
 
 F64 = torch.float64
@@ -442,7 +442,8 @@ def budget(seeds: int = 2, quick: bool = False) -> Result:
         ax.grid(alpha=0.3)
     panels[-1].legend(fontsize=7)
     columns = [
-        "noise of p", "budgets", "U per prompt", "mixed groups", "mean sum of abs A", "largest budget", f"accuracy, {steps} steps"
+        "noise of p", "budgets", "U per prompt", "mixed groups", "mean sum of abs A", "largest budget",
+        f"accuracy, {steps} steps",
     ]  # fmt: skip
     title = f"{prompts} prompts, {EACH} rollouts each on average, {seeds} pools"
     return Result([Rows(title, columns, rows)], figure, numbers)

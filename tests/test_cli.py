@@ -35,6 +35,8 @@ DIFFERENTIABLE = {
     "group_preference_loss",
     *SINGLE_PASS,
     "listwise_loss",
+    "lpg_inner_loss",
+    "reverse_gru_reset",
     "preference_loss",
     "skew_loss",
     "skew_score",
@@ -282,6 +284,10 @@ def test_bench_in_bf16_shows_what_float32_would_take(tmp_path):
         ("top_quantile_mask", "4x32", "fwd", {"trl", "count"}),
         ("sequence_sum", "4x32", "bwd", {"padded", "packed"}),
         ("gae", "4x32", "fwd", {"padded"}),
+        ("seeded_normal_combine", "500x3", "fwd", {"sum"}),
+        ("self_bleu", "3x4x30", "fwd", {"1 to 3"}),
+        ("edit_distance", "2x3x30", "fwd", {"tokens"}),
+        ("greedy_select", "2x24x8", "fwd", {"min", "max"}),
     ],
 )
 def test_bench_of_the_other_ops(tmp_path, op, shape, mode, outputs):
@@ -306,6 +312,8 @@ def test_bench_of_the_other_ops(tmp_path, op, shape, mode, outputs):
         ("group_advantages", "64x8", "python", {"contiguous"}),
         ("conflict_runs", "6x64x500", "python", {"template", "long runs"}),
         ("gae", "4x32", "python", {"padded"}),
+        ("self_bleu", "3x4x30", "python", {"1 to 3"}),
+        ("edit_distance", "2x3x30", "python", {"tokens"}),
         ("top_quantile_mask", "4x32", "torch", {"trl", "count"}),
         ("sequence_sum", "4x32", "torch", {"packed"}),
     ],

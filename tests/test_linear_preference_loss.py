@@ -452,13 +452,14 @@ def test_by_default_a_pair_may_take_four_times_the_budget(monkeypatch, passes):
     hidden, weight, tokens = make(pairs=1, length=17)
     rows = int((tokens["targets"] != -100).sum())
     half = rows // 2
+    monkeypatch.setattr(_single_pass, "_fit_into_gradient", lambda *args: False)
     for fits, logits in ((rows, rows), (-(-rows // 4), rows), ((rows - 1) // 4, rows + half)):
-        monkeypatch.setattr(_single_pass, "rows_that_fit", lambda *args, fits=fits: fits)
+        monkeypatch.setattr(_single_pass, "_planned_rows", lambda *args, fits=fits: fits)
         before = passes.logits
         compare(hidden, weight, **tokens)
         assert passes.logits - before == logits
     before = passes.logits
-    monkeypatch.setattr(_single_pass, "rows_that_fit", lambda *args: -(-rows // 2))
+    monkeypatch.setattr(_single_pass, "_planned_rows", lambda *args: -(-rows // 2))
     compare(hidden, weight, chunk_bytes=1, **tokens)
     assert passes.logits - before == rows + half
 
@@ -706,6 +707,21 @@ def test_plan():
     assert prefkern._C.plan_kept(10_000, 64, 1000, prefkern._C.DType.float32, False, True, 1).row_chunk == 1
     assert prefkern._C.plan_kept(7, 64, 1000, prefkern._C.DType.float32, True, True, 0).row_chunk == 7
     assert prefkern._C.plan_kept(7, 64, 1000, prefkern._C.DType.float32, True, True, 0).vocab_block == 1000
+
+
+def test_plan_of_a_frozen_head():
+    """Logits that stay in a cache, but rows enough for a GEMM."""
+
+    def rows(vocab, **options):
+        return prefkern._C.plan_kept(10_000, 64, vocab, prefkern._C.DType.float32, False, True, 0, **options).row_chunk
+
+    assert (
+        rows(32_000, weight_grad=False)
+        == (24 << 20) // (4 * (32_000 + 2 * 64))
+        < rows(32_000)
+        == (128 << 20) // (4 * (32_000 + 2 * 64))
+    )
+    assert rows(151_936, weight_grad=False) == 128 < rows(151_936)
 
 
 # ------------------------------------------------------------------------------------------------------------- bad input

@@ -522,3 +522,25 @@ def test_importance_weights_of_numpy_arrays(name):
     getattr(_C, "cpu_off_policy_mask" + suffix)(o)
     mean = ((rollout.astype(np.float64) - old) * mask).sum(1) / mask.sum(1)
     assert keep.tolist() == [int(a >= 0 or m <= 0.01) for a, m in zip(advantages, mean, strict=True)]
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_seeded_normal_of_raw_pointers(name):
+    """A part that begins and ends within a vector's tile, in place; and the words."""
+    suffix, real = ("64", torch.float64) if name == "float64" else ("", torch.float32)
+    x, weights = torch.randn(1001).to(TYPES[name][1]), torch.randn(3, dtype=real)
+    exact = reference.seeded_normal_combine(42, weights, scale=0.5, add_to=x, first_row=7, element_offset=4 * 2**32 - 333)
+    a = getattr(_C, "NormalArgs" + suffix)()
+    a.seed, a.first_row, a.rows, a.scale, a.first_element = 42, 7, 3, 0.5, 4 * 2**32 - 333
+    a.count, a.dtype, a.weights, a.add_to, a.out = 1001, TYPES[name][0], address(weights), address(x), address(x)
+    getattr(_C, "cpu_seeded_normal" + suffix)(a)
+    step = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}[name]
+    torch.testing.assert_close(x.double(), exact, rtol=step, atol=1e-12 if name == "float64" else 3e-6)
+    words = torch.zeros(50, 4, dtype=torch.int32)
+    p = _C.PhiloxArgs()
+    p.seed, p.row, p.first_block, p.blocks, p.words = 42, 2, 1, 50, address(words)
+    _C.cpu_philox_words(p)
+    blocks = torch.arange(1, 51)
+    zero = torch.zeros_like(blocks)
+    expected = torch.stack(reference.philox_words(42, blocks, zero, zero + 2, zero), 1)
+    assert torch.equal(words.long() & 0xFFFFFFFF, expected)

@@ -16,8 +16,10 @@ constexpr int64_t kCpuLogits = int64_t(4) << 20;  // of the budget, for the bloc
 constexpr int64_t kCpuRows = 2048, kCudaRows = 4096;
 constexpr int64_t kCpuMinColumns = 512, kCudaMinColumns = 2048;
 // Kept logits: every chunk adds its share to the weight's gradient, V x H of it, which many rows make up for. On CUDA a
-// launch over all columns is best.
+// launch over all columns is best. Without that gradient logits stay in the last-level cache of the CPU, unless rows get too few for
+// a GEMM, which packs the weight once per chunk; and memory of that size an allocator uses again instead of asking for new pages.
 constexpr int64_t kCpuKept = int64_t(128) << 20, kCudaKept = int64_t(1) << 30;
+constexpr int64_t kCpuKeptFrozen = int64_t(24) << 20, kCpuKeptRows = 128;
 constexpr int64_t kColumnMultiple = 64, kMinColumns = 64;
 // A thread's block of logits in a fused forward: a slice of the weight is packed once for so many rows, and rows are folded while
 // they are in the L2 cache.
@@ -113,7 +115,8 @@ ChunkPlan plan_kept(const PlanRequest& r) {
   // row of the weight and the accumulator of its gradient.
   const int64_t per_row = r.vocab * acc + r.hidden * (own + (widen ? 4 : 0) + (r.backward ? acc : 0));
   const int64_t budget = r.budget_bytes > 0 ? r.budget_bytes : r.cuda ? kCudaKept : kCpuKept;
-  const int64_t rows = std::clamp<int64_t>(budget / per_row, 1, r.rows);
+  int64_t rows = std::clamp<int64_t>(budget / per_row, 1, r.rows);
+  if (!r.cuda && !r.weight_grad && r.budget_bytes <= 0) rows = std::min(rows, std::max(kCpuKeptRows, kCpuKeptFrozen / per_row));
   const int64_t cols = kept_block(rows, r.vocab, r.dtype, r.cuda);
   const int64_t per_column = (widen ? 4 * r.hidden : 0) + (on_cpu && r.backward ? 4 * r.hidden : 0);
   return {rows, cols, rows * per_row + cols * per_column};

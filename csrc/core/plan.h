@@ -18,6 +18,7 @@ struct PlanRequest {
   int64_t budget_bytes = 0;  // 0: the default of the device kind
   int64_t logit_bytes = 0;   // of one logit of a block; 0: those of the accumulator
   int64_t fused_threads = 0; // of a fused forward on the CPU, if it may be one and the budget is large enough; 0: it may not
+  bool weight_grad = true;   // of kept logits: whether each chunk adds to a gradient of the weight
 };
 
 // A fused forward cuts the vocabulary into spans, which depend on its size alone, and holds the states of at most so many rows, one

@@ -1,4 +1,4 @@
-// Vectors of double beside simd.h's vectors of float: loads and stores of some lanes, sums across lanes.
+// Vectors of double beside simd.h's vectors of float: loads and stores of some lanes, sums across lanes, an exponential.
 #pragma once
 #include "core/simd.h"
 
@@ -91,6 +91,29 @@ PK_HD void store_sizes(int64_t* p, int64_t size, int64_t n) {
 PK_HD double sum_lanes(VecD v) { return v[0] + v[1]; }
 PK_HD VecD sum_each(const VecD* v) { return VecD{v[0][0] + v[0][1], v[1][0] + v[1][1]}; }
 #endif
+
+// e^x for x <= 700 to about 1 ulp; exactly 0 below -708, where it would leave the normal range; NaN for NaN. x = n ln2 + f with
+// ln2 in two parts, of which n times the first is exact, and the Taylor series of e^f to degree 13 on [-ln2/2, ln2/2].
+typedef int64_t VecL __attribute__((vector_size(kWide * 8)));
+PK_HD double vexp_falling(double x) { return x < -708 ? 0.0 : vexp(x); }
+PK_HD VecD vexp_falling(VecD x) {
+  constexpr double log2_e = 0x1.71547652b82fep+0, ln2_high = 0x1.62e42feep-1, ln2_low = 0x1.a39ef35793c76p-33;
+  constexpr double inverse_factorial[] = {1.0 / 2,       1.0 / 6,        1.0 / 24,        1.0 / 120,
+                                          1.0 / 720,     1.0 / 5040,     1.0 / 40320,     1.0 / 362880,
+                                          1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+  const VecD bounded = x < -708 ? splat_wide(-709.0) : x;
+  const VecD shifted = bounded * log2_e + (0x1.8p52 + 1023), n = shifted - (0x1.8p52 + 1023);
+  const VecD f = (bounded - n * ln2_high) - n * ln2_low;
+  VecD series = splat_wide(inverse_factorial[11]);
+#pragma GCC unroll 12
+  for (int k = 10; k >= 0; k--) series = series * f + inverse_factorial[k];
+  VecL bits;
+  __builtin_memcpy(&bits, &shifted, sizeof bits);  // n + 1023 in the low ones
+  const VecL power_bits = bits << 52;
+  VecD power;
+  __builtin_memcpy(&power, &power_bits, sizeof power);
+  return (f * f * series + f) * power + power;
+}
 
 }  // namespace PK_ISA
 }  // namespace prefkern

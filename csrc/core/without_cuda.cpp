@@ -8,7 +8,12 @@
 #include "conflicts/runs.h"
 #include "core/cuda_runtime.h"
 #include "core/gemm_bounded.h"
+#include "diversity/greedy_select.h"
+#include "diffusion/clean_latents.h"
+#include "diffusion/pair_errors.h"
 #include "filters/select.h"
+#include "gaussian/chol.h"
+#include "gaussian/gp_posterior.h"
 #include "groups/group_folds.h"
 #include "groups/pair_walk.h"
 #include "logprobs/active_rows.h"
@@ -26,7 +31,10 @@
 #include "lists/listwise.h"
 #include "lists/row_loss.h"
 #include "lists/skew.h"
+#include "sampling/seeded_normal.h"
 #include "sampling/beta_thompson.h"
+#include "meta/gru.h"
+#include "meta/inner_loss.h"
 #include "sequence/returns.h"
 #include "sequence/sequence_sums.h"
 
@@ -63,6 +71,9 @@ int cuda_first_divergence(const DivergenceArgs<int64_t>&, void*) { return kBuilt
 int cuda_quantile(const SelectArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_keep_largest(const SelectArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_keep_from(const SelectArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_gp_posterior(const GpPosteriorArgs&, void*) { return kBuiltWithoutCuda; }
+int cuda_chol_append(const CholArgs&, void*) { return kBuiltWithoutCuda; }
+int cuda_chol_rank1(const CholArgs&, void*) { return kBuiltWithoutCuda; }
 int cuda_batch_moments(const MomentsArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_merge_moments(const MergeArgs&, void*) { return kBuiltWithoutCuda; }
 int cuda_batch_normalize(const BatchNormalizeArgs<float>&, void*) { return kBuiltWithoutCuda; }
@@ -79,6 +90,8 @@ int cuda_pool(const PoolArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_pool_backward(const PoolArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_returns(const ReturnsArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_segmented_returns(const SegmentedArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_seeded_normal(const NormalArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_philox_words(const PhiloxArgs&, void*) { return kBuiltWithoutCuda; }
 int cuda_group_reduce(const GroupReduceArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_group_normalize(const NormalizeArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_group_normalize_backward(const NormalizeGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
@@ -93,5 +106,17 @@ int cuda_skew_means(const SkewMeansArgs<float>&, void*) { return kBuiltWithoutCu
 int cuda_row_gradient(const RowGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_beta_thompson(const ThompsonArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_beta_update(const BetaUpdateArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_greedy_select(const GreedyArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_lpg_loss(const LpgArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_lpg_gradients(const LpgArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_lpg_second(const LpgArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_gru_forward_step(const GruArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_gru_backward_step(const GruArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_column_sums(const ColumnSumArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_diffusion_pairs(const DiffusionPairArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_diffusion_pairs_backward(const DiffusionGradArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_x0_loss(const X0LossArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_x0_loss_backward(const X0GradArgs<float>&, void*) { return kBuiltWithoutCuda; }
+int cuda_latent_step(const LatentStepArgs&, void*) { return kBuiltWithoutCuda; }
 }  // namespace prefkern
 #endif

@@ -5,8 +5,24 @@
 #include "core/bindings.h"
 #include "sampling/beta_thompson.h"
 #include "sampling/budget.h"
+#include "sampling/seeded_normal.h"
 
 namespace prefkern {
+
+template <class S> void bind_normal_structs(py::module_& m, const std::string& suffix) {
+  using Args = NormalArgs<S>;
+  Struct<Args> s(m, "NormalArgs" + suffix);
+  s.member("seed", &Args::seed)
+      .member("first_row", &Args::first_row)
+      .member("rows", &Args::rows)
+      .member("scale", &Args::scale)
+      .member("first_element", &Args::first_element)
+      .member("count", &Args::count)
+      .member("dtype", &Args::dtype);
+  s.member("weights", &Args::weights);
+  s.member("add_to", &Args::add_to);
+  s.member("out", &Args::out);
+}
 
 template <class S> void bind_thompson_structs(py::module_& m, const std::string& suffix) {
   using Args = ThompsonArgs<S>;
@@ -26,6 +42,14 @@ template <class S> void bind_thompson_structs(py::module_& m, const std::string&
 }
 
 inline void bind_sampling(py::module_& m) {
+  bind_normal_structs<float>(m, "");
+  bind_normal_structs<double>(m, "64");
+  Struct<PhiloxArgs> p(m, "PhiloxArgs");
+  p.member("seed", &PhiloxArgs::seed)
+      .member("row", &PhiloxArgs::row)
+      .member("first_block", &PhiloxArgs::first_block)
+      .member("blocks", &PhiloxArgs::blocks);
+  p.member("words", &PhiloxArgs::words);
   py::enum_<ThompsonUtility>(m, "ThompsonUtility").value("p1mp2", ThompsonUtility::p1mp2).value("p1mp", ThompsonUtility::p1mp);
   py::enum_<ThompsonMode>(m, "ThompsonMode").value("thompson", ThompsonMode::thompson).value("mean", ThompsonMode::mean);
   py::enum_<BudgetMethod>(m, "BudgetMethod").value("exact", BudgetMethod::exact).value("greedy", BudgetMethod::greedy);
@@ -37,6 +61,9 @@ inline void bind_sampling(py::module_& m) {
 }
 
 inline void bind_sampling_cpu(py::module_& m) {
+  bind_cpu<void, NormalArgs<float>>(m, "cpu_seeded_normal", &cpu_seeded_normal);
+  bind_cpu<void, NormalArgs<double>>(m, "cpu_seeded_normal64", &cpu_seeded_normal);
+  bind_cpu<void, PhiloxArgs>(m, "cpu_philox_words", &cpu_philox_words);
   bind_cpu<void, ThompsonArgs<float>>(m, "cpu_beta_thompson", &cpu_beta_thompson);
   bind_cpu<void, ThompsonArgs<double>>(m, "cpu_beta_thompson64", &cpu_beta_thompson);
   bind_cpu<void, BetaUpdateArgs<float>>(m, "cpu_beta_update", &cpu_beta_update);
@@ -45,6 +72,8 @@ inline void bind_sampling_cpu(py::module_& m) {
 }
 
 inline void bind_sampling_cuda(py::module_& m) {
+  bind_cuda(m, "cuda_seeded_normal", &cuda_seeded_normal);
+  bind_cuda(m, "cuda_philox_words", &cuda_philox_words);
   bind_cuda(m, "cuda_beta_thompson", &cuda_beta_thompson);
   bind_cuda(m, "cuda_beta_update", &cuda_beta_update);
 }

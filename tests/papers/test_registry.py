@@ -13,11 +13,12 @@ from prefkern.cli import app
 from prefkern.papers import EVIDENCE, NAMES, Rollout, load_pair_recipe, load_recipe, module, pair_recipes, recipes, take_rows
 
 WORDS = {
-    "apo_accel": "paper", "cgpo": "paper", "copg": "paper", "curry_dpo": "paper", "dagrpo": "inferred", "dno": "paper",
-    "dpo_survey": "part", "etr": "inferred", "gcpo": "part", "gepo": "part", "lcpo": "paper", "lipo": "paper",
-    "lire": "paper", "mo_grpo": "part", "more_is_less": "part", "mpo_mixed": "paper", "otc": "paper",
-    "plackett_luce": "paper", "r_dpo": "paper", "reg_grpo": "paper", "rrhf": "paper", "soft_preference": "paper",
-    "spo_self": "inferred", "tpo_tree": "paper", "tppo": "part", "vpo": "paper",
+    "apo_accel": "paper", "bidedpo": "part", "cgpo": "paper", "copg": "paper", "curry_dpo": "paper",
+    "dagrpo": "inferred", "dno": "paper", "dpo_survey": "part", "etr": "inferred", "gcpo": "part", "gepo": "part",
+    "gp_mini": "part", "image_cot_rl": "part", "lcpo": "paper", "lipo": "paper", "lire": "paper", "mo_grpo": "part",
+    "more_is_less": "part", "mpo_mixed": "paper", "otc": "paper", "plackett_luce": "paper", "r_dpo": "paper",
+    "reg_grpo": "paper", "rrhf": "paper", "soft_preference": "paper", "spo_self": "inferred", "tpo_tree": "paper",
+    "tppo": "part", "ultragen": "part", "v0": "part", "vade": "part", "vpo": "paper",
 }  # fmt: skip
 
 

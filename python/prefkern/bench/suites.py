@@ -109,19 +109,29 @@ def _small(size: str, device: str) -> list[Part]:
         against = (*SMALL_PEERS, "python") if count <= 10000 and device == "cpu" else SMALL_PEERS
         variants = ("contiguous", "shuffled") if size == "default" else None
         parts.append(Part(Case("group_advantages", (count, 8), "fp32", "fwd"), against, variants))
-    # Of eager PyTorch, gae loops over the columns; python loops over the tokens.
+    # Of eager PyTorch, gae and reverse_gru_reset loop over the columns; python loops over the tokens.
     others: dict[str, tuple[Shape, str]] = {
         "conflict_runs": ((8, 64, 2000) if quick else (8, 1024, 128256), "fwd"),
         "group_reduce": ((800, 8) if quick else (100000, 8), "bwd"),
         "preference_loss": ((64,) if quick else (65536,), "bwd"),
         "listwise_loss": ((16, 8) if quick else (4096, 64), "bwd"),
+        "diffusion_pref_loss": ((2, 4, 8, 8) if quick else (8, 4, 128, 128), "bwd"),
         "top_quantile_mask": ((8, 64) if quick else (64, 4096), "fwd"),
         "sequence_sum": ((8, 64) if quick else (64, 4096), "bwd"),
         "gae": ((8, 64) if quick else (64, 4096), "fwd"),
+        "seeded_normal_combine": ((1000, 3) if quick else (10_000_000, 8), "fwd"),
         "beta_thompson_topk": ((4096,) if quick else (1000000,), "fwd"),
         "knapsack_allocate": ((12, 6) if quick else (200, 8), "fwd"),
+        "greedy_select": ((2, 20, 8) if quick else (8, 1024, 768), "fwd"),
+        "gp_unique_posterior": ((20, 50, 2) if quick else (256, 10000, 2), "fwd"),
+        "chol_append": ((20,) if quick else (256,), "fwd"),
+        "lpg_inner_loss": ((64, 3, 4) if quick else (81920, 8, 8), "bwd"),
+        "reverse_gru_reset": ((8, 4, 16) if quick else (256, 20, 256), "bwd"),
     }
     peers = ("eager", "torch", "python") if device == "cpu" else ("eager", "torch")
+    if device == "cpu":  # where alone there are kernels for it
+        others["self_bleu"] = ((2, 3, 20) if quick else (32, 8, 512), "fwd")
+        others["edit_distance"] = ((2, 3, 20) if quick else (8, 8, 256), "fwd")
     parts += [Part(Case(op, shape, "fp32", mode), peers) for op, (shape, mode) in others.items()]
     return parts if quick else [*parts, Part(Case("overhead", (), "fp32", "fwd"), default_peers("overhead"))]
 

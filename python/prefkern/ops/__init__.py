@@ -14,18 +14,33 @@ from .advantages import (
 )
 from .budget import knapsack_allocate
 from .conflicts import conflict_runs, conflict_weights, first_divergence
+from .diffusion import (
+    alb_combine,
+    ddim_coefficients,
+    ddim_invert_step,
+    diffusion_margin,
+    diffusion_mse,
+    diffusion_pref_loss,
+    diffusion_pref_loss_stacked,
+    x0_regression_loss,
+)
+from .diversity import distinct_n, edit_distance, greedy_select, self_bleu
 from .filters import masked_quantile, top_quantile_mask
+from .gaussian import GpPosterior, chol_append, chol_rank1, gp_unique_posterior
 from .groups import group_normalize, group_reduce, level_pairs
 from .linear_policy import linear_policy_loss
 from .linear_preference import linear_preference_loss
 from .linear_unpaired import linear_unpaired_loss
 from .lists import group_preference_loss, listwise_loss, skew_loss, skew_row_means, skew_score
 from .logprobs import linear_logprobs, logits_logprobs, plan_backward, plan_chunks
+from .meta import lpg_inner_loss, reverse_gru_reset
 from .policy import importance_weights, kl_penalty, masked_aggregate, off_policy_mask, policy_loss
 from .preference import label_posterior, preference_loss, unpaired_loss
+from .seeded_normal import seeded_normal, seeded_normal_add_, seeded_normal_combine, seeded_normal_combine_
 from .sequence import discounted_returns, gae, masked_mean_pool, segmented_returns, sequence_mean, sequence_sum, step_mean
 from .thompson import ThompsonTopk, beta_thompson_topk, decayed_beta_update_
 from .types import (
+    BalancedLoss,
     ConflictRuns,
     GaeOutput,
     GroupAdvantages,
@@ -39,8 +54,10 @@ from .types import (
 
 __all__ = [
     "BackwardPlan",
+    "BalancedLoss",
     "ConflictRuns",
     "GaeOutput",
+    "GpPosterior",
     "GroupAdvantages",
     "LevelPairs",
     "LinearLogprobs",
@@ -49,15 +66,28 @@ __all__ = [
     "QuestionWeights",
     "StepMeans",
     "ThompsonTopk",
+    "alb_combine",
     "batch_moments",
     "batch_normalize",
     "beta_thompson_topk",
+    "chol_append",
+    "chol_rank1",
     "conflict_runs",
     "conflict_weights",
+    "ddim_coefficients",
+    "ddim_invert_step",
     "decayed_beta_update_",
+    "diffusion_margin",
+    "diffusion_mse",
+    "diffusion_pref_loss",
+    "diffusion_pref_loss_stacked",
     "discounted_returns",
+    "distinct_n",
+    "edit_distance",
     "first_divergence",
     "gae",
+    "gp_unique_posterior",
+    "greedy_select",
     "group_advantages",
     "group_normalize",
     "group_preference_loss",
@@ -73,6 +103,7 @@ __all__ = [
     "linear_unpaired_loss",
     "listwise_loss",
     "logits_logprobs",
+    "lpg_inner_loss",
     "masked_aggregate",
     "masked_mean_pool",
     "masked_quantile",
@@ -84,7 +115,13 @@ __all__ = [
     "policy_loss",
     "preference_loss",
     "question_weights",
+    "reverse_gru_reset",
+    "seeded_normal",
+    "seeded_normal_add_",
+    "seeded_normal_combine",
+    "seeded_normal_combine_",
     "segmented_returns",
+    "self_bleu",
     "sequence_mean",
     "sequence_sum",
     "set_validation",
@@ -96,4 +133,5 @@ __all__ = [
     "unpaired_loss",
     "validation",
     "whiten",
+    "x0_regression_loss",
 ]

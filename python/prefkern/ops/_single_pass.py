@@ -151,15 +151,19 @@ def _end_of(memory: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
     return memory.view(-1).view(torch.uint8)[-elements * dtype.itemsize :].view(dtype)
 
 
+def _planned_rows(head: Head, rows: int, chunk_bytes: int, weight_grad: bool) -> int:
+    hidden, weight = head.hidden, head.weight
+    shape = (rows, hidden.shape[1], weight.shape[0], _DTYPES[hidden.dtype], hidden.is_cuda, True, chunk_bytes)
+    return int(_C.plan_kept(*shape, weight_grad=weight_grad).row_chunk)
+
+
 def rows_that_fit(head: Head, rows: int, chunk_bytes: int, needs: int) -> int:
     """How many of these rows a chunk should have at most."""
-    hidden, weight = head.hidden, head.weight
     if rows == 0:
         return 1
-    if not chunk_bytes and _fit_into_gradient(head, rows, needs, hidden.dtype == torch.float16):
+    if not chunk_bytes and _fit_into_gradient(head, rows, needs, head.hidden.dtype == torch.float16):
         return rows
-    plan = _C.plan_kept(rows, hidden.shape[1], weight.shape[0], _DTYPES[hidden.dtype], hidden.is_cuda, True, chunk_bytes)
-    return int(plan.row_chunk)
+    return _planned_rows(head, rows, chunk_bytes, bool(needs & _GRAD_WEIGHT))
 
 
 # What has to stay together may take this many times the default budget before its logits are computed twice.
@@ -168,7 +172,10 @@ _STRETCH = 4
 
 def rows_at_once(head: Head, rows: int, chunk_bytes: int, needs: int) -> int:
     """How many rows a chunk that cannot be cut may have before it goes through the head in pieces."""
-    return rows_that_fit(head, rows, chunk_bytes, needs) * (1 if chunk_bytes else _STRETCH)
+    if rows == 0:
+        return 1
+    fit = rows_that_fit(head, rows, chunk_bytes, needs)
+    return fit if chunk_bytes else max(fit, _STRETCH * _planned_rows(head, rows, 0, True))
 
 
 def share_out(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:

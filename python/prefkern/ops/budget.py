@@ -24,8 +24,8 @@ def knapsack_allocate(utilities: Tensor, total: int, *, b_min: int = 0, method: 
             ``total - budgets.sum()``.
         b_min: what everybody gets.
         method: ``"exact"``: a dynamic programme, O(n S K) time and O(n S) memory for a surplus S = total - n b_min; of equal
-            sums the one that gives less to the later prompt. ``"greedy"``: one at a time to the prompt that gains most by
-            it, the first of equal ones, while somebody gains; where U is not concave that can be far from the most.
+            sums the one that gives less to the later prompt. ``"greedy"``: one at a time to the prompt that gains most by it,
+            the first of equal ones, while somebody gains; where U is not concave that can be far from the most.
 
     Returns:
         int64 ``[n]``.

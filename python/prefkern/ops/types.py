@@ -114,3 +114,12 @@ class ConflictRuns(NamedTuple):
     """Tokens from the last back."""
     length: Tensor
     """How many tokens of the row count."""
+
+
+class BalancedLoss(NamedTuple):
+    """Several losses made one."""
+
+    loss: Tensor
+    """0-d."""
+    weights: Tensor
+    """Of each of them; they add up to 1. Not differentiable."""

@@ -15,12 +15,23 @@ from prefkern.reference.advantages import (
 )
 from prefkern.reference.budget import knapsack_allocate
 from prefkern.reference.conflicts import conflict_runs, conflict_weights, first_divergence
+from prefkern.reference.diffusion import (
+    ddim_invert_step,
+    diffusion_margin,
+    diffusion_mse,
+    diffusion_pref_loss,
+    x0_regression_loss,
+)
+from prefkern.reference.diversity import distinct_n, edit_distance, greedy_select, self_bleu
 from prefkern.reference.filters import masked_quantile, top_quantile_mask
+from prefkern.reference.gaussian import gp_unique_posterior
 from prefkern.reference.groups import group_normalize, group_reduce, level_pairs
 from prefkern.reference.lists import group_preference_loss, listwise_loss, skew_loss, skew_row_means, skew_score
 from prefkern.reference.logprobs import linear_logprobs, logits_logprobs
+from prefkern.reference.meta import lpg_inner_loss, reverse_gru_reset
 from prefkern.reference.policy import importance_weights, kl_penalty, masked_aggregate, off_policy_mask, policy_loss
 from prefkern.reference.preference import label_posterior, preference_loss, unpaired_loss
+from prefkern.reference.seeded_normal import philox_words, seeded_normal, seeded_normal_combine
 from prefkern.reference.sequence import (
     discounted_returns,
     gae,
@@ -38,10 +49,18 @@ __all__ = [
     "beta_thompson_topk",
     "conflict_runs",
     "conflict_weights",
+    "ddim_invert_step",
     "decayed_beta_update_",
+    "diffusion_margin",
+    "diffusion_mse",
+    "diffusion_pref_loss",
     "discounted_returns",
+    "distinct_n",
+    "edit_distance",
     "first_divergence",
     "gae",
+    "gp_unique_posterior",
+    "greedy_select",
     "group_advantages",
     "group_normalize",
     "group_preference_loss",
@@ -54,16 +73,22 @@ __all__ = [
     "linear_logprobs",
     "listwise_loss",
     "logits_logprobs",
+    "lpg_inner_loss",
     "masked_aggregate",
     "masked_mean_pool",
     "masked_quantile",
     "merge_moments",
     "off_policy_mask",
     "pair_masked_advantages",
+    "philox_words",
     "policy_loss",
     "preference_loss",
     "question_weights",
+    "reverse_gru_reset",
+    "seeded_normal",
+    "seeded_normal_combine",
     "segmented_returns",
+    "self_bleu",
     "sequence_mean",
     "sequence_sum",
     "skew_loss",
@@ -73,4 +98,5 @@ __all__ = [
     "top_quantile_mask",
     "unpaired_loss",
     "whiten",
+    "x0_regression_loss",
 ]

@@ -11,14 +11,22 @@ library has no such op. Every method takes and returns tensors and is differenti
     policy_loss(logp, old_logp, advantages, mask, ref_logp, entropy, objective)   -> loss and metrics; [B, T], advantages [B]
     preference_loss(chosen [P], rejected [P], refs, lengths, objective)     -> loss and metrics
     listwise_loss(scores [B, K], labels [B, K], objective)                  -> loss
+    diffusion_pref_loss(pred_w, pred_l, target, ref_w, ref_l)               -> loss and metrics; [B, ...] each
     linear_policy_loss(hidden [B, T, H], weight, targets, old_logp, ref_logp, advantages [B], token_weight, objective) -> loss
     linear_preference_loss(hidden [2P, T, H], weight, targets, ref_logp, objective)        -> loss
     linear_unpaired_loss(hidden [B, T, H], weight, targets, ref_logp, desirable [B])       -> KTO's loss
     top_quantile_mask(values [B, T], mask, rule)                            -> bool [B, T]
     sequence_sum(values [B, T] or [N], mask, cu_seqlens)                    -> [B]
     gae(rewards [B, T], values [B, T], mask)                                -> advantages, returns
+    seeded_normal_combine(seed, weights [M], n)                             -> [n]; numbers of whatever generator
     beta_thompson_topk(alpha [M], beta [M], k, mode)                        -> ids [k], utilities [k]
     knapsack_allocate(utilities [n, K], total, b_min, method)               -> budgets [n]
+    self_bleu(ids [N], cu_seqlens, cu_prompts), edit_distance(...)          -> [P]
+    greedy_select(emb [Q, K, D], types [Q, K], seeds [Q], quotas, reduce)   -> chosen [Q, S]
+    gp_unique_posterior(L [q, q], a [q], U [q, d], X [M, d], kernel, length) -> mean [M], var [M]
+    chol_append(factor [q + 1, q + 1], row [q + 1], matrix)                 -> the last row of the factor of the matrix
+    lpg_inner_loss(actions [N], probs [N, A], y [N, W], pi_hat [N], y_hat [N, W])           -> loss
+    reverse_gru_reset(x [B, T, I], done, weight_ih, weight_hh, bias_ih, bias_n)             -> states [B, T, H]
 
 `size` is the size of the groups when they lie one behind the other, None when they do not. `estimator` and `objective`
 are names from `ESTIMATORS`, `OBJECTIVES` and, for pairs and lists, `PAIR_OBJECTIVES` and `LIST_OBJECTIVES`; for losses from
@@ -40,6 +48,7 @@ from prefkern.bench.peers.base import (
     OBJECTIVES,
     PAIR_OBJECTIVES,
     Estimator,
+    GpKernelName,
     HeadObjective,
     KnapsackMethod,
     Logprobs,
@@ -106,6 +115,7 @@ __all__ = [
     "Compile",
     "Eager",
     "Estimator",
+    "GpKernelName",
     "HeadObjective",
     "KnapsackMethod",
     "Liger",

@@ -12,6 +12,7 @@ VIRTUAL_REWARD = 1.0  # of the one virtual sample of "ngrpo"
 GAMMA, LAMBDA = 0.99, 0.95  # of gae
 TOP_FRACTION = 0.2  # of top_quantile_mask
 BETA = 0.04  # of the policy loss with a KL term
+DIFFUSION_BETA = 2000.0  # of the loss of pairs of latents
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ Reduction = Literal["sum", "logsumexp"]
 Rule = Literal["trl", "count"]
 ThompsonMode = Literal["thompson", "mean"]
 KnapsackMethod = Literal["exact", "greedy"]
+GpKernelName = Literal["rbf", "matern52"]
 
 
 class Unavailable(Exception):
@@ -156,6 +158,11 @@ class Peer:
     ) -> LossAndMetrics:
         raise Unavailable("has no such op")
 
+    def diffusion_pref_loss(
+        self, pred_w: Tensor, pred_l: Tensor, target: Tensor, ref_w: Tensor, ref_l: Tensor
+    ) -> LossAndMetrics:
+        raise Unavailable("has no such op")
+
     def listwise_loss(self, scores: Tensor, labels: Tensor, objective: str) -> Tensor:
         raise Unavailable("has no such op")
 
@@ -191,8 +198,36 @@ class Peer:
     def gae(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         raise Unavailable("has no such op")
 
+    def seeded_normal_combine(self, seed: int, weights: Tensor, n: int) -> Tensor:
+        raise Unavailable("has no such op")
+
     def beta_thompson_topk(self, alpha: Tensor, beta: Tensor, k: int, mode: ThompsonMode) -> tuple[Tensor, Tensor]:
         raise Unavailable("has no such op")
 
     def knapsack_allocate(self, utilities: Tensor, total: int, b_min: int, method: KnapsackMethod) -> Tensor:
+        raise Unavailable("has no such op")
+
+    def self_bleu(self, ids: Tensor, cu_seqlens: Tensor, cu_prompts: Tensor) -> Tensor:
+        raise Unavailable("has no such op")
+
+    def edit_distance(self, ids: Tensor, cu_seqlens: Tensor, cu_prompts: Tensor) -> Tensor:
+        raise Unavailable("has no such op")
+
+    def greedy_select(self, emb: Tensor, types: Tensor, seeds: Tensor, quotas: tuple[int, ...], reduce: str) -> Tensor:
+        raise Unavailable("has no such op")
+
+    def gp_unique_posterior(
+        self, L: Tensor, a: Tensor, U: Tensor, X: Tensor, kernel: GpKernelName, length: float
+    ) -> tuple[Tensor, Tensor]:
+        raise Unavailable("has no such op")
+
+    def chol_append(self, factor: Tensor, row: Tensor, matrix: Tensor) -> Tensor:
+        raise Unavailable("has no such op")
+
+    def lpg_inner_loss(self, actions: Tensor, probs: Tensor, y: Tensor, pi_hat: Tensor, y_hat: Tensor) -> Tensor:
+        raise Unavailable("has no such op")
+
+    def reverse_gru_reset(
+        self, x: Tensor, done: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_n: Tensor
+    ) -> Tensor:
         raise Unavailable("has no such op")

@@ -144,14 +144,20 @@ class Liger(Peer):
             "orpo": {"beta": ORPO_BETA},
         }
         names = {"dpo": "DPO", "simpo": "SimPO", "orpo": "ORPO"}
-        return self._loss(f"LigerFusedLinear{names[objective]}Loss", **options[objective])(weight, hidden, targets)[0]
+        loss = self._loss(f"LigerFusedLinear{names[objective]}Loss", **options[objective])
+        return loss(weight, hidden, _own(targets))[0]
 
     def linear_unpaired_loss(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logp: Tensor, desirable: Tensor
     ) -> Tensor:
         loss = self._loss("LigerFusedLinearKTOLoss", beta=PAIR_BETA)
         # The reference is the same for all responses here: a constant, as the reference point is.
-        return loss(hidden, weight, targets, preference_labels=desirable, kl=ref_logp[0].sum())[0]
+        return loss(hidden, weight, _own(targets), preference_labels=desirable, kl=ref_logp[0].sum())[0]
+
+
+def _own(targets: Tensor) -> Tensor:
+    """The same numbers in another object: Liger marks its size as dynamic, which a peer compiled for static shapes refuses."""
+    return targets.view_as(targets)
 
 
 class Trl(TwoStep):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prefkern.bench.peers.base import (
     ADVANTAGE_EPS,
+    DIFFUSION_BETA,
     ESTIMATORS,
     GAMMA,
     HEAD_OBJECTIVES,
@@ -20,6 +21,7 @@ from prefkern.bench.peers.base import (
     PAIR_BETA,
     PAIR_OBJECTIVES,
     TOP_FRACTION,
+    GpKernelName,
     KnapsackMethod,
     Logprobs,
     LossAndMetrics,
@@ -102,6 +104,13 @@ class Prefkern(Peer):
             options = options | {"chosen_lengths": lengths[0], "rejected_lengths": lengths[1]}
         return prefkern.preference_loss(chosen, rejected, *(refs or ()), **options)
 
+    def diffusion_pref_loss(
+        self, pred_w: Tensor, pred_l: Tensor, target: Tensor, ref_w: Tensor, ref_l: Tensor
+    ) -> LossAndMetrics:
+        import prefkern
+
+        return prefkern.diffusion_pref_loss(pred_w, pred_l, target, ref_w=ref_w, ref_l=ref_l, beta=DIFFUSION_BETA)
+
     def listwise_loss(self, scores: Tensor, labels: Tensor, objective: str) -> Tensor:
         import prefkern
 
@@ -157,6 +166,11 @@ class Prefkern(Peer):
 
         return prefkern.gae(rewards, values, mask, gamma=GAMMA, lam=LAMBDA)
 
+    def seeded_normal_combine(self, seed: int, weights: Tensor, n: int) -> Tensor:
+        import prefkern
+
+        return prefkern.seeded_normal_combine(seed, weights, n)
+
     def beta_thompson_topk(self, alpha: Tensor, beta: Tensor, k: int, mode: ThompsonMode) -> tuple[Tensor, Tensor]:
         import prefkern
 
@@ -167,6 +181,46 @@ class Prefkern(Peer):
         import prefkern
 
         return prefkern.knapsack_allocate(utilities, total, b_min=b_min, method=method)
+
+    def self_bleu(self, ids: Tensor, cu_seqlens: Tensor, cu_prompts: Tensor) -> Tensor:
+        import prefkern
+
+        return prefkern.self_bleu(ids, cu_seqlens=cu_seqlens, cu_prompts=cu_prompts)
+
+    def edit_distance(self, ids: Tensor, cu_seqlens: Tensor, cu_prompts: Tensor) -> Tensor:
+        import prefkern
+
+        return prefkern.edit_distance(ids, cu_seqlens=cu_seqlens, cu_prompts=cu_prompts)
+
+    def greedy_select(self, emb: Tensor, types: Tensor, seeds: Tensor, quotas: tuple[int, ...], reduce: str) -> Tensor:
+        import prefkern
+
+        return prefkern.greedy_select(emb, types, seeds, quotas, reduce="max" if reduce == "max" else "min")
+
+    def gp_unique_posterior(
+        self, L: Tensor, a: Tensor, U: Tensor, X: Tensor, kernel: GpKernelName, length: float
+    ) -> tuple[Tensor, Tensor]:
+        import prefkern
+
+        return prefkern.gp_unique_posterior(L, a, U, X, kernel=kernel, length=length)
+
+    def chol_append(self, factor: Tensor, row: Tensor, matrix: Tensor) -> Tensor:
+        import prefkern
+
+        prefkern.chol_append(factor, row, len(row) - 1)
+        return factor[-1]
+
+    def lpg_inner_loss(self, actions: Tensor, probs: Tensor, y: Tensor, pi_hat: Tensor, y_hat: Tensor) -> Tensor:
+        import prefkern
+
+        return prefkern.lpg_inner_loss(probs, actions, y, pi_hat, y_hat).loss
+
+    def reverse_gru_reset(
+        self, x: Tensor, done: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_n: Tensor
+    ) -> Tensor:
+        import prefkern
+
+        return prefkern.reverse_gru_reset(x, done, weight_ih, weight_hh, bias_ih, bias_n)
 
 
 class PrefkernTwoStep(Prefkern):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 from prefkern.bench.peers.base import (
     ADVANTAGE_EPS,
     BETA,
+    DIFFUSION_BETA,
     DUAL_CLIP,
     EPS_HIGH,
     EPS_LOW,
@@ -25,6 +27,7 @@ from prefkern.bench.peers.base import (
     TAU_POS,
     TOP_FRACTION,
     VIRTUAL_REWARD,
+    GpKernelName,
     KnapsackMethod,
     Logprobs,
     LossAndMetrics,
@@ -194,6 +197,23 @@ class Eager(TwoStep):
             }  # fmt: skip
         return losses.mean(), metrics
 
+    def diffusion_pref_loss(
+        self, pred_w: Tensor, pred_l: Tensor, target: Tensor, ref_w: Tensor, ref_l: Tensor
+    ) -> LossAndMetrics:
+        """As training scripts write it: errors in float32, means over the elements, differences of those."""
+        dims = tuple(range(1, target.dim()))
+        t = _wide(target)
+
+        def error(pred: Tensor) -> Tensor:
+            return (_wide(pred) - t).pow(2).mean(dims)
+
+        with torch.no_grad():
+            ref_gap = error(ref_w) - error(ref_l)
+        margin = -0.5 * DIFFUSION_BETA * ((error(pred_w) - error(pred_l)) - ref_gap)
+        with torch.no_grad():
+            metrics = {"margin": margin.mean(), "accuracy": (margin > 0).to(margin.dtype).mean()}
+        return -F.logsigmoid(margin).mean(), metrics
+
     def listwise_loss(self, scores: Tensor, labels: Tensor, objective: str) -> Tensor:
         """Without a loop: all pairs at once, or logcumsumexp over the sorted list."""
         options = LIST_OBJECTIVES[objective]
@@ -237,6 +257,14 @@ class Eager(TwoStep):
         advantages = torch.stack(columns[::-1], dim=1) * m
         return advantages, (advantages + v) * m
 
+    def seeded_normal_combine(self, seed: int, weights: Tensor, n: int) -> Tensor:
+        """A row at a time: no more memory than two rows."""
+        generator = torch.Generator(weights.device).manual_seed(seed)
+        total = torch.zeros(n, dtype=weights.dtype, device=weights.device)
+        for weight in weights.tolist():
+            total.add_(torch.randn(n, generator=generator, dtype=weights.dtype, device=weights.device), alpha=weight)
+        return total
+
     def beta_thompson_topk(self, alpha: Tensor, beta: Tensor, k: int, mode: ThompsonMode) -> tuple[Tensor, Tensor]:
         a, b = alpha + 1, beta + 1
         if mode == "thompson":
@@ -272,6 +300,102 @@ class Eager(TwoStep):
             surplus -= int(extra[i])
         return extra + b_min
 
+    def self_bleu(self, ids: Tensor, cu_seqlens: Tensor, cu_prompts: Tensor) -> Tensor:
+        """Prompt by prompt: all n-grams by torch.unique, a table of how often each response has each, and of every column of
+        it the largest two. Every response has an n-gram."""
+        ends, result = cu_seqlens.tolist(), []
+        for first, last in pairwise(cu_prompts.tolist()):
+            rows = [ids[a:b] for a, b in pairwise(ends[first : last + 1])]
+            logs = torch.zeros(len(rows), dtype=torch.float64)
+            for n in (1, 2, 3):
+                windows = [row.unfold(0, n, 1) for row in rows]
+                counts = torch.tensor([len(w) for w in windows])
+                grams, index = torch.unique(torch.cat(windows), dim=0, return_inverse=True)
+                cell = torch.arange(len(rows)).repeat_interleave(counts) * len(grams) + index
+                table = torch.bincount(cell, minlength=len(rows) * len(grams)).view(len(rows), -1)
+                top, second = table.topk(2, dim=0).values
+                matched = table.minimum(torch.where(table == top, second, top)).sum(1).double()
+                if n == 1:
+                    some = matched > 0
+                logs += torch.where(matched > 0, matched, 0.1).div(counts).log() / 3
+            length = torch.tensor([len(row) for row in rows])
+            apart = (length - length[:, None]).abs() * 2 * length.max() + length
+            nearest = length[apart.fill_diagonal_(torch.iinfo(torch.int64).max).argmin(1)]
+            brevity = torch.where(length > nearest, 1.0, (1 - nearest / length.double()).exp())
+            result.append(torch.where(some, brevity * logs.exp(), 0.0).mean())
+        return torch.stack(result)
+
+    def edit_distance(self, ids: Tensor, cu_seqlens: Tensor, cu_prompts: Tensor) -> Tensor:
+        """Row by row of the tables of all pairs at once, a row's running minimum by cummin. Responses are equally long, and
+        prompts have equally many."""
+        prompts, responses = len(cu_prompts) - 1, int(cu_prompts[1])
+        rows = ids.view(prompts, responses, -1)
+        i, j = torch.triu_indices(responses, responses, 1)
+        a, b = rows[:, i], rows[:, j]
+        place = torch.arange(rows.shape[-1] + 1, dtype=torch.float32)
+        row = place.expand(*a.shape[:2], -1)
+        for t in range(a.shape[-1]):
+            within = torch.minimum(row[..., 1:] + 1, row[..., :-1] + (b != a[..., t : t + 1]))
+            row = (F.pad(within, (1, 0), value=t + 1.0) - place).cummin(-1).values + place
+        return row[..., -1].double().mean(1)
+
+    def greedy_select(self, emb: Tensor, types: Tensor, seeds: Tensor, quotas: tuple[int, ...], reduce: str) -> Tensor:
+        """All seeds at once: per step a batched product, and the argmin of what is left."""
+        unit = emb / emb.norm(dim=-1, keepdim=True)
+        fold = torch.maximum if reduce == "max" else torch.minimum
+        each = torch.arange(len(seeds), device=emb.device)
+        room = torch.tensor(quotas, device=emb.device).repeat(len(seeds), 1)
+        taken = torch.zeros_like(types, dtype=torch.bool)
+        last, chosen, scores = seeds, [seeds], None
+        for _ in range(sum(quotas) - 1):
+            taken[each, last] = True
+            room[each, types[each, last]] -= 1
+            cosines = (unit @ unit[each, last].unsqueeze(-1)).squeeze(-1)
+            scores = cosines if scores is None else fold(scores, cosines)
+            closed = taken | (room.gather(1, types) == 0)
+            last = scores.masked_fill(closed, torch.inf).argmin(1)
+            chosen.append(last)
+        return torch.stack(chosen, 1)
+
+    def gp_unique_posterior(
+        self, L: Tensor, a: Tensor, U: Tensor, X: Tensor, kernel: GpKernelName, length: float
+    ) -> tuple[Tensor, Tensor]:
+        """In float64, as everybody; the kernel matrix by a product."""
+        u, x = U.double() / length, X.double() / length
+        r2 = (u.square().sum(1, keepdim=True) + x.square().sum(1) - 2 * (u @ x.T)).clamp_min(0)
+        if kernel == "rbf":
+            k = (-0.5 * r2).exp()
+        else:
+            s = (5 * r2).sqrt()
+            k = (1 + s + s.square() / 3) * (-s).exp()
+        v = torch.linalg.solve_triangular(L, k, upper=False)
+        return a.double() @ v, (1 - v.square().sum(0)).clamp_min(0)
+
+    def chol_append(self, factor: Tensor, row: Tensor, matrix: Tensor) -> Tensor:
+        """The whole matrix anew."""
+        return torch.linalg.cholesky(matrix)[-1]
+
+    def lpg_inner_loss(self, actions: Tensor, probs: Tensor, y: Tensor, pi_hat: Tensor, y_hat: Tensor) -> Tensor:
+        log_pi = (probs.gather(-1, actions[:, None]).squeeze(-1) + 1e-8).log()
+        kl = (y * ((y + 1e-8).log() - (y_hat + 1e-8).log())).sum(-1)
+        return (log_pi * pi_hat).mean() + 0.5 * kl.mean()
+
+    def reverse_gru_reset(
+        self, x: Tensor, done: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_n: Tensor
+    ) -> Tensor:
+        """A loop over the steps from the last to the first."""
+        from_x = F.linear(x, weight_ih, bias_ih)
+        h, states = x.new_zeros(len(x), weight_hh.shape[1]), []
+        keep = (~done).to(x.dtype)
+        for t in range(x.shape[1] - 1, -1, -1):
+            h = h * keep[:, t, None]
+            x_r, x_z, x_n = from_x[:, t].chunk(3, -1)
+            h_r, h_z, h_n = (h @ weight_hh.T).chunk(3, -1)
+            r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
+            h = torch.lerp(torch.tanh(x_n + r * (h_n + bias_n)), h, z)
+            states.append(h)
+        return torch.stack(states[::-1], 1)
+
 
 class Compile(Peer):
     """torch.compile of the eager definitions, static shapes."""
@@ -289,6 +413,7 @@ class Compile(Peer):
         self._policy = torch.compile(eager.policy_loss, dynamic=False)
         self._preference = torch.compile(eager.preference_loss, dynamic=False)
         self._listwise = torch.compile(eager.listwise_loss, dynamic=False)
+        self._diffusion = torch.compile(eager.diffusion_pref_loss, dynamic=False)
         self._linear_policy = torch.compile(eager.linear_policy_loss, dynamic=False)
         self._linear_preference = torch.compile(eager.linear_preference_loss, dynamic=False)
         self._linear_unpaired = torch.compile(eager.linear_unpaired_loss, dynamic=False)
@@ -335,6 +460,11 @@ class Compile(Peer):
     ) -> LossAndMetrics:
         return self._preference(chosen, rejected, refs, lengths, objective)
 
+    def diffusion_pref_loss(
+        self, pred_w: Tensor, pred_l: Tensor, target: Tensor, ref_w: Tensor, ref_l: Tensor
+    ) -> LossAndMetrics:
+        return self._diffusion(pred_w, pred_l, target, ref_w, ref_l)
+
     def listwise_loss(self, scores: Tensor, labels: Tensor, objective: str) -> Tensor:
         return self._listwise(scores, labels, objective)
 
@@ -371,6 +501,15 @@ class Compile(Peer):
 
     def gae(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         raise Unavailable("a loop over every token would be unrolled")
+
+    def self_bleu(self, ids: Tensor, cu_seqlens: Tensor, cu_prompts: Tensor) -> Tensor:
+        raise Unavailable("torch.unique is not compiled")
+
+    def edit_distance(self, ids: Tensor, cu_seqlens: Tensor, cu_prompts: Tensor) -> Tensor:
+        raise Unavailable("a loop over every token would be unrolled")
+
+    def greedy_select(self, emb: Tensor, types: Tensor, seeds: Tensor, quotas: tuple[int, ...], reduce: str) -> Tensor:
+        raise Unavailable("a loop over every candidate would be unrolled")
 
 
 def _advantages_of_view(r: Tensor, estimator: str) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prefkern import reference
 from prefkern.bench.peers.base import ADVANTAGE_EPS, GAMMA, LAMBDA, Peer, Unavailable
 
 
@@ -12,7 +13,7 @@ class Python(Peer):
     """Dictionaries, sets and loops."""
 
     name = "python"
-    about = "Python loops: a dictionary of the samples of each group, as in verl; sets of tokens"
+    about = "Python loops: a dictionary of the samples of each group, as in verl; sets of tokens; n-grams as NLTK counts them"
 
     def group_advantages(self, rewards: Tensor, group: Tensor, size: int | None, estimator: str) -> Tensor:
         """Samples are gathered under their group's id one by one, and normalised one by one."""
@@ -72,3 +73,11 @@ class Python(Peer):
                 following = values[t]
                 advantages[t] = carry
         return advantages
+
+    def self_bleu(self, ids: Tensor, cu_seqlens: Tensor, cu_prompts: Tensor) -> Tensor:
+        """Counters of tuples: for every response those of all others anew."""
+        return reference.self_bleu(ids, cu_seqlens=cu_seqlens, cu_prompts=cu_prompts)
+
+    def edit_distance(self, ids: Tensor, cu_seqlens: Tensor, cu_prompts: Tensor) -> Tensor:
+        """Cell by cell."""
+        return reference.edit_distance(ids, cu_seqlens=cu_seqlens, cu_prompts=cu_prompts)

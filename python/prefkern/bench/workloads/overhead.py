@@ -7,12 +7,15 @@ from prefkern.bench.shapes import Case, Shape
 from prefkern.bench.workloads.advantages import AdvantagesWorkload
 from prefkern.bench.workloads.base import Errors, Floor, Outputs, OutputsCall, Workload
 from prefkern.bench.workloads.conflicts import ConflictRunsWorkload
+from prefkern.bench.workloads.diversity import EditDistanceWorkload, GreedySelectWorkload, SelfBleuWorkload
 from prefkern.bench.workloads.filters import TopQuantileWorkload
 from prefkern.bench.workloads.groups import GroupReduceWorkload
 from prefkern.bench.workloads.logprobs import LinearWorkload, LogitsWorkload
 from prefkern.bench.workloads.losses import LinearPolicyWorkload, LinearPreferenceWorkload, LinearUnpairedWorkload
+from prefkern.bench.workloads.meta import InnerLossWorkload, ReverseGruWorkload
 from prefkern.bench.workloads.policy import PolicyWorkload
 from prefkern.bench.workloads.preference import ListwiseWorkload, PreferenceWorkload
+from prefkern.bench.workloads.sampling import SeededNormalWorkload
 from prefkern.bench.workloads.sequence import GaeWorkload, SequenceSumWorkload
 from prefkern.bench.workloads.thompson import KnapsackWorkload, ThompsonWorkload
 
@@ -35,8 +38,14 @@ TINY: dict[str, tuple[type[Workload], str, Shape, str, str]] = {
     "top_quantile_mask": (TopQuantileWorkload, "top_quantile_mask", (2, 8), "fwd", "trl"),
     "sequence_sum": (SequenceSumWorkload, "sequence_sum", (2, 8), "fwd", "padded"),
     "gae": (GaeWorkload, "gae", (2, 8), "fwd", "padded"),
+    "seeded_normal_combine": (SeededNormalWorkload, "seeded_normal_combine", (8, 2), "fwd", "sum"),
     "beta_thompson_topk": (ThompsonWorkload, "beta_thompson_topk", (16,), "fwd", "mean"),
     "knapsack_allocate": (KnapsackWorkload, "knapsack_allocate", (3, 4), "fwd", "greedy"),
+    "self_bleu": (SelfBleuWorkload, "self_bleu", (1, 2, 8), "fwd", "1 to 3"),
+    "edit_distance": (EditDistanceWorkload, "edit_distance", (1, 2, 8), "fwd", "tokens"),
+    "greedy_select": (GreedySelectWorkload, "greedy_select", (1, 8, 4), "fwd", "min"),
+    "lpg_inner_loss": (InnerLossWorkload, "lpg_inner_loss", (4, 2, 2), "fwd", "loss"),
+    "reverse_gru_reset": (ReverseGruWorkload, "reverse_gru_reset", (2, 2, 4), "fwd", "states"),
 }
 
 

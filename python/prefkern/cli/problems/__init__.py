@@ -9,11 +9,16 @@ import torch
 from prefkern.cli.problems.advantages import advantage_problems
 from prefkern.cli.problems.base import Problem, on
 from prefkern.cli.problems.conflicts import conflict_problems, filter_problems
+from prefkern.cli.problems.diffusion import diffusion_problems
+from prefkern.cli.problems.diversity import diversity_problems
+from prefkern.cli.problems.gaussian import gaussian_problems
 from prefkern.cli.problems.groups import group_problems
 from prefkern.cli.problems.lists import list_problems
 from prefkern.cli.problems.logprobs import logprob_problems
+from prefkern.cli.problems.meta import meta_problems
 from prefkern.cli.problems.policy import policy_problems
 from prefkern.cli.problems.preference import preference_problems
+from prefkern.cli.problems.sampling import sampling_problems
 from prefkern.cli.problems.sequence import sequence_problems
 from prefkern.cli.problems.thompson import thompson_problems
 
@@ -28,10 +33,15 @@ def all_problems(dtype: torch.dtype) -> Iterator[Problem]:
         policy_problems,
         preference_problems,
         list_problems,
+        diffusion_problems,
         conflict_problems,
         filter_problems,
         sequence_problems,
         group_problems,
+        sampling_problems,
+        diversity_problems,
+        gaussian_problems,
+        meta_problems,
         thompson_problems,
     ):
         yield from problems(dtype)
