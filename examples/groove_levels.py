@@ -332,7 +332,7 @@ class Result:
     numbers: dict[str, Any]
 
 
-def run(seeds: int = 5, each: int = 12, updates: int = 60, meta_seeds: int = 3, lifetimes: int = 16) -> Result:
+def run(seeds: int = 5, each: int = 12, updates: int = 40, meta_seeds: int = 2, lifetimes: int = 8) -> Result:
     judged = [judge(seed, each, updates) for seed in range(seeds)]
     numbers: dict[str, Any] = {"kinds": {}, "correlations": {}, "rules": {}, "curves": {}}
     kinds = []
@@ -392,7 +392,7 @@ def run(seeds: int = 5, each: int = 12, updates: int = 60, meta_seeds: int = 3, 
             correlations,
         ),
         Rows(
-            f"Share of what is possible after {LIFETIME * UPDATES} updates, {HELD_OUT} levels not seen, {meta_seeds} seeds",
+            f"Share of what is possible after {LIFETIME * UPDATES} updates, {HELD_OUT} levels not seen, seeds: {meta_seeds}",
             ["rule", "share", "by seed"],
             [[name, spread(v), ", ".join(f"{x:.2f}" for x in v)] for name, v in rules.items()],
         ),

@@ -355,7 +355,7 @@ def align(quick: bool = False) -> Result:
         if i < 3:
             for column, picture in enumerate(runs[0].pictures):
                 place = figure.add_subplot(grid[i, 3 + column])
-                place.imshow(picture, cmap="magma", vmin=0, vmax=1)
+                place.imshow(picture.numpy(), cmap="magma", vmin=0, vmax=1)
                 place.set_xticks([])
                 place.set_yticks([])
                 place.set_title(f"{name}, {('start', f'round {rounds // 10}', f'round {rounds}')[column]}", fontsize=7)

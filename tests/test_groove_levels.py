@@ -35,7 +35,7 @@ def chain(example, horizon=3, noise=0.0):
     reward = torch.zeros(1, 5, 2, dtype=F64)
     for s in range(5):
         transition[0, s, 0, s] = transition[0, s, 1, min(s + 1, 4)] = 1
-        reward[0, s] = torch.tensor([0.1, s])
+        reward[0, s] = torch.tensor([0.1, s], dtype=F64)
     return example.Levels(transition, reward, torch.tensor([noise], dtype=F64), torch.tensor([horizon]))
 
 
@@ -86,7 +86,8 @@ def test_spearman(example):
     close(example.spearman(torch.tensor([1.0, 2, 3, 4]), torch.tensor([2.0, 1, 4, 3])), 0.6)
 
 
-def test_the_meta_gradient_flows(example):
+def test_the_meta_gradient_flows(example, monkeypatch):
+    monkeypatch.setattr(example, "LIFETIME", 2)
     runs = [example.meta_train(0, 2, by_regret=by_regret) for by_regret in (False, True)]
     for run in runs:
         assert len(run.gradients) == 2 * example.LIFETIME and min(run.gradients) > 0
@@ -97,7 +98,8 @@ def test_the_meta_gradient_flows(example):
 
 
 def test_main_writes_its_picture_and_numbers(example, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(example, "QUICK", {"seeds": 2, "each": 4, "updates": 10, "meta_seeds": 1, "lifetimes": 2})
+    monkeypatch.setattr(example, "QUICK", {"seeds": 2, "each": 3, "updates": 4, "meta_seeds": 1, "lifetimes": 1})
+    monkeypatch.setattr(example, "LIFETIME", 1)
     out, numbers = tmp_path / "a.png", tmp_path / "a.json"
     assert example.main(["--quick", "--markdown", "--out", str(out), "--json", str(numbers)]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")

@@ -456,6 +456,34 @@ def test_questions_and_pairs_of_raw_pointers(name):
     assert torch.equal(masked, pairs.masked_pairs)
 
 
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_cosines_add_up_in_one_order(name):
+    """32 sums of rounded products, joined two by two: the same bits with every instruction set."""
+    torch.manual_seed(0)
+    emb = torch.randn(7, 77).to(TYPES[name][1])
+    types, seed, quotas = (torch.tensor(x) for x in ([0] * 7, [3], [2]))
+    norms, scores, chosen = torch.empty(7), torch.empty(7), torch.empty(2, dtype=torch.int64)
+    a = _C.GreedyArgs()
+    a.seeds, a.candidates, a.width, a.types, a.size, a.dtype = 1, 7, 77, 1, 2, TYPES[name][0]
+    a.embeddings, a.type_id, a.seed, a.quotas = map(address, (emb, types, seed, quotas))
+    a.inverse_norms, a.scores, a.chosen = map(address, (norms, scores, chosen))
+    _C.cpu_greedy_norms(a)
+    _C.cpu_greedy_select(a)
+    x = emb.float().numpy()
+    inverse = (1 / np.sqrt((x.astype(np.float64) ** 2).sum(1))).astype(np.float32)
+    np.testing.assert_allclose(norms, inverse, rtol=1e-7)
+    unit = x[3] * norms.numpy()[3]
+    sums = np.zeros((7, 32), np.float32)
+    for k in range(77):
+        sums[:, k % 32] += x[:, k] * unit[k]
+    for half in (16, 8, 4, 2, 1):
+        sums = sums[:, :half] + sums[:, half : 2 * half]
+    expected = sums[:, 0] * norms.numpy()
+    expected[3] = 4  # taken
+    assert scores.tolist() == expected.tolist()
+    assert chosen.tolist() == [3, int(expected.argmin())]
+
+
 def test_a_wrong_struct_is_a_type_error():
     with pytest.raises(TypeError, match="cpu_fold_logits"):
         _C.cpu_fold_logits(_C.GradArgs())

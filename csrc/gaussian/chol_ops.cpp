@@ -13,7 +13,7 @@ void check_factor(const Tensor& factor, int64_t size, int64_t needed) {
              "; it is changed in place, so float64 is expected");
   check_value(factor.dim() == 2, "factor has shape ", shape_text(factor), "; expected [rows, columns]");
   check_value(has_plain_rows(factor), "factor has strides ", factor.stride(0), ", ", factor.stride(1),
-              "; the numbers of a row must be adjacent");
+              "; the numbers of a row must be adjacent: take factor.contiguous()");
   check_value(size >= 0 && factor.size(0) >= needed && factor.size(1) >= needed, "size is ", size, " and factor has shape ",
               shape_text(factor), "; it must have room for ", needed, " rows and columns");
   if (factor.is_cuda())

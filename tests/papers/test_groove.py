@@ -528,3 +528,14 @@ def test_what_the_buffer_refuses():
 
 def test_about():
     assert groove.about.arxiv == "2310.02782" and groove.about.evidence == "code"
+
+
+def test_agents_side_by_side_are_normalised_by_themselves():
+    probs, actions = torch.rand(3, 4, 2, dtype=F64).softmax(-1), torch.randint(2, (3, 4))
+    raw = torch.randn(3, 4, dtype=F64) * f64(1, 10, 100)[:, None]
+    together = groove.lpg_meta_loss(probs, actions, raw, per_agent=True).loss
+    alone = [groove.lpg_meta_loss(probs[k], actions[k], raw[k]).loss for k in range(3)]
+    close(together, torch.stack(alone).mean())
+    refused(
+        "[G, ..., T] is expected with per_agent", lambda: groove.lpg_meta_loss(probs[0], actions[0], raw[0], per_agent=True)
+    )

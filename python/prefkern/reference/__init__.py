@@ -31,7 +31,9 @@ from prefkern.reference.logprobs import linear_logprobs, logits_logprobs
 from prefkern.reference.meta import lpg_inner_loss, reverse_gru_reset
 from prefkern.reference.policy import importance_weights, kl_penalty, masked_aggregate, off_policy_mask, policy_loss
 from prefkern.reference.preference import label_posterior, preference_loss, unpaired_loss
-from prefkern.reference.seeded_normal import philox_words, seeded_normal, seeded_normal_combine
+from prefkern.reference.seeded_normal import philox_words as philox_words
+from prefkern.reference.seeded_normal import seeded_normal as seeded_normal
+from prefkern.reference.seeded_normal import seeded_normal_combine
 from prefkern.reference.sequence import (
     discounted_returns,
     gae,
@@ -80,12 +82,10 @@ __all__ = [
     "merge_moments",
     "off_policy_mask",
     "pair_masked_advantages",
-    "philox_words",
     "policy_loss",
     "preference_loss",
     "question_weights",
     "reverse_gru_reset",
-    "seeded_normal",
     "seeded_normal_combine",
     "segmented_returns",
     "self_bleu",
