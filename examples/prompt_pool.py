@@ -295,12 +295,13 @@ def used(run: PoolRun) -> list[int]:
     return [b - a for a, b in zip([0, *run.rollouts], run.rollouts, strict=False)]
 
 
-def smoothed(values: Sequence[float], window: int) -> Tensor:
-    """Means over the last `window` entries."""
-    total = torch.tensor([0.0, *values], dtype=F64).cumsum(0)
+def smoothed(values: Sequence[float], weights: Sequence[float], window: int) -> Tensor:
+    """Weighted means over the last `window` entries."""
+    w, y = torch.tensor([0.0, *weights], dtype=F64), torch.tensor([0.0, *values], dtype=F64)
+    above, below = (w * y).cumsum(0), w.cumsum(0)
     ends = torch.arange(1, len(values) + 1)
     starts = (ends - window).clamp_min(0)
-    return (total[ends] - total[starts]) / (ends - starts)
+    return (above[ends] - above[starts]) / (below[ends] - below[starts])
 
 
 def pool(seeds: int = 3, quick: bool = False) -> Result:
@@ -327,7 +328,8 @@ def pool(seeds: int = 3, quick: bool = False) -> Result:
         ])  # fmt: skip
         style = "--" if name.startswith("VADE,") else "-"
         for ax, values in zip(panels, ("silent", "signal", "accuracy"), strict=True):
-            curve = smoothed(getattr(runs[0], values), 1 if values == "accuracy" else 15)
+            weights = used(runs[0]) if values == "signal" else runs[0].groups
+            curve = smoothed(getattr(runs[0], values), weights, 1 if values == "accuracy" else 15)
             ax.plot([at / 1000 for at in runs[0].rollouts], curve, style, label=name, linewidth=1.2)
     titles = ("share of groups that agree", "signal per rollout, discarded ones counted", "accuracy over the pool")
     for ax, title in zip(panels, titles, strict=True):

@@ -80,7 +80,7 @@ def test_halves_and_windows(pools):
     run = pools.PoolRun([10, 20, 40], [1, 1, 2], [1.0, 0, 0.5], [0.0] * 3, [0.0] * 3, 3, None, None)
     close(pools.over_halves(run, run.silent, run.groups), [0.5, 0.5])
     assert pools.used(run) == [10, 10, 20]
-    close(pools.smoothed([1.0, 3, 5], 2), [1, 2, 4])
+    close(pools.smoothed([1.0, 3, 5], [1, 1, 3], 2), [1, 2, 4.5])
     assert pools.spread([1.0, 3], "{:.1f}") == "2.0 (1.0 to 3.0)" and pools.spread([], "{}") == "-"
 
 
