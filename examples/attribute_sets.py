@@ -86,8 +86,8 @@ def attributes_of(texts: Tensor, most: int, generator: torch.Generator) -> Promp
 
 
 def correlation_vectors(texts: Tensor) -> Tensor:
-    """[24, 24]: how much more often than by chance attribute 2 i + b occurs with each other one, over the norm. Nothing is as far
-    away as its opposite."""
+    """[24, 24]: how much more often than by chance attribute 2 i + b occurs with each other one, over the norm. Nothing is as
+    far away as its opposite."""
     has = torch.stack([~texts, texts], 2).flatten(1).double()
     share = has.mean(0)
     return torch.nn.functional.normalize((has.mT @ has) / len(has) - share[:, None] * share)
