@@ -180,8 +180,7 @@ def test_opcheck_of_responses():
 WITHOUT_GRADIENTS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_one_graph_for_any_number_of_tokens(dynamic):
+def test_one_graph_for_any_number_of_tokens():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -189,7 +188,7 @@ def test_one_graph_for_any_number_of_tokens(dynamic):
         where = {"cu_seqlens": cu_seqlens, "cu_prompts": cu_prompts}
         return 1 - self_bleu(ids, **where) + edit_distance(ids, **where)
 
-    run = torch.compile(both, fullgraph=True, dynamic=dynamic, backend=counter)
+    run = torch.compile(both, fullgraph=True, backend=counter)
     for counts in ((2, 3), (2, 4, 2), (3, 3, 3, 4)):
         ids = torch.randint(0, 4, (7 * sum(counts),))
         arguments = ids, ends([7] * sum(counts)), ends(counts)
@@ -370,12 +369,10 @@ def test_no_gradient_and_no_trace(device):
     opcheck(OPS.greedy_select.default, (emb.detach(), types, types[:2], types[:1] + 3, 4, True), test_utils=WITHOUT_GRADIENTS)
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_sets_in_one_graph(device, dynamic):
+def test_sets_in_one_graph(device):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    options = {"fullgraph": True, "dynamic": dynamic, "backend": counter}
-    run = torch.compile(lambda *a: greedy_select(*a, size=8, reduce="max") + 1, **options)
+    run = torch.compile(lambda *a: greedy_select(*a, size=8, reduce="max") + 1, fullgraph=True, backend=counter)
     for q, k in ((2, 9), (3, 14), (4, 21)):
         emb, types, seeds, quotas = (t.to(device) for t in instance(q, k, 6, 2, dtype=torch.float32))
         quotas = quotas.clamp_max(4)
