@@ -17,7 +17,7 @@ def problem(q, d, candidates, kernel="rbf"):
     U, X, counts = torch.randn(q, d, dtype=F64), torch.randn(candidates, d, dtype=F64), torch.randint(0, 6, (q,))
     S = counts.double().sqrt()
     L = torch.linalg.cholesky(S[:, None] * gp_covariance(U, U, kernel=kernel, variance=1.3) * S + 0.3 * torch.eye(q, dtype=F64))
-    return L + torch.full((q, q), NAN, dtype=F64).triu(1), torch.randn(q, dtype=F64), U, X, counts
+    return (L + torch.full((q, q), NAN, dtype=F64).triu(1)).contiguous(), torch.randn(q, dtype=F64), U, X, counts
 
 
 def posterior(simt, L, a, U, X, counts, *, kernel="rbf", length, variance=1.3):

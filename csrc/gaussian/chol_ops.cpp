@@ -61,6 +61,7 @@ Tensor chol_append(Tensor factor, const Tensor& row, int64_t size) {
 }
 
 Tensor chol_rank1(Tensor factor, const Tensor& vector, double sigma, int64_t size) {
+  if (size < 0 && factor.dim() == 2) size = factor.size(0);
   check_factor(factor, size, size);
   check_value(std::isfinite(sigma), "sigma is ", sigma, "; it must be finite");
   const OnDevice guard(factor);

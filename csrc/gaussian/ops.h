@@ -9,7 +9,7 @@ std::tuple<Tensor, Tensor> gp_unique_posterior(const Tensor& factor, const Tenso
                                                const Tensor& inputs, OptTensor counts, const Tensor& inverse_length,
                                                int64_t kernel, double variance);
 
-// `factor` in place; the pivot of chol.h, [].
+// `factor` in place; the pivot of chol.h, []. A negative size of chol_rank1 is that of the array.
 Tensor chol_append(Tensor factor, const Tensor& row, int64_t size);
 Tensor chol_rank1(Tensor factor, const Tensor& vector, double sigma, int64_t size);
 

@@ -135,7 +135,9 @@ def chol_rank1(factor: Tensor, vector: Tensor, sigma: float = 1.0, *, size: int 
         ValueError, TypeError: as for :func:`chol_append`, with the first pivot that is not positive.
     """
     check_tensors(factor=factor, vector=vector)
-    rows = len(factor) if size is None and factor.dim() else integer("size", size)
+    rows = -1 if size is None else integer("size", size)
+    if size is not None and rows < 0:
+        raise ValueError(f"size is {size}; it must not be negative")
     pivot: Tensor = call(_rank1, factor, vector.detach(), number("sigma", sigma), rows)
     _look_at_pivot("vector makes the matrix indefinite: its smallest pivot is", pivot)
     return pivot
