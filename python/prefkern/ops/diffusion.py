@@ -381,7 +381,9 @@ def _memory_order(t: Tensor) -> tuple[int, ...]:
 
 def _rows(t: Tensor, order: tuple[int, ...]) -> Tensor:
     """[B, D], a view where the latents are dense and lie in that order."""
-    return t.unsqueeze(1) if not order else t.permute(0, *order).flatten(1)
+    if not order:
+        return t.unsqueeze(1)
+    return t.flatten(1) if order == tuple(range(1, t.dim())) else t.permute(0, *order).flatten(1)
 
 
 def _restored(rows: Tensor, shape: torch.Size, order: tuple[int, ...]) -> Tensor:

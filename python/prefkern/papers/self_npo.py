@@ -304,7 +304,7 @@ def merge_negative(theta: Weights, eta: Weights, delta: Weights, alpha: float, b
     alpha, beta = number("alpha", alpha), number("beta", beta)
     if isinstance(theta, Tensor):
         check_tensors(eta=eta, delta=delta)
-        return _merged("theta", theta, eta, delta, alpha, beta)  # type: ignore[arg-type]
+        return _merged("theta", theta, eta, delta, alpha, beta)
     for name, other in (("eta", eta), ("delta", delta)):
         if not isinstance(other, Mapping):
             raise TypeError(f"{name} is a {type(other).__name__}; theta is a mapping, so that one is expected")
@@ -312,7 +312,7 @@ def merge_negative(theta: Weights, eta: Weights, delta: Weights, alpha: float, b
             differing = sorted(other.keys() ^ theta.keys())
             raise ValueError(f"{name} and theta differ in their keys: {', '.join(map(repr, differing[:5]))}")
     merged = {name: _merged(name, t, eta[name], delta[name], alpha, beta) for name, t in theta.items()}
-    return merged  # type: ignore[return-value]
+    return merged
 
 
 def npo_cfg(eps_pos: Tensor, eps_neg: Tensor, scale: float | Tensor) -> Tensor:
