@@ -17,7 +17,7 @@ follows, the trained policy being the reference. What is measured: the satisfact
 of held-out texts, and by the length of the list.
 
     python examples/attribute_sets.py                        # two tables, and attribute_sets.png
-    python examples/attribute_sets.py --markdown             # the tables as docs/experiments.md has them
+    python examples/attribute_sets.py --markdown             # the tables as docs/experiments_rollouts.md has them
     python examples/attribute_sets.py --quick --json numbers.json
 
 A run repeats exactly on the same machine. Needed besides prefkern: matplotlib, which the "demo" extra brings.

@@ -16,7 +16,7 @@ Both see as many sequences and take as many steps of Adam, each at the learning 
 trained on. Expected rewards are exact: a token depends only on the one before.
 
     python examples/image_tokens.py
-    python examples/image_tokens.py --markdown --json image_tokens.json     # the table as docs/experiments.md has it
+    python examples/image_tokens.py --markdown --json image_tokens.json     # the table as docs/experiments_diffusion.md has it
 
 A run repeats exactly on the same machine.
 """

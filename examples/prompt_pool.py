@@ -11,7 +11,7 @@ A prompt here is a success probability, a rollout a coin. So the runs show what 
 language model learns from a group is a rule of the simulation.
 
     python examples/prompt_pool.py pool                 # a table, and prompt_pool_pool.png
-    python examples/prompt_pool.py budget --markdown    # the tables as docs/experiments.md has them
+    python examples/prompt_pool.py budget --markdown    # the tables as docs/experiments_rollouts.md has them
     python examples/prompt_pool.py pool --quick --json numbers.json
 
 A run repeats exactly on the same machine. Needed besides prefkern: matplotlib, which the "demo" extra brings.

@@ -7,7 +7,7 @@
     align     a small network that draws pictures, and a judge who says which of some are better and no more
 
     python examples/zo_alignment.py align                    # a table, and zo_alignment_align.png
-    python examples/zo_alignment.py cosine --markdown        # the tables as docs/experiments.md has them
+    python examples/zo_alignment.py cosine --markdown        # the tables as docs/experiments_search.md has them
     python examples/zo_alignment.py race --quick --json numbers.json
 
 A run repeats exactly on the same machine. Needed besides prefkern: matplotlib, which the "demo" extra brings.

@@ -1,4 +1,4 @@
-"""The example behind the prompt pools of docs/experiments.md: its parts by value, and what each run shows."""
+"""The example behind the prompt pools of docs/experiments_rollouts.md: its parts by value, and what each run shows."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""The example of ZO-RankSGD: its parts by value, what each run shows, and the tables of docs/experiments.md."""
+"""The example of ZO-RankSGD: its parts by value, what each run shows, and the tables of docs/experiments_search.md."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "zo_alignment.py"
-PAGE = ROOT / "docs" / "experiments.md"
+PAGE = ROOT / "docs" / "experiments_search.md"
 F64 = torch.float64
 
 
