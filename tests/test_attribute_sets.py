@@ -91,6 +91,7 @@ def claims(numbers) -> None:
     assert ends["code"] < ends["random"] + 0.02 and abs(ends["farthest"] - ends["code"]) < 0.03
 
 
+@pytest.mark.slow
 def test_a_quick_run(example, tmp_path, capsys):
     out, numbers = tmp_path / "picture.png", tmp_path / "numbers.json"
     assert example.main(["--quick", "--out", str(out), "--json", str(numbers), "--markdown"]) == 0

@@ -525,6 +525,7 @@ def balanced_on_ranks(rank):
     return out.loss.detach(), out.weights, losses.grad
 
 
+@pytest.mark.slow
 def test_balance_over_ranks():
     for rank, (loss, weights, grad) in enumerate(run_ranks(balanced_on_ranks, 2)):
         close(weights, [0.3, 0.7], 1e-15)

@@ -72,6 +72,7 @@ def test_spread(example):
     assert example.spread([1.0, 2.0, 4.0, 5.0], "{:.1f}") == "3.0 (1.0 to 5.0)"
 
 
+@pytest.mark.slow
 def test_the_command_in_a_hurry(example, tmp_path, capsys, threads):
     threads(2)
     out, numbers = tmp_path / "a.png", tmp_path / "a.json"

@@ -214,7 +214,10 @@ def best_results(run_python, tmp_path_factory):
     return torch.load(path)
 
 
-@pytest.mark.parametrize("isa", prefkern.capabilities()["cpu_isas"])
+ISAS = [pytest.param(isa, marks=pytest.mark.slow) if isa == "base" else isa for isa in prefkern.capabilities()["cpu_isas"]]
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_gives_the_same(run_python, tmp_path, best_results, isa):
     """Equal within rounding; and the tests of the formulas and kernels pass with the narrower ones."""
     compiled = prefkern.capabilities()["cpu_isas"]

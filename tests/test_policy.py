@@ -402,6 +402,7 @@ print(json.dumps([prefkern.capabilities()["cpu_isa"], [float(v) for v in values]
 """
 
 
+@pytest.mark.slow
 def test_every_instruction_set_agrees(run_python):
     """policy_loss and group_advantages, on vectors of 4, 8 and 16 floats."""
     results = {}

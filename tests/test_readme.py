@@ -76,9 +76,11 @@ def test_what_it_says_of_a_step_of_trl_was_measured() -> None:
 def test_the_papers_it_lists_are_all_there_are() -> None:
     from prefkern.papers import about
 
-    listed = re.search(r"For rollouts: (.*?)\.\nFor preference pairs.*?: (.*?)\.\n\n", README, re.DOTALL)
+    listed = re.search(
+        r"For rollouts: (.*?)\.\nFor preference pairs.*?: (.*?)\.\nSamplers and.*?: (.*?)\.\n\n", README, re.DOTALL
+    )
     assert listed
-    names = [name for part in listed.groups() for name in re.split(r",\s+", part)]
+    names = [name for part in listed.groups() for name in " ".join(part.split()).split(", ")]
     assert sorted(names) == sorted(paper.name for paper in about().values())
 
 

@@ -672,6 +672,7 @@ print(json.dumps([prefkern.capabilities()["cpu_isa"], results]))
 """
 
 
+@pytest.mark.slow
 def test_every_instruction_set_agrees(run_python):
     """Vectors of 4, 8 and 16 floats."""
     results = {}

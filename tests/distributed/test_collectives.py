@@ -193,6 +193,7 @@ def one_does_not_come(rank: int) -> tuple[str, float]:
     raise AssertionError("it did not raise")
 
 
+@pytest.mark.slow
 def test_the_others_wait_for_the_timeout_of_the_group_and_no_longer() -> None:
     outcomes = run_ranks(one_does_not_come, 2)
     assert outcomes[1][0] == "ValueError"

@@ -519,6 +519,7 @@ def one_stays_away(rank):
     return time.monotonic() - start
 
 
+@pytest.mark.slow
 def test_the_timeout_of_the_group_ends_the_wait_for_a_rank_that_does_not_come():
     waited, _ = run_ranks(one_stays_away, 2)
     assert 3 < waited < 8.5

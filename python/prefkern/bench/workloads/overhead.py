@@ -7,8 +7,10 @@ from prefkern.bench.shapes import Case, Shape
 from prefkern.bench.workloads.advantages import AdvantagesWorkload
 from prefkern.bench.workloads.base import Errors, Floor, Outputs, OutputsCall, Workload
 from prefkern.bench.workloads.conflicts import ConflictRunsWorkload
+from prefkern.bench.workloads.diffusion import DiffusionPairWorkload
 from prefkern.bench.workloads.diversity import EditDistanceWorkload, GreedySelectWorkload, SelfBleuWorkload
 from prefkern.bench.workloads.filters import TopQuantileWorkload
+from prefkern.bench.workloads.gaussian import CholAppendWorkload, GpPosteriorWorkload
 from prefkern.bench.workloads.groups import GroupReduceWorkload
 from prefkern.bench.workloads.logprobs import LinearWorkload, LogitsWorkload
 from prefkern.bench.workloads.losses import LinearPolicyWorkload, LinearPreferenceWorkload, LinearUnpairedWorkload
@@ -38,6 +40,9 @@ TINY: dict[str, tuple[type[Workload], str, Shape, str, str]] = {
     "top_quantile_mask": (TopQuantileWorkload, "top_quantile_mask", (2, 8), "fwd", "trl"),
     "sequence_sum": (SequenceSumWorkload, "sequence_sum", (2, 8), "fwd", "padded"),
     "gae": (GaeWorkload, "gae", (2, 8), "fwd", "padded"),
+    "diffusion_pref_loss": (DiffusionPairWorkload, "diffusion_pref_loss", (2, 4, 2, 2), "fwd", "sigmoid"),
+    "gp_unique_posterior": (GpPosteriorWorkload, "gp_unique_posterior", (3, 4, 2), "fwd", "rbf"),
+    "chol_append": (CholAppendWorkload, "chol_append", (3,), "fwd", "append"),
     "seeded_normal_combine": (SeededNormalWorkload, "seeded_normal_combine", (8, 2), "fwd", "sum"),
     "beta_thompson_topk": (ThompsonWorkload, "beta_thompson_topk", (16,), "fwd", "mean"),
     "knapsack_allocate": (KnapsackWorkload, "knapsack_allocate", (3, 4), "fwd", "greedy"),

@@ -26,6 +26,7 @@ def diffusion_problems(dtype: torch.dtype) -> Iterator[Problem]:
     apart = {**pair, "target_l": target_l, "beta": 5.0, "half": False}
     yield problem("diffusion_pref_loss", "a target for each side", leaves, apart)
     yield problem("diffusion_margin", "margins", leaves, {**pair, "beta": 5.0})
+    yield problem("diffusion_mse", "errors", {}, {"pred": pred_w, "target": target})
     alpha, sigma = torch.linspace(0.3, 0.9, PAIRS), torch.linspace(0.9, 0.3, PAIRS)
     for loss_type in ("huber", "l2"):
         options = {"x": x, "target": clean, "alpha": alpha, "sigma": sigma, "loss_type": loss_type, "c": 0.1}
