@@ -1,50 +1,73 @@
-// philox.h for as many counters as a vector of the CPU has lanes: the same words.
+// Philox4x32-10 (core/philox.h) for as many counters at once as a vector of floats has lanes. For CPU kernels.
 #pragma once
 #include "core/philox.h"
 #include "core/simd.h"
 
+#if defined(__SSE2__) && !defined(__AVX2__)
+#include <emmintrin.h>
+#endif
+
 namespace prefkern {
 inline namespace PK_ISA {
 
-// The upper and lower halves of the 64-bit products of each lane and m.
-PK_HD void multiply_words(VecU a, uint32_t m, VecU& high, VecU& low) {
+// Counters lie in the lower halves of 64-bit lanes, even and odd ones apart: the only multiplication of 32 by 32 bits into 64
+// that x86 has takes them from there, and whatever is in the upper halves does not matter.
+typedef uint64_t VecW __attribute__((vector_size(kLanes * 4)));
+
+PK_HD VecW low_product(VecW a, VecW b) {
 #if defined(__AVX512F__)
-  const __m512i x = reinterpret_cast<__m512i>(a), by = _mm512_set1_epi64(m);
-  const __m512i even = _mm512_mul_epu32(x, by), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), by);
-  high = reinterpret_cast<VecU>(_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd));
-  low = reinterpret_cast<VecU>(_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32)));
+  return reinterpret_cast<VecW>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
 #elif defined(__AVX2__)
-  const __m256i x = reinterpret_cast<__m256i>(a), by = _mm256_set1_epi64x(m);
-  const __m256i even = _mm256_mul_epu32(x, by), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), by);
-  high = reinterpret_cast<VecU>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA));
-  low = reinterpret_cast<VecU>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA));
+  return reinterpret_cast<VecW>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<VecW>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
 #else
-  for (int i = 0; i < kLanes; i++) {
-    const uint64_t product = uint64_t(m) * a[i];
-    high[i] = uint32_t(product >> 32);
-    low[i] = uint32_t(product);
-  }
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
 #endif
 }
+
+struct PhiloxHalf {
+  VecW c0, c1, c2, c3;
+  PK_HD void round(VecW key0, VecW key1) {
+    const VecW a = low_product(c0, VecW{} + 0xD2511F53u), b = low_product(c2, VecW{} + 0xCD9E8D57u);
+    c0 = (b >> 32) ^ c1 ^ key0;
+    c2 = (a >> 32) ^ c3 ^ key1;
+    c1 = b;
+    c3 = a;
+  }
+};
 
 struct PhiloxLanes {
   VecU word[4];
 };
-PK_HD PhiloxLanes philox(uint64_t seed, VecU c0, VecU c1, VecU c2, VecU c3) {
+
+// Even and odd lanes apart, for as long as it takes.
+PK_HD PhiloxLanes philox(uint64_t seed, PhiloxHalf even, PhiloxHalf odd) {
   uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
+#pragma GCC unroll 10
   for (int round = 0; round < 10; round++) {
-    VecU a_high, a_low, b_high, b_low;
-    multiply_words(c0, 0xD2511F53u, a_high, a_low);
-    multiply_words(c2, 0xCD9E8D57u, b_high, b_low);
-    const VecU n0 = b_high ^ c1 ^ key0, n2 = a_high ^ c3 ^ key1;
-    c1 = b_low;
-    c3 = a_low;
-    c0 = n0;
-    c2 = n2;
+    const VecW k0 = VecW{} + key0, k1 = VecW{} + key1;
+    even.round(k0, k1);
+    odd.round(k0, k1);
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
-  return {{c0, c1, c2, c3}};
+  const auto join = [](VecW a, VecW b) {
+    const VecW both = (a & 0xffffffffu) | (b << 32);
+    return reinterpret_cast<VecU>(both);
+  };
+  return {{join(even.c0, odd.c0), join(even.c1, odd.c1), join(even.c2, odd.c2), join(even.c3, odd.c3)}};
+}
+
+PK_HD PhiloxLanes philox(uint64_t seed, VecU c0, VecU c1, VecU c2, VecU c3) {
+  const PhiloxHalf even = {reinterpret_cast<VecW>(c0), reinterpret_cast<VecW>(c1), reinterpret_cast<VecW>(c2),
+                           reinterpret_cast<VecW>(c3)};
+  return philox(seed, even, {even.c0 >> 32, even.c1 >> 32, even.c2 >> 32, even.c3 >> 32});
+}
+
+// Lane 2 k belongs to block even[k], lane 2 k + 1 to odd[k].
+PK_HD PhiloxLanes philox_blocks(uint64_t seed, VecW even, VecW odd, uint32_t row) {
+  return philox(seed, PhiloxHalf{even, even >> 32, VecW{} + row, VecW{}}, PhiloxHalf{odd, odd >> 32, VecW{} + row, VecW{}});
 }
 
 }  // namespace PK_ISA

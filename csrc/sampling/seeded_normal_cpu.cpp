@@ -4,7 +4,7 @@
 #include "sampling/seeded_normal_cpu.h"
 
 #include "math/normal.h"
-#include "sampling/philox_lanes.h"
+#include "core/philox_lanes.h"
 
 namespace prefkern {
 inline namespace PK_ISA {
@@ -72,7 +72,7 @@ template <class T, bool adds> void combine(const NormalArgs<float>& a, int64_t b
     const TileBlocks blocks = tile_blocks(block);
     VecF sum[4] = {};
     for (int64_t i = 0; i < a.rows; i++) {
-      const PhiloxVectors w = philox_lanes(a.seed, blocks.even, blocks.odd, uint32_t(a.first_row + i));
+      const PhiloxLanes w = philox_blocks(a.seed, blocks.even, blocks.odd, uint32_t(a.first_row + i));
       const NormalPair<VecF> p = normal_pair<VecF>(w.word[0], w.word[1]), q = normal_pair<VecF>(w.word[2], w.word[3]);
       const float weight = a.weights ? a.weights[i] : 1.0f;
       sum[0] += p.first * weight;
@@ -137,7 +137,7 @@ void normal_f64(const NormalArgs<double>& a, int64_t begin, int64_t end) {
 void words(const PhiloxArgs& a, int64_t begin, int64_t end) {
   for (int64_t first = begin; first < end; first += kLanes) {
     const TileBlocks blocks = tile_blocks(uint64_t(a.first_block + first));
-    const PhiloxVectors w = philox_lanes(a.seed, blocks.even, blocks.odd, uint32_t(a.row));
+    const PhiloxLanes w = philox_blocks(a.seed, blocks.even, blocks.odd, uint32_t(a.row));
     for (int lane = 0; lane < kLanes; lane++) {
       const int64_t at = first + block_of_lane(lane);
       for (int j = 0; j < 4 && at < end; j++) a.words[4 * at + j] = w.word[j][lane];
