@@ -70,5 +70,60 @@ PK_HD PhiloxLanes philox_blocks(uint64_t seed, VecW even, VecW odd, uint32_t row
   return philox(seed, PhiloxHalf{even, even >> 32, VecW{} + row, VecW{}}, PhiloxHalf{odd, odd >> 32, VecW{} + row, VecW{}});
 }
 
+// ---- a tile: as many blocks of four numbers, one behind the other, as there are lanes -------------------------------------
+constexpr int kQuads = kLanes / 4;
+
+// Lane 4 q + k holds block kQuads k + q: so the four numbers of kQuads blocks come to lie one behind the other by exchanges
+// within groups of four lanes.
+constexpr int block_of_lane(int lane) { return kQuads * (lane % 4) + lane / 4; }
+
+struct TileBlocks {
+  VecW even, odd;
+};
+PK_HD TileBlocks tile_blocks(uint64_t first) {
+  TileBlocks b;
+  for (int i = 0; i < kLanes / 2; i++) {
+    b.even[i] = uint64_t(block_of_lane(2 * i));
+    b.odd[i] = uint64_t(block_of_lane(2 * i + 1));
+  }
+  return {b.even + first, b.odd + first};
+}
+
+// a[j] holds number j of each lane's block; afterwards a[0], a[1], ... are the numbers in their order.
+template <class V> PK_HD void in_order(V (&a)[4]) {
+#if defined(__AVX512F__)
+#define PK_UNPACK(part, kind, x, y) _mm512_unpack##part##_##kind(x, y)
+  using R = __m512;
+  using D = __m512d;
+#elif defined(__AVX2__)
+#define PK_UNPACK(part, kind, x, y) _mm256_unpack##part##_##kind(x, y)
+  using R = __m256;
+  using D = __m256d;
+#elif defined(__SSE2__)
+#define PK_UNPACK(part, kind, x, y) _mm_unpack##part##_##kind(x, y)
+  using R = __m128;
+  using D = __m128d;
+#endif
+#if defined(PK_UNPACK)
+  const R z0 = reinterpret_cast<R>(a[0]), z1 = reinterpret_cast<R>(a[1]), z2 = reinterpret_cast<R>(a[2]),
+          z3 = reinterpret_cast<R>(a[3]);
+  const D low01 = reinterpret_cast<D>(PK_UNPACK(lo, ps, z0, z1)), low23 = reinterpret_cast<D>(PK_UNPACK(lo, ps, z2, z3)),
+          high01 = reinterpret_cast<D>(PK_UNPACK(hi, ps, z0, z1)), high23 = reinterpret_cast<D>(PK_UNPACK(hi, ps, z2, z3));
+  a[0] = reinterpret_cast<V>(PK_UNPACK(lo, pd, low01, low23));
+  a[1] = reinterpret_cast<V>(PK_UNPACK(hi, pd, low01, low23));
+  a[2] = reinterpret_cast<V>(PK_UNPACK(lo, pd, high01, high23));
+  a[3] = reinterpret_cast<V>(PK_UNPACK(hi, pd, high01, high23));
+#undef PK_UNPACK
+#else
+  V b[4];
+  for (int lane = 0; lane < kLanes; lane++)
+    for (int j = 0; j < 4; j++) {
+      const int at = 4 * block_of_lane(lane) + j;
+      b[at / kLanes][at % kLanes] = a[j][lane];
+    }
+  for (int j = 0; j < 4; j++) a[j] = b[j];
+#endif
+}
+
 }  // namespace PK_ISA
 }  // namespace prefkern

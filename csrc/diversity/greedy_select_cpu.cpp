@@ -1,26 +1,12 @@
 // The products of greedy_select.h on the CPU: one candidate after the other, 32 sums in vectors.
 #include "diversity/greedy_select_cpu.h"
 
-#include "core/simd.h"
+#include "core/elementary_more.h"
 #include "math/diversity.h"
 
 namespace prefkern {
 inline namespace PK_ISA {
 namespace {
-
-// A product that is rounded before something is added to it: without this, compilers fuse the two where there is an instruction.
-template <class V> PK_HD V rounded(V x) {
-#if defined(__AVX512F__)
-  __asm__("" : "+v"(x));
-#elif defined(__x86_64__)
-  __asm__("" : "+x"(x));
-#elif defined(__aarch64__)
-  __asm__("" : "+w"(x));
-#else
-  __asm__("" : "+m"(x));
-#endif
-  return x;
-}
 
 template <class S> PK_HD S join(S* sums) {
   for (int half = kGreedySums / 2; half > 0; half /= 2)
@@ -44,11 +30,11 @@ template <class T> PK_HD float dot(const T* x, const float* u, int64_t n) {
   for (; k + kGreedySums <= n; k += kGreedySums)
     for (int r = 0; r < registers; r++) {
       const int64_t at = k + r * kLanes;
-      parts[r] += rounded(Mem<VecF>::load(x + at) * Mem<VecF>::load(u + at));
+      parts[r] += rounded_product(Mem<VecF>::load(x + at), Mem<VecF>::load(u + at));
     }
   float sums[kGreedySums];
   for (int r = 0; r < registers; r++) Mem<VecF>::store(sums + r * kLanes, parts[r]);
-  for (int i = 0; k + i < n; i++) sums[i] += rounded(to_float(x[k + i]) * u[k + i]);
+  for (int i = 0; k + i < n; i++) sums[i] += rounded_product(to_float(x[k + i]), u[k + i]);
   return join(sums);
 }
 PK_HD double dot(const double* x, const double* u, int64_t n) {

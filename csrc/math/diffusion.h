@@ -74,10 +74,6 @@ PK_HD DiffusionTerm diffusion_term(const DiffusionRule& rule, double change_w, d
 // 0, or NaN where x is not finite: an infinite error must not end as a loss of 0.
 PK_HD double nan_unless_finite(double x) { return x - x; }
 
-#if !defined(__CUDACC__) && !defined(PK_SIMT)
-PK_HD float sqrt_any(float x) { return __builtin_sqrtf(x); }
-#endif
-
 template <class V, class S> PK_HD V x0_loss(X0Kind kind, V y, S c) {
   if (kind == X0Kind::l2) return y * y;
   return y * y / (sqrt_any(y * y + c * c) + c);

@@ -4,9 +4,6 @@
 // V is double, or on the CPU a vector of it.
 #pragma once
 #include "core/elementary_more.h"
-#if !defined(__CUDACC__) && !defined(PK_SIMT)
-#include "core/simd_wide.h"
-#endif
 
 namespace prefkern {
 
@@ -20,10 +17,6 @@ struct RankOneStep {
 inline namespace PK_ISA {
 
 constexpr double kSqrt3 = 1.7320508075688772, kSqrt5 = 2.23606797749979;
-
-#if defined(__CUDACC__) || defined(PK_SIMT)
-PK_HD double vexp_falling(double x) { return vexp(x); }
-#endif
 
 template <GpKernel kind, class V> PK_HD V covariance(V r2) {
   if constexpr (kind == GpKernel::rbf) {

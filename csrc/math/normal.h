@@ -6,24 +6,10 @@
 // V is float, or on the CPU a vector of floats; double, also a CPU type, takes the C library's functions.
 #pragma once
 #include "core/elementary_more.h"
+#include "math/turns.h"
 
 namespace prefkern {
 inline namespace PK_ISA {
-
-// Words beside real numbers of type V.
-template <class V> struct Words;
-template <> struct Words<float> {
-  using Unsigned = uint32_t;
-  using Signed = int32_t;
-  static PK_HD float real(int32_t x) { return static_cast<float>(x); }
-};
-#if !defined(__CUDACC__) && !defined(PK_SIMT)
-template <> struct Words<VecF> {
-  using Unsigned = VecU;
-  using Signed = VecI;
-  static PK_HD VecF real(VecI x) { return __builtin_convertvector(x, VecF); }
-};
-#endif
 
 template <class V> struct NormalPair {
   V first, second;
@@ -49,48 +35,25 @@ template <class V> PK_HD V minus_two_log(typename Words<V>::Unsigned word) {
   return e * (-2 * ln2_high) + (e * (-2 * ln2_low) + (s * -4.0f + series));
 }
 
-// cos(2 pi v) and sin(2 pi v), each with an error <= 1.2e-7: quarters of a turn exchange the two and turn their signs; what
-// remains, at most an eighth, goes into their Taylor polynomials, in turns.
-template <class V> PK_HD NormalPair<V> unit_circle(typename Words<V>::Unsigned word) {
-  using U = typename Words<V>::Unsigned;
+// Of 2 pi v.
+template <class V> PK_HD Direction<V> normal_direction(typename Words<V>::Unsigned word) {
   using I = typename Words<V>::Signed;
-  constexpr double turn = 6.283185307179586477, turn2 = turn * turn;
-  constexpr float s1 = float(turn), s3 = float(-turn2 * turn / 6), s5 = float(turn2 * turn2 * turn / 120),
-                  s7 = float(-turn2 * turn2 * turn2 * turn / 5040), s9 = float(turn2 * turn2 * turn2 * turn2 * turn / 362880);
-  constexpr float c2 = float(-turn2 / 2), c4 = float(turn2 * turn2 / 24), c6 = float(-turn2 * turn2 * turn2 / 720),
-                  c8 = float(turn2 * turn2 * turn2 * turn2 / 40320),
-                  c10 = float(-turn2 * turn2 * turn2 * turn2 * turn2 / 3628800);
-  const U quarter = (word + 0x20000000u) >> 30;
-  const I rest = I(word - (quarter << 30));  // in [-2^29, 2^29)
-  const V x = Words<V>::real(rest * 2 + 1) * 0x1p-33f, x2 = x * x;
-  const V sine = x * (s1 + x2 * (s3 + x2 * (s5 + x2 * (s7 + x2 * s9))));
-  const V cosine = 1.0f + x2 * (c2 + x2 * (c4 + x2 * (c6 + x2 * (c8 + x2 * c10))));
-  const auto odd = (quarter & 1u) != 0u;
-  const V first = odd ? sine : cosine, second = odd ? cosine : sine;
-  U first_bits, second_bits;
-  __builtin_memcpy(&first_bits, &first, sizeof first);
-  __builtin_memcpy(&second_bits, &second, sizeof second);
-  first_bits ^= ((quarter + 1u) & 2u) << 30;
-  second_bits ^= (quarter & 2u) << 30;
-  NormalPair<V> p;
-  __builtin_memcpy(&p.first, &first_bits, sizeof first_bits);
-  __builtin_memcpy(&p.second, &second_bits, sizeof second_bits);
-  return p;
+  const auto quarter = nearest_quarter(word);
+  return direction<V>(quarter, Words<V>::real(I(beyond_quarter(word, quarter)) * 2 + 1) * 0x1p-33f);
 }
 
 template <class V> PK_HD NormalPair<V> normal_pair(typename Words<V>::Unsigned a, typename Words<V>::Unsigned b) {
   const V radius = sqrt_any(minus_two_log<V>(a));
-  const NormalPair<V> p = unit_circle<V>(b);
-  return {radius * p.first, radius * p.second};
+  const Direction<V> d = normal_direction<V>(b);
+  return {radius * d.cosine, radius * d.sine};
 }
 
-#if !defined(__CUDACC__) && !defined(PK_SIMT)
-PK_HD NormalPair<double> normal_pair64(uint32_t a, uint32_t b) {
+// On the CPU alone.
+inline NormalPair<double> normal_pair64(uint32_t a, uint32_t b) {
   constexpr double turn = 6.283185307179586477;
   const double radius = __builtin_sqrt(-2 * __builtin_log((a + 0.5) * 0x1p-32)), angle = turn * ((b + 0.5) * 0x1p-32);
   return {radius * __builtin_cos(angle), radius * __builtin_sin(angle)};
 }
-#endif
 
 }  // namespace PK_ISA
 }  // namespace prefkern

@@ -5,11 +5,8 @@
 // proposal that another rejects.
 #pragma once
 #include "core/elementary_more.h"
-#include "core/philox.h"
 #include "math/exponential.h"
-#if !defined(__CUDACC__) && !defined(PK_SIMT)
-#include "core/philox_lanes.h"
-#endif
+#include "math/turns.h"
 
 namespace prefkern {
 
@@ -35,68 +32,19 @@ template <class V> PK_HD V expected_thompson_utility(ThompsonUtility utility, V 
   return utility == ThompsonUtility::p1mp2 ? variance * ((b + 1) / (s + 2)) : variance;
 }
 
-// ---- lanes --------------------------------------------------------------------------------------------------------------
-template <class V> struct WordLanes {
-  using Type = uint32_t;
-  static PK_HD V from_signed(uint32_t w) { return V(int32_t(w)); }
-};
-PK_HD bool any_lane(bool m) { return m; }
-#if !defined(__CUDACC__) && !defined(PK_SIMT)
-template <> struct WordLanes<VecF> {
-  using Type = VecU;
-  static PK_HD VecF from_signed(VecU w) { return __builtin_convertvector(reinterpret_cast<VecI>(w), VecF); }
-};
-PK_HD bool any_lane(VecI m) {
-  int32_t any = 0;
-  for (int i = 0; i < kLanes; i++) any |= m[i];
-  return any != 0;
-}
-#endif
-
 // ---- from words to numbers ------------------------------------------------------------------------------------------------
 // In (0, 1], of 31 bits.
-template <class V> PK_HD V unit_number(typename WordLanes<V>::Type w) {
+template <class V> PK_HD V unit_number(typename Words<V>::Unsigned w) {
   using S = typename Lanes<V>::Scalar;
-  return (WordLanes<V>::from_signed(w >> 1) + S(0.5)) * S(0x1p-31);
+  return (Words<V>::real(typename Words<V>::Signed(w >> 1)) + S(0.5)) * S(0x1p-31);
 }
 
-// Cosine and sine of 2 pi w / 2^32, by their series within an eighth of a turn of the nearest quarter.
-template <class V> PK_HD void turn(typename WordLanes<V>::Type w, V& cosine, V& sine) {
+// Of 2 pi w / 2^32.
+template <class V> PK_HD Direction<V> uniform_direction(typename Words<V>::Unsigned w) {
   using S = typename Lanes<V>::Scalar;
-  constexpr int terms = sizeof(S) == 8 ? 9 : 5;
-  constexpr double inverse_factorial[] = {1.0,
-                                          1.0,
-                                          1.0 / 2,
-                                          1.0 / 6,
-                                          1.0 / 24,
-                                          1.0 / 120,
-                                          1.0 / 720,
-                                          1.0 / 5040,
-                                          1.0 / 40320,
-                                          1.0 / 362880,
-                                          1.0 / 3628800,
-                                          1.0 / 39916800,
-                                          1.0 / 479001600,
-                                          1.0 / 6227020800,
-                                          1.0 / 87178291200,
-                                          1.0 / 1307674368000,
-                                          1.0 / 20922789888000,
-                                          1.0 / 355687428096000,
-                                          1.0 / 6402373705728000,
-                                          1.0 / 121645100408832000};
-  const auto quarter = (w + 0x20000000u) >> 30;
-  const V x = WordLanes<V>::from_signed(w - (quarter << 30)) * S(1.5707963267948966 / 0x1p30), x2 = x * x;
-  V c = splat<V>(S(inverse_factorial[2 * terms])), s = splat<V>(S(inverse_factorial[2 * terms + 1]));
-  for (int k = terms - 1; k >= 0; k--) {
-    c = S(inverse_factorial[2 * k]) - x2 * c;
-    s = S(inverse_factorial[2 * k + 1]) - x2 * s;
-  }
-  s = s * x;
-  const auto odd = (quarter & 1u) != 0u, minus_c = ((quarter + 1u) & 2u) != 0u, minus_s = (quarter & 2u) != 0u;
-  cosine = odd ? s : c;
-  cosine = minus_c ? -cosine : cosine;
-  sine = odd ? c : s;
-  sine = minus_s ? -sine : sine;
+  using I = typename Words<V>::Signed;
+  const auto quarter = nearest_quarter(w);
+  return direction<V>(quarter, Words<V>::real(I(beyond_quarter(w, quarter))) * S(0x1p-32));
 }
 
 // log(1 + t) - t + t^2/2 - t^3/3 for t > -1, which is -t^4/4 + t^5/5 - ...
@@ -132,9 +80,9 @@ template <class V> struct GammaProposal {
 };
 
 // p of Beta(alpha + 1, beta + 1); NaN for counts that are negative, beyond kMostEvidence or no numbers.
-template <class V> PK_HD V beta_draw(V alpha, V beta, uint64_t seed, uint32_t step, typename WordLanes<V>::Type prompt) {
+template <class V> PK_HD V beta_draw(V alpha, V beta, uint64_t seed, uint32_t step, typename Words<V>::Unsigned prompt) {
   using S = typename Lanes<V>::Scalar;
-  using Word = typename WordLanes<V>::Type;
+  using Word = typename Words<V>::Unsigned;
   constexpr S most = S(kMostEvidence);
   const LanesIf<V> good = (alpha >= 0) & (alpha <= most) & (beta >= 0) & (beta <= most);
   const V zero = {}, first_shape = (good ? alpha : zero) + 1, second_shape = (good ? beta : zero) + 1;
@@ -145,12 +93,12 @@ template <class V> PK_HD V beta_draw(V alpha, V beta, uint64_t seed, uint32_t st
   for (uint32_t attempt = 0; attempt < uint32_t(kMostProposals) && any_lane(first_open | second_open); attempt++) {
     const auto words = philox(seed, none + attempt, prompt, none + step, none + kThompsonStream);
     const V radius = sqrt_any(vlog(unit_number<V>(words.word[0])) * -2);
-    V cosine, sine, v;
-    turn(words.word[1], cosine, sine);
-    const LanesIf<V> first_taken = first_open & first.accepts(radius * cosine, unit_number<V>(words.word[2]), v);
+    const Direction<V> d = uniform_direction<V>(words.word[1]);
+    V v;
+    const LanesIf<V> first_taken = first_open & first.accepts(radius * d.cosine, unit_number<V>(words.word[2]), v);
     first_v = first_taken ? v : first_v;
     first_open = first_open & (first_taken == 0);
-    const LanesIf<V> second_taken = second_open & second.accepts(radius * sine, unit_number<V>(words.word[3]), v);
+    const LanesIf<V> second_taken = second_open & second.accepts(radius * d.sine, unit_number<V>(words.word[3]), v);
     second_v = second_taken ? v : second_v;
     second_open = second_open & (second_taken == 0);
   }
