@@ -2,7 +2,6 @@
 // reads the bound. The bound is in whole clusters of tiles, so that all parts of a cluster agree; operands hold zeros beyond it.
 #include "core/gemm_bounded.h"
 
-#if defined(PREFKERN_CUTLASS) && !defined(PK_SIMT)
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
@@ -198,11 +197,3 @@ int cuda_gemm_bounded(const BoundedGemmArgs& a, void* stream) {
 }
 
 }  // namespace prefkern
-
-#else
-
-namespace prefkern {
-int cuda_gemm_bounded(const BoundedGemmArgs&, void*) { return 801; }  // cudaErrorNotSupported
-}  // namespace prefkern
-
-#endif

@@ -7,7 +7,6 @@
 #include "conflicts/divergence.h"
 #include "conflicts/runs.h"
 #include "core/cuda_runtime.h"
-#include "core/gemm_bounded.h"
 #include "diversity/greedy_select.h"
 #include "diffusion/clean_latents.h"
 #include "diffusion/pair_errors.h"
@@ -18,10 +17,10 @@
 #include "groups/pair_walk.h"
 #include "logprobs/active_rows.h"
 #include "logprobs/compact_rows.h"
-#include "logprobs/hopper_forward.h"
 #include "logprobs/logits_edit.h"
 #include "logprobs/logits_fold.h"
 #include "logprobs/shard_merge.h"
+#include "logprobs/tile_fold.h"
 #include "policy/importance.h"
 #include "policy/token_loss.h"
 #include "preference/pair_loss.h"
@@ -51,11 +50,6 @@ int cuda_round_logits(const RoundArgs&, void*) { return kBuiltWithoutCuda; }
 int cuda_keep_logits(const KeepArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_kept_upstream(const KeptUpstreamArgs<float>&, void*) { return kBuiltWithoutCuda; }
 int cuda_active_targets(const ActiveTargetsArgs<float>&, void*) { return kBuiltWithoutCuda; }
-const char* cutlass_version() { return ""; }
-bool hopper_device() { return false; }
-int64_t hopper_tile_columns(int64_t, bool) { return 1; }
-int cuda_hopper_head(const HopperHeadArgs&, void*) { return kBuiltWithoutCuda; }
-int cuda_gemm_bounded(const BoundedGemmArgs&, void*) { return kBuiltWithoutCuda; }
 int cuda_compact(const CompactArgs&, void*) { return kBuiltWithoutCuda; }
 int cuda_gather_rows(const GatherRowsArgs&, void*) { return kBuiltWithoutCuda; }
 int cuda_gather_vectors(const GatherVectorsArgs&, void*) { return kBuiltWithoutCuda; }

@@ -17,7 +17,6 @@
 #include "core/common.h"
 #include "logprobs/hopper_forward.h"
 
-#if defined(PREFKERN_CUTLASS) && !defined(PK_SIMT)
 #include <cutlass/epilogue/collective/detail.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
@@ -158,14 +157,3 @@ int cuda_hopper_head(const HopperHeadArgs& a, void* stream) {
 }
 
 }  // namespace prefkern
-
-#else
-
-namespace prefkern {
-const char* cutlass_version() { return ""; }
-bool hopper_device() { return false; }
-int64_t hopper_tile_columns(int64_t, bool) { return 256; }
-int cuda_hopper_head(const HopperHeadArgs&, void*) { return 801; }  // cudaErrorNotSupported
-}  // namespace prefkern
-
-#endif

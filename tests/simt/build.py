@@ -30,7 +30,8 @@ WEEK = 7 * 24 * 3600
 # The namespace gets another name: pybind11 refuses to register a type that prefkern._C has registered in this process.
 COMMON = [
     "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas",
-    "-DPK_SIMT", "-Dprefkern=prefkern_simt", '-DPREFKERN_CUDA_ARCHS="simt"', "-I", str(ROOT / "csrc"), "-I", str(HERE),
+    "-DPK_SIMT", "-DPREFKERN_NO_CUTLASS", "-Dprefkern=prefkern_simt", '-DPREFKERN_CUDA_ARCHS="simt"',
+    "-I", str(ROOT / "csrc"), "-I", str(HERE),
 ]  # fmt: skip
 PYTHON = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
 SANITIZERS = "-fsanitize=address,undefined"
@@ -59,7 +60,9 @@ def build(directory: Path, variant: str = "plain") -> Path:
     """The path of the compiled module."""
     directory.mkdir(parents=True, exist_ok=True)
     flags = COMMON + VARIANTS[variant]
-    kernels = [*sorted(ROOT.glob("csrc/*/*.cu")), HERE / "simt.cpp", HERE / "misuse.cpp", HERE / "tiles.cpp"]
+    # There are no tensor cores here to emulate Hopper's.
+    kernels = [path for path in sorted(ROOT.glob("csrc/*/*.cu")) if not path.name.startswith("hopper_")]
+    kernels += [ROOT / "csrc/core/without_cutlass.cpp", HERE / "simt.cpp", HERE / "misuse.cpp", HERE / "tiles.cpp"]
     # The bindings hold no device code: one object serves all variants, and no time goes into optimising it.
     jobs = [(HERE / "module.cpp", [*COMMON, *PYTHON, "-O0", "-g0"]), *((kernel, flags) for kernel in kernels)]
     with open(directory / "lock", "w") as lock:
