@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ._names import nearest_hint
+from ._names import choice
 
 SOLVERS = ("auto", "primal", "dual")
 _WIDE = 4096  # features from which on the dual may be cheaper
@@ -133,8 +133,7 @@ def pool_features(hidden: Tensor, mask: Tensor, *, how: Literal["mean", "last"] 
     mask: bool [B, T]; True for tokens of the response. Those of the prompt are the same on both sides and say nothing. What
     lies outside is never looked at. float32, or float64 for float64. ValueError for a row without a token.
     """
-    if how not in ("mean", "last"):
-        raise ValueError(f"how is {how!r}; accepted: 'mean', 'last'{nearest_hint(str(how), ('mean', 'last'))}")
+    choice("how", how, ("mean", "last"))
     _check_mask(hidden, mask, 3)
     if how == "last":
         last = (mask.cumsum(1) * mask).argmax(1)
@@ -435,8 +434,7 @@ def _features(f_chosen: Tensor, f_rejected: Tensor) -> tuple[Tensor, Tensor]:
 def _check(ridge: float, solver: str) -> None:
     if not 0 < ridge < math.inf:
         raise ValueError(f"ridge is {ridge}; it must be positive")
-    if solver not in SOLVERS:
-        raise ValueError(f"solver is {solver!r}; accepted: {', '.join(map(repr, SOLVERS))}{nearest_hint(str(solver), SOLVERS)}")
+    choice("solver", solver, SOLVERS)
 
 
 def _check_mask(values: Tensor, mask: Tensor, dims: int) -> None:

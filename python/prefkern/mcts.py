@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ._names import nearest_hint
+from ._names import choice
 
 __all__ = [
     "Node",
@@ -277,8 +277,7 @@ def step_pair(
     worse: "worst", the paper's; "second", the next best; "random", any but the best, drawn by rng: what the released runs did,
     since their option for it cannot be switched off.
     """
-    if worse not in WORSE:
-        raise ValueError(f"worse is {worse!r}; accepted: {', '.join(map(repr, WORSE))}{nearest_hint(str(worse), WORSE)}")
+    choice("worse", worse, WORSE)
     ranked = rank_children(node, temperature, diversity=diversity)
     if len(ranked) < 2:
         return None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from ._names import nearest_hint
+from ._names import choice, nearest_hint
 
 Params = nn.Module | Mapping[str, Tensor] | Sequence[Tensor]
 LORA = ("merge", "stack", "factors")
@@ -69,8 +69,7 @@ def nesterov_extrapolate(
     """
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha is {alpha}; a number in [0, 1) is expected")
-    if lora not in LORA:
-        raise ValueError(f"lora is {lora!r}; accepted: {', '.join(map(repr, LORA))}{nearest_hint(str(lora), LORA)}")
+    choice("lora", lora, LORA)
     new, old = _named("params_new", params_new), _named("params_old", params_old)
     dest = None if out is None else _named("out", out)
     wanted = trainable or _requiring_gradients(params_new)

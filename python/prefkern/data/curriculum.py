@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
-from .pairs import choice
+from .._names import choice
 
 
 class CurriculumPair(NamedTuple):

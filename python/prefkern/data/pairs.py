@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .._names import nearest_hint
+from .._names import choice
 
 
 class RankedPair(NamedTuple):
@@ -43,12 +43,6 @@ def floats(name: str, values: Any) -> list[float]:
         return [math.nan if value is None else float(value) for value in values]
     except (TypeError, ValueError):
         raise TypeError(f"{name} is {values!r}; one number per response is expected") from None
-
-
-def choice(name: str, value: Any, accepted: tuple[str, ...]) -> None:
-    """ValueError that lists what is accepted."""
-    if value not in accepted:
-        raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, accepted))}{nearest_hint(str(value), accepted)}")
 
 
 def ranked_pairs(

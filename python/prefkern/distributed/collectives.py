@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._names import choice
 from ..ops._arguments import accumulator, check_tensors
-from ..ops._call import choice
 from ._ranks import (
     HEAD,
     ProcessGroup,

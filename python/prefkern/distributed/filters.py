@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
+from .._names import choice
 from ..ops._arguments import accumulator, check_tensors, number
-from ..ops._call import choice
 from ..ops.filters import INTERPOLATIONS, RULES
 from ._ranks import HEAD, ProcessGroup, Ranks, all_well, attempt, check_heads, device_for, head, looks, ranks_of
 

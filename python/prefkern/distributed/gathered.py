@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ..ops._arguments import check_tensors, is_dtensor
 
 Gradient = Literal["mean", "sum", "same"]
@@ -45,8 +46,7 @@ def gathered(weight: Tensor, *, gradient: Gradient = "mean", gather: Gather | No
         gather: of ZeRO-3, in place of DeepSpeed's: ``gather(weight)`` is a context manager in which ``weight.data`` is whole.
     """
     check_tensors(weight=weight)
-    if gradient not in _GRADIENTS:
-        raise ValueError(f"gradient is {gradient!r}; accepted: {', '.join(map(repr, _GRADIENTS))}")
+    choice("gradient", gradient, _GRADIENTS)
     if is_dtensor(weight):
         yield whole(weight, gradient)
     elif not hasattr(weight, "ds_id"):

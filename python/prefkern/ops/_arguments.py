@@ -15,6 +15,15 @@ def check_tensors(**tensors: Any) -> None:
             raise TypeError(f"{name} is a {type(value).__name__}; a torch.Tensor is expected")
 
 
+def constant(name: str, t: Tensor | None) -> Tensor | None:
+    """The tensor, or None, as what no gradient goes to; TypeError for anything else."""
+    if t is None:
+        return None
+    if not isinstance(t, Tensor):
+        check_tensors(**{name: t})
+    return t.detach() if t.requires_grad else t
+
+
 def is_dtensor(t: Any) -> bool:
     """Whether `t` is a DTensor, asked of every call: torch.distributed.tensor need not be imported for it."""
     return type(t) is not Tensor and type(t) is not torch.nn.Parameter and hasattr(t, "device_mesh") and isinstance(t, Tensor)

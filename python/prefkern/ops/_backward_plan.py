@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._names import nearest_hint
+from .._names import choice, nearest_hint
 from ._arguments import integer
 
 SAVES = ("recompute", "logits", "u")  # by the number that the op takes
@@ -110,9 +110,7 @@ def checked(save: Any, save_bytes: Any) -> int | None:
     """The budget of these arguments."""
     if not isinstance(save, str):
         raise TypeError(f"save is {save!r}; 'auto' or one of {', '.join(map(repr, SAVES))} is expected")
-    accepted = ("auto", *SAVES)
-    if save not in accepted:
-        raise ValueError(f"save is {save!r}; accepted: {', '.join(map(repr, accepted))}{nearest_hint(save, accepted)}")
+    choice("save", save, ("auto", *SAVES))
     if save_bytes is None:
         return None
     if save != "auto":

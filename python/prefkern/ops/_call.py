@@ -57,6 +57,11 @@ def no_double_backward(name: str) -> None:
     torch.library.register_autograd(f"prefkern::{name}", backward)
 
 
+def undivided(g: torch.Tensor) -> torch.Tensor:
+    """With create_graph, a gradient that requires one: a second differentiation must not find a constant."""
+    return g.detach().requires_grad_() if torch.is_grad_enabled() and not g.requires_grad else g
+
+
 class _Refused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, t: torch.Tensor, why: str) -> torch.Tensor:
@@ -81,11 +86,3 @@ def keeps_graph() -> bool:
     """Whether the backward that runs may be followed by another one through the same graph, so that what was saved for it
     must stay as it is."""
     return True if _keep_graph is None else bool(_keep_graph())
-
-
-def choice(name: str, value: str, accepted: tuple[str, ...]) -> int:
-    """Index of ``value`` in ``accepted``, or a ValueError that lists them."""
-    try:
-        return accepted.index(value)
-    except ValueError:
-        raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, accepted))}") from None

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ._arguments import accumulator, check_tensors, integer, number, same_device
-from ._call import call, choice, validation
+from ._call import call, validation
 from .types import GroupAdvantages, PairMaskedAdvantages, QuestionWeights
 
 _OPS = torch.ops.prefkern

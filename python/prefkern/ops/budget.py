@@ -5,8 +5,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ._arguments import check_tensors, integer
-from ._call import call, choice
+from ._call import call
 
 _allocate = torch.ops.prefkern.knapsack_allocate.default
 

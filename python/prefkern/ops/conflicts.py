@@ -5,8 +5,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ._arguments import accumulator, check_ends, check_tensors, number, same_device
-from ._call import call, choice, validation
+from ._call import call, validation
 from .types import ConflictRuns
 
 _divergence = torch.ops.prefkern.first_divergence.default

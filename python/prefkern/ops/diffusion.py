@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ._arguments import accumulator, check_tensors, number, same_device
-from ._call import call, no_double_backward, validation
-from .lists import REDUCTIONS, _choice, _constant, _undivided
+from .._names import choice
+from ._arguments import accumulator, check_tensors, constant, number, same_device
+from ._call import call, no_double_backward, undivided, validation
+from .lists import REDUCTIONS
 from .types import BalancedLoss, LossOutput
 
 _OPS = torch.ops.prefkern
@@ -89,7 +90,7 @@ def diffusion_pref_loss(
             empty batch; on the CPU, weights or errors that are not finite (on CUDA their pair comes out NaN).
     """
     check_tensors(pred_w=pred_w, pred_l=pred_l, target=target)
-    options = (_choice("loss_type", loss_type, LOSS_TYPES), _choice("reduction", reduction, REDUCTIONS), *_scale(beta, half))
+    options = (choice("loss_type", loss_type, LOSS_TYPES), choice("reduction", reduction, REDUCTIONS), *_scale(beta, half))
     loss, metrics = _pair_loss(
         pred_w, pred_l, (target, target_l, ref_w, ref_l), (ref_mse_w, ref_mse_l, weight), (*options, bool(negative))
     )
@@ -163,7 +164,7 @@ def diffusion_pref_loss_stacked(
         check_tensors(ref_mse=ref_mse)
         if ref_mse.shape != (rows,):
             raise ValueError(f"ref_mse has shape {list(ref_mse.shape)}; [{rows}] is expected")
-    options = (_choice("loss_type", loss_type, LOSS_TYPES), _choice("reduction", reduction, REDUCTIONS), *_scale(beta, half))
+    options = (choice("loss_type", loss_type, LOSS_TYPES), choice("reduction", reduction, REDUCTIONS), *_scale(beta, half))
     targets = target.chunk(2) if target.shape[0] == rows else (target, None)
     refs = (None, None) if ref_pred is None else ref_pred.chunk(2)
     errors = (None, None) if ref_mse is None else ref_mse.chunk(2)
@@ -213,7 +214,7 @@ def x0_regression_loss(
         ValueError, TypeError: naming the argument, what came and what is accepted.
     """
     check_tensors(pred=pred, x=x, target=target)
-    options = (_choice("loss_type", loss_type, X0_LOSS_TYPES), _choice("reduction", reduction, REDUCTIONS), number("c", c))
+    options = (choice("loss_type", loss_type, X0_LOSS_TYPES), choice("reduction", reduction, REDUCTIONS), number("c", c))
     _check_shapes("pred", pred, x=x, target=target)
     alphas, sigmas = _each("alpha", alpha, pred), _each("sigma", sigma, pred)
     coefficients = torch.stack([1 / alphas, -sigmas / alphas])
@@ -462,7 +463,7 @@ def _pair_loss(
     constants = tuple(None if t is None else t.detach() for t in latents)
     pred_w, pred_l, *rest = _one_dtype(pred_w, pred_l, *constants)
     names = ("ref_mse_w", "ref_mse_l", "weight")
-    values = tuple(_constant(name, t) for name, t in zip(names, numbers, strict=True))
+    values = tuple(constant(name, t) for name, t in zip(names, numbers, strict=True))
     needs_grad = torch.is_grad_enabled() and (pred_w.requires_grad or (pred_l is not None and pred_l.requires_grad))
     if needs_grad and not torch.compiler.is_compiling():
         loss, metrics = call(_PairLoss.apply, pred_w, pred_l, (*rest, *values), options)
@@ -561,7 +562,7 @@ def _fake_step(x: Tensor, e1: Tensor, e2: Tensor | None, coefficients: Tensor) -
 
 def _pair_gradients(ctx: Any, g_loss: Tensor, needs: int) -> Tensor:
     winners, losers, target, target_l, slopes = ctx.saved_tensors
-    grads: Tensor = _pairs_backward(_undivided(g_loss), slopes, winners, losers, target, target_l, ctx.reduction, needs)
+    grads: Tensor = _pairs_backward(undivided(g_loss), slopes, winners, losers, target, target_l, ctx.reduction, needs)
     return grads
 
 
@@ -621,7 +622,7 @@ def _setup_x0(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_x0(ctx: Any, g_loss: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad = None if g_loss is None else _x0_backward(_undivided(g_loss), *ctx.saved_tensors, *ctx.options)
+    grad = None if g_loss is None else _x0_backward(undivided(g_loss), *ctx.saved_tensors, *ctx.options)
     return (grad, *(None,) * 6)
 
 
@@ -640,7 +641,7 @@ class _X0Loss(torch.autograd.Function):
     def backward(ctx: Any, g_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         if g_loss is None:
             return (None,) * 5
-        grad = _x0_backward(_undivided(g_loss), *ctx.saved_tensors, *ctx.options)
+        grad = _x0_backward(undivided(g_loss), *ctx.saved_tensors, *ctx.options)
         return _restored(grad, ctx.shape, ctx.order), None, None, None, None
 
 

@@ -7,8 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ._arguments import check_tensors, integer, number, same_device
-from ._call import call, choice, validation
+from ._call import call, validation
 
 _OPS = torch.ops.prefkern
 _self_bleu, _distinct, _edit = _OPS.self_bleu.default, _OPS.distinct_n.default, _OPS.edit_distance.default

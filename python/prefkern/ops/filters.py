@@ -6,8 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ._arguments import accumulator, check_tensors, number, same_device
-from ._call import call, choice
+from ._call import call
 
 _quantile, _top = torch.ops.prefkern.masked_quantile.default, torch.ops.prefkern.top_quantile_mask.default
 

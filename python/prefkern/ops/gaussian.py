@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .._names import nearest_hint
+from .._names import choice
 from ._arguments import check_tensors, integer, number, same_device
 from ._call import call, validation
 
@@ -79,14 +79,12 @@ def gp_unique_posterior(
     check_tensors(L=L, a=a, U=U, X=X)
     if counts is not None:
         check_tensors(counts=counts)
-    if kernel not in GP_KERNELS:
-        hint = nearest_hint(kernel, GP_KERNELS) if isinstance(kernel, str) else ""
-        raise ValueError(f"kernel is {kernel!r}; accepted: {', '.join(map(repr, GP_KERNELS))}{hint}")
+    kind = choice("kernel", kernel, GP_KERNELS)
     inverse = inverse_length(length, X)
     L, a, U, X = (t.detach() if t.requires_grad else t for t in (L, a, U, X))
     if X.is_cuda and validation() and not torch.compiler.is_compiling():
         _look(L, U, X, counts, inverse)
-    mean, var = call(_posterior, L, a, U, X, counts, inverse, GP_KERNELS.index(kernel), number("variance", variance))
+    mean, var = call(_posterior, L, a, U, X, counts, inverse, kind, number("variance", variance))
     return GpPosterior(mean, var)
 
 

@@ -6,8 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ._arguments import check_tensors, integer, number, same_device
-from ._call import call, choice, no_double_backward, validation
+from ._call import call, no_double_backward, undivided, validation
 from .types import LevelPairs
 
 _OPS = torch.ops.prefkern
@@ -220,7 +221,7 @@ def _setup_normalize(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 def _backward_normalize(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if g is None:
         return (None,) * 5
-    return (_normalize_backward(_undivided(g), *(t.detach() for t in ctx.saved_tensors)), *(None,) * 4)
+    return (_normalize_backward(undivided(g), *(t.detach() for t in ctx.saved_tensors)), *(None,) * 4)
 
 
 def _setup_pairs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -235,12 +236,7 @@ def _setup_pairs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _backward_pairs(ctx: Any, g_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if g_loss is None:
         return (None,) * 7
-    return (_pairs_backward(_undivided(g_loss), *ctx.saved_tensors), *(None,) * 6)
-
-
-def _undivided(g: Tensor) -> Tensor:
-    """With create_graph, a gradient that requires one: a second differentiation must not find a constant."""
-    return g.detach().requires_grad_() if torch.is_grad_enabled() and not g.requires_grad else g
+    return (_pairs_backward(undivided(g_loss), *ctx.saved_tensors), *(None,) * 6)
 
 
 torch.library.register_autograd("prefkern::group_reduce", _backward_reduce, setup_context=_setup_reduce)

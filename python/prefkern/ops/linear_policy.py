@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._names import choice
 from . import policy
 from ._arguments import check_tensors, integer, number
-from ._call import call, choice, validation
+from ._call import call, validation
 from ._linear_layout import Layout, check_counted, check_head, check_options, count_sequences, head_arguments
 from ._single_pass import Chunk, Head, gradients_of, register, results, run
 from .types import LossOutput

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .._names import nearest_hint
-from ._arguments import check_tensors, integer, number, same_device
-from ._call import call, no_double_backward, validation
+from .._names import choice
+from ._arguments import check_tensors, constant, integer, number, same_device
+from ._call import call, no_double_backward, undivided, validation
 from .types import LossOutput
 
 _OPS = torch.ops.prefkern
@@ -93,17 +93,17 @@ def listwise_loss(
     """
     check_tensors(scores=scores)
     options = (
-        _choice("kind", kind, LIST_KINDS),
-        _choice("gain", gain, GAINS),
-        _choice("rank", rank, RANKS),
-        _choice("normalize", normalize, NORMALIZATIONS) == 1,
-        _choice("reduction", reduction, REDUCTIONS),
+        choice("kind", kind, LIST_KINDS),
+        choice("gain", gain, GAINS),
+        choice("rank", rank, RANKS),
+        choice("normalize", normalize, NORMALIZATIONS) == 1,
+        choice("reduction", reduction, REDUCTIONS),
         number("beta", beta),
         number("label_temperature", label_temperature),
         _smoothing(label_smoothing),
     )
-    labels = _constant("labels", labels)
-    mask = _constant("mask", mask)
+    labels = constant("labels", labels)
+    mask = constant("mask", mask)
     norm_value, norm_tensor = _norm(norm)
     if scores.is_cuda and validation() and not torch.compiler.is_compiling():
         _validate_labels(scores, labels, mask, kind == "lambda" and gain == "exp2")
@@ -152,13 +152,13 @@ def group_preference_loss(
     check_tensors(scores=scores, is_winner=is_winner)
     options = (
         integer("ddof", ddof),
-        _choice("var_scale", var_scale, VAR_SCALES) == 1,
-        _choice("reduction", reduction, REDUCTIONS),
+        choice("var_scale", var_scale, VAR_SCALES) == 1,
+        choice("reduction", reduction, REDUCTIONS),
         number("beta", beta),
         number("lam", lam),
     )
     norm_value, norm_tensor = _norm(norm)
-    constants = (is_winner, _constant("mask", mask), norm_tensor, *options, norm_value)
+    constants = (is_winner, constant("mask", mask), norm_tensor, *options, norm_value)
     loss, metrics = _run(_group, _group_fwd, _widened(scores), constants)
     return LossOutput(loss, dict(zip(GROUP_METRICS, metrics.unbind(0), strict=True)))
 
@@ -213,8 +213,8 @@ def skew_loss(
     """
     check_tensors(v_chosen=v_chosen, v_rejected=v_rejected)
     norm_value, norm_tensor = _norm(norm)
-    options = (bool(normalize), True, _choice("reduction", reduction, REDUCTIONS), number("tau", tau), norm_value)
-    constants = (_constant("margin", margin), norm_tensor, *options)
+    options = (bool(normalize), True, choice("reduction", reduction, REDUCTIONS), number("tau", tau), norm_value)
+    constants = (constant("margin", margin), norm_tensor, *options)
     try:
         loss, metrics = _run_skew(v_chosen, v_rejected, scales, constants)
     except (ValueError, TypeError) as error:
@@ -244,26 +244,12 @@ def skew_row_means(
         ValueError, TypeError: naming the argument, what came and what is accepted.
     """
     check_tensors(v=v)
-    constants = (_constant("mask", mask), _constant("scales", scales), bool(normalize), number("tau", tau))
+    constants = (constant("mask", mask), constant("scales", scales), bool(normalize), number("tau", tau))
     means: Tensor = call(_means, _widened(v.detach()), *constants)
     return means
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
-
-
-def _choice(name: str, value: str, accepted: tuple[str, ...]) -> int:
-    if value in accepted:
-        return accepted.index(value)
-    hint = nearest_hint(value, accepted) if isinstance(value, str) else ""
-    raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, accepted))}{hint}")
-
-
-def _constant(name: str, t: Tensor | None) -> Tensor | None:
-    if t is None:
-        return None
-    check_tensors(**{name: t})
-    return t.detach() if t.requires_grad else t
 
 
 def _norm(norm: float | Tensor | None) -> tuple[float, Tensor | None]:
@@ -408,13 +394,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.set_materialize_grads(False)
 
 
-def _undivided(g: Tensor) -> Tensor:
-    """With create_graph, a gradient that requires one: a second differentiation must not find a constant."""
-    return g.detach().requires_grad_() if torch.is_grad_enabled() and not g.requires_grad else g
-
-
 def _backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    grad = None if g_loss is None else _rows_backward(_undivided(g_loss), *ctx.saved_tensors)
+    grad = None if g_loss is None else _rows_backward(undivided(g_loss), *ctx.saved_tensors)
     return (grad, *(None,) * (ctx.arguments - 1))
 
 
@@ -432,7 +413,7 @@ class _RowLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> tuple[None, Tensor | None, None]:
-        return None, None if g_loss is None else _rows_backward(_undivided(g_loss), *ctx.saved_tensors), None
+        return None, None if g_loss is None else _rows_backward(undivided(g_loss), *ctx.saved_tensors), None
 
 
 def _setup_skew(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -449,7 +430,7 @@ def _setup_skew(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 def _skew_grads(ctx: Any, g_loss: Tensor | None) -> tuple[Tensor | None, ...]:
     if g_loss is None:
         return None, None, None
-    g = _undivided(g_loss)
+    g = undivided(g_loss)
     *unnormalised, inverse = ctx.saved_tensors
     grads = [_rows_backward(g, u, inverse) if ctx.needs >> k & 1 else None for k, u in enumerate(unnormalised)]
     if grads[2] is not None:

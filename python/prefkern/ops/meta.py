@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._names import nearest_hint
+from .._names import choice
 from ._arguments import check_tensors, number, same_device
-from ._call import call, no_double_backward, validation
+from ._call import call, no_double_backward, undivided, validation
 from .types import LossOutput
 
 _OPS = torch.ops.prefkern
@@ -63,9 +63,7 @@ def lpg_inner_loss(
             ``prefkern.set_validation(True)``.
     """
     check_tensors(probs=probs, actions=actions, y=y, pi_hat=pi_hat, y_hat=y_hat)
-    if sign not in SIGNS:
-        hint = nearest_hint(sign, SIGNS) if isinstance(sign, str) else ""
-        raise ValueError(f"sign is {sign!r}; accepted: {', '.join(map(repr, SIGNS))}{hint}")
+    choice("sign", sign, tuple(SIGNS))
     alpha = number("alpha_y", alpha_y)
     if probs.dim() < 1:
         raise ValueError(f"probs has shape {list(probs.shape)}; [..., A] is expected")
@@ -296,8 +294,7 @@ def _setup_gru(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 def _backward_gru(ctx: Any, g: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if g is None:
         return (None,) * 5
-    if torch.is_grad_enabled() and not g.requires_grad:  # a second differentiation must not find a constant
-        g = g.detach().requires_grad_()
+    g = undivided(g)
     of_gates, _, of_weight, of_bias, _ = ctx.needs_input_grad
     states, saved, done, weight = ctx.saved_tensors
     gates, by_weight, by_bias = _gru_backward(

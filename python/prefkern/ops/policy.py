@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ._arguments import accumulator, check_ends, check_layout, check_tensors, number, same_device
-from ._call import call, choice, keeps_graph, no_double_backward, validation
+from ._call import call, keeps_graph, no_double_backward, undivided, validation
 from .types import LossOutput
 
 _OPS = torch.ops.prefkern
@@ -501,9 +502,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _logp_grad(ctx: Any, g_loss: Tensor | None) -> Tensor | None:
     if g_loss is None:
         return None
-    if torch.is_grad_enabled() and not g_loss.requires_grad:  # create_graph: a second differentiation must not find a constant
-        g_loss = g_loss.detach().requires_grad_()
-    return _loss_backward(g_loss, *ctx.saved_tensors)
+    return _loss_backward(undivided(g_loss), *ctx.saved_tensors)
 
 
 def _backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .._names import nearest_hint
+from .._names import choice
 from ._arguments import check_tensors, number, same_device
 from ._call import call, keeps_graph, no_double_backward, validation
 from .types import LossOutput
@@ -476,13 +476,10 @@ def _same_dtype(chosen: Tensor, rejected: Tensor | None) -> tuple[Tensor, Tensor
 
 def _kind(value: str, accepted: tuple[str, ...], name: str = "kind") -> int:
     """The place of a name in the kernel's enumeration, or a ValueError with the nearest name."""
-    if value not in accepted:
-        listed = ", ".join(map(repr, accepted))
-        hint = nearest_hint(value, accepted) if isinstance(value, str) else ""
-        if accepted is KINDS and value in _ELSEWHERE:
-            hint = f"; that is {_ELSEWHERE[value]}"
-        raise ValueError(f"{name} is {value!r}; accepted: {listed}{hint}")
-    return _KERNEL_KIND[value] if accepted is KINDS else accepted.index(value)
+    if accepted is KINDS and value in _ELSEWHERE:
+        raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, accepted))}; that is {_ELSEWHERE[value]}")
+    place = choice(name, value, accepted)
+    return _KERNEL_KIND[value] if accepted is KINDS else place
 
 
 def _limit_of(score: Score, alpha: float) -> tuple[Score, float]:
@@ -492,9 +489,7 @@ def _limit_of(score: Score, alpha: float) -> tuple[Score, float]:
 
 
 def _average(average: str | None) -> int:
-    if average not in AVERAGES:
-        raise ValueError(f"average is {average!r}; accepted: None, 'logp', 'score'")
-    return AVERAGES.index(average)
+    return choice("average", average, AVERAGES)
 
 
 def _number_or_tensor(name: str, value: float | Tensor | None) -> Any:

@@ -6,8 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ._arguments import accumulator, check_layout, check_tensors, integer, number, same_device
-from ._call import call, choice, no_double_backward, validation
+from .._names import choice
+from ._arguments import accumulator, check_layout, check_tensors, constant, integer, number, same_device
+from ._call import call, no_double_backward, validation
 from .types import GaeOutput, StepMeans
 
 _OPS = torch.ops.prefkern
@@ -120,7 +121,7 @@ def _sequence_reduce(
         _validate_spans(values, cu_seqlens, starts, ends, head)
     if values.dtype in (torch.bfloat16, torch.float16):
         values = values.float()
-    constants = (mask, cu_seqlens, _constant(minus), _constant(weights))
+    constants = (mask, cu_seqlens, constant("minus", minus), constant("weights", weights))
     op = _reduce if values.requires_grad and torch.is_grad_enabled() else _reduce_fwd
     result: Tensor = call(op, values, *constants, transform_id, mean, *places)
     return result
@@ -227,7 +228,7 @@ def discounted_returns(
     if mask is not None:
         check_tensors(mask=mask)
     check_layout(cu_seqlens, rewards, "rewards")
-    result: Tensor = call(_discounted_returns, _constant(rewards), mask, cu_seqlens, number("gamma", gamma))
+    result: Tensor = call(_discounted_returns, constant("rewards", rewards), mask, cu_seqlens, number("gamma", gamma))
     return result
 
 
@@ -254,7 +255,7 @@ def segmented_returns(rewards: Tensor, segment: Tensor, order: Tensor, *, gamma:
     check_tensors(rewards=rewards, segment=segment, order=order)
     if rewards.is_cuda and validation() and not torch.compiler.is_compiling():
         _validate_places(segment, order)
-    result: Tensor = call(_segmented_returns, _constant(rewards), segment, order, number("gamma", gamma))
+    result: Tensor = call(_segmented_returns, constant("rewards", rewards), segment, order, number("gamma", gamma))
     return result
 
 
@@ -311,12 +312,8 @@ def gae(
     if lengths is not None and lengths.is_cuda and validation() and not torch.compiler.is_compiling():
         _validate_lengths(lengths, rewards)
     options = (number("gamma", gamma), number("lam", lam), choice("bootstrap", bootstrap, BOOTSTRAPS))
-    constants = (_constant(values), mask, lengths, cu_seqlens, finished, _constant(last_values))
-    return GaeOutput(*call(_gae, _constant(rewards), *constants, *options))
-
-
-def _constant(t: Any) -> Any:
-    return t.detach() if t is not None and t.requires_grad else t
+    constants = (constant("values", values), mask, lengths, cu_seqlens, finished, constant("last_values", last_values))
+    return GaeOutput(*call(_gae, constant("rewards", rewards), *constants, *options))
 
 
 def _validate_spans(

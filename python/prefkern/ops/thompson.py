@@ -6,8 +6,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ._arguments import check_tensors, integer, number, same_device
-from ._call import call, choice, validation
+from .._names import choice
+from ._arguments import check_tensors, constant, integer, number, same_device
+from ._call import call, validation
 
 _topk, _update = torch.ops.prefkern.beta_thompson_topk.default, torch.ops.prefkern.decayed_beta_update_.default
 
@@ -75,7 +76,7 @@ def beta_thompson_topk(
         _validate(alpha, beta, eligible, k)
     options = (integer("k", k), choice("utility", utility, UTILITIES), choice("mode", mode, MODES), _signed("seed", seed))
     ids, utilities, draws = call(
-        _topk, _constant(alpha), _constant(beta), eligible, *options, _word("step", step), bool(return_draws)
+        _topk, constant("alpha", alpha), constant("beta", beta), eligible, *options, _word("step", step), bool(return_draws)
     )
     return ThompsonTopk(ids, utilities, draws if return_draws else None)
 
@@ -116,10 +117,6 @@ def decayed_beta_update_(
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
-
-
-def _constant(t: Tensor) -> Tensor:
-    return t.detach() if t.requires_grad else t
 
 
 def _signed(name: str, value: Any) -> int:

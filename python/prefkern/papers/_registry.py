@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .._names import nearest_hint
+from .._names import choice, nearest_hint
 from ._about import About
 from ._pairs import PairRecipe
 from ._recipe import Recipe
@@ -88,8 +88,8 @@ def _check_type(what: str, value: Any, hint: Any) -> None:
     """ValueError for text where a number is expected, and for a name that is not one of the accepted."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     names = [name for kind in kinds if get_origin(kind) is Literal for name in get_args(kind)]
-    if isinstance(value, str) and names and value not in names:
-        raise ValueError(f"{what} is {value!r}; accepted: {', '.join(map(repr, names))}{nearest_hint(value, names)}")
+    if isinstance(value, str) and names:
+        choice(what, value, names)
     if isinstance(value, str) and not names and str not in kinds:
         raise ValueError(
             f"{what} is {value!r}; accepted: {' or '.join(getattr(kind, '__name__', str(kind)) for kind in kinds)}"

@@ -34,12 +34,6 @@ def check_rows(rows: int, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name} has shape {list(t.shape)}; [{rows}] is expected")
 
 
-def check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
-    """ValueError that lists what is accepted."""
-    if value not in accepted:
-        raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, accepted))}")
-
-
 def per_token(values: Tensor, like: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """values [B] given to each token of the row, shaped like `like`: [B, T], or packed [N]."""
     return values[:, None].expand_as(like) if cu_seqlens is None else values[_rows(like, cu_seqlens)]

@@ -31,12 +31,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, preference_loss
 from ..ops._arguments import check_tensors
 from ..ops.preference import Reduction
 from ._about import About
 from ._pairs import PairRecipe, Pairs
-from ._shared import check_choice
 
 about = About(
     name="AOT",
@@ -65,7 +65,7 @@ def aot_loss(
 
     Metrics are those of `prefkern.preference_loss`; accuracy is the share of ranks with a positive margin.
     """
-    check_choice("form", form, ("paired", "unpaired"))
+    choice("form", form, ("paired", "unpaired"))
     sides = {"chosen_logp": chosen_logp, "rejected_logp": rejected_logp}
     references = {"ref_chosen_logp": ref_chosen_logp, "ref_rejected_logp": ref_rejected_logp}
     for name, t in (sides | {name: t for name, t in references.items() if t is not None}).items():

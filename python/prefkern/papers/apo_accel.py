@@ -31,10 +31,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, preference_loss
 from ..optim import nesterov_extrapolate
 from ._about import About
-from ._shared import check_choice, may_look
+from ._shared import may_look
 
 __all__ = ["about", "apo_dpo_loss", "apo_tabular", "extrapolate", "extrapolate_logits", "extrapolate_policy"]
 
@@ -74,7 +75,7 @@ def extrapolate(
     "params": :func:`prefkern.optim.nesterov_extrapolate`, which takes the options. "logits": :func:`extrapolate_logits`.
     "policy": :func:`extrapolate_policy`.
     """
-    check_choice("space", space, SPACES)
+    choice("space", space, SPACES)
     if space == "params":
         return nesterov_extrapolate(new, old, alpha, **options)
     if options:

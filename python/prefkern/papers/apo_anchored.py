@@ -25,11 +25,11 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, preference_loss, unpaired_loss
 from ..ops.preference import Reduction
 from ._about import About
 from ._pairs import PairRecipe, Pairs
-from ._shared import check_choice
 
 about = About(
     name="APO (anchored)",
@@ -56,7 +56,7 @@ def apo_loss(
 
     Metrics are those of `prefkern.preference_loss`.
     """
-    check_choice("anchor", anchor, ("zero", "down"))
+    choice("anchor", anchor, ("zero", "down"))
     return preference_loss(
         chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, kind="apo_zero" if anchor == "zero" else "apo_down",
         beta=beta, reduction=reduction,

@@ -31,12 +31,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, preference_loss, unpaired_loss
 from ..ops._arguments import check_tensors
 from ..ops.preference import Reduction
 from ._about import About
 from ._pairs import PairRecipe, Pairs
-from ._shared import check_choice, check_finite
+from ._shared import check_finite
 
 about = About(
     name="BCO",
@@ -111,7 +112,7 @@ def bco_pair_loss(
     delta: the shift, a number, a tensor of one element, or [P]. rejected_weight: [P] constants, not negative.
     Metrics are those of `prefkern.preference_loss`; rewards are before the shift.
     """
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    choice("reduction", reduction, ("mean", "sum", "none"))
     logps = (chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp)
     if rejected_weight is None:
         return preference_loss(*logps, kind="bco_pair", beta=beta, offset=delta, reduction=reduction)

@@ -36,11 +36,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._names import choice
 from ..ops import BalancedLoss, alb_combine, diffusion_margin
 from ..ops._arguments import check_tensors
 from ..ops.diffusion import _balanced
 from ._about import About
-from ._shared import check_choice
 
 __all__ = ["about", "alb_combine", "alb_weights", "bidedpo_gap", "bidedpo_loss"]
 
@@ -106,7 +106,7 @@ def bidedpo_loss(
     Returns BalancedLoss(loss, weights), text first. NaN in a gap is a ValueError on the CPU; on CUDA all is NaN.
     """
     check_tensors(gap_text=gap_text, gap_cond=gap_cond)
-    check_choice("balance", balance, ("batch", "sample", "off"))
+    choice("balance", balance, ("batch", "sample", "off"))
     if group is not None and balance != "batch":
         raise ValueError(f"group is given but balance is {balance!r}; only the weights of 'batch' are those of all ranks")
     for name, gap in (("gap_text", gap_text), ("gap_cond", gap_cond)):

@@ -38,10 +38,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, group_reduce, sequence_sum
 from ._about import About
 from ._recipe import Recipe, Rollout
-from ._shared import check_choice, check_rows, check_values
+from ._shared import check_rows, check_values
 
 about = About(
     name="CGPO",
@@ -221,7 +222,7 @@ def _first(rewards: Tensor, group: Tensor, mask: Tensor, reduce: Literal["min", 
 
 
 def _divisor(norm: str, lengths: Tensor | None, sequences: int | Tensor) -> int | Tensor:
-    check_choice("norm", norm, NORMS)
+    choice("norm", norm, NORMS)
     if norm == "sequence":
         return sequences
     if lengths is None:
@@ -258,7 +259,7 @@ class CGPO(Recipe):
         return r - r.mean()
 
     def loss_options(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        check_choice("norm", self.norm, NORMS)
+        choice("norm", self.norm, NORMS)
         if self.norm == "token":
             return {"kind": "reinforce", "agg": "token-mean"}
         return {"kind": "reinforce", "agg": "trl-dr_grpo", "scale": 1.0}  # token sums, over all rows

@@ -40,10 +40,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, group_reduce, sequence_sum
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
-from ._shared import check_choice, check_rows, check_values
+from ._shared import check_rows, check_values
 
 about = About(
     name="CoPG",
@@ -85,7 +86,7 @@ def copg_loss(
 
     Metrics: max_residual (largest |beta drho - dr| over all pairs), log_ratio (mean rho), groups (Q, or P for pairs).
     """
-    check_choice("scale", scale, SCALES)
+    choice("scale", scale, SCALES)
     if not beta >= 0:
         raise ValueError(f"beta is {beta}; it must not be negative")
     if beta == 0:

@@ -35,11 +35,11 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, preference_loss
 from ..ops.preference import Reduction
 from ._about import About
 from ._pairs import PairRecipe, Pairs, add_nll, check_pair_lengths
-from ._shared import check_choice
 
 about = About(
     name="CPO",
@@ -78,7 +78,7 @@ def cpo_loss(
     by the likelihood. gamma: of "simpo" alone, 0.5. label_smoothing: of "sigmoid" and "simpo". Metrics: those of
     `prefkern.preference_loss`, and nll where cpo_alpha is not 0.
     """
-    check_choice("kind", kind, KINDS)
+    choice("kind", kind, KINDS)
     if gamma is not None and kind != "simpo":
         raise ValueError(f"gamma is {gamma} but kind is {kind!r}; it means something for 'simpo'")
     mean = kind in ("ipo", "simpo")

@@ -38,10 +38,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, group_reduce, sequence_mean, sequence_sum
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
-from ._shared import check_choice, check_rows, check_values, may_look
+from ._shared import check_rows, check_values, may_look
 
 about = About(
     name="DisCO",
@@ -66,7 +67,7 @@ def disco_scores(
 
     logp, old_logp: [B, T] with a bool mask, or packed [N] with cu_seqlens. old_logp is not looked at for "logL".
     """
-    check_choice("score", score, ("logL", "Lratio"))
+    choice("score", score, ("logL", "Lratio"))
     if score == "logL":
         return sequence_mean(logp, mask, cu_seqlens=cu_seqlens)
     return sequence_mean(logp, mask, cu_seqlens=cu_seqlens, minus=old_logp, transform="exp")
@@ -123,7 +124,7 @@ def _sums(
     score: Literal["logL", "Lratio"], tau: float | None, kl: str,
 ) -> Tensor:  # fmt: skip
     """What the loss is made of, [6]: the sum of J's terms, of their positive parts, |V|, Q, the sum of the KL, M."""
-    check_choice("kl", kl, ("k1", "k3"))
+    choice("kl", kl, ("k1", "k3"))
     if tau is not None and not tau > 0:
         raise ValueError(f"tau is {tau}; it must be positive, or None for DisCO-b")
     check_rows(len(group), group=group, rewards=rewards)

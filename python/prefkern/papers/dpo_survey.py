@@ -39,12 +39,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, preference_loss, unpaired_loss
 from ..ops.preference import Kind, Reduction
 from ._about import About
 from ._pairs import check_pair_lengths
 from ._registry import NAMES, module, pair_recipes
-from ._shared import check_choice, check_rows, check_values, may_look, per_token
+from ._shared import check_rows, check_values, may_look, per_token
 from ._survey_rows import ROWS, Row
 from .dpo import dpo_loss
 from .ld_dpo import token_places
@@ -130,7 +131,7 @@ def gpo_loss(
 
     "squared", (z - 1)^2, is beta^2 times IPO, whose own beta is half of this one.
     """
-    check_choice("kind", kind, tuple(GPO_KINDS))
+    choice("kind", kind, tuple(GPO_KINDS))
     op_kind, offset = GPO_KINDS[kind]
     return preference_loss(
         chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, kind=op_kind, beta=beta, offset=offset,
@@ -210,7 +211,7 @@ def tie_dpo_loss(
     nu: how common ties are: above 1 with Rao and Kupper, from 0 with Davidson, at whose lower ends both are DPO on pairs that
     are no ties.
     """
-    check_choice("model", model, ("rao_kupper", "davidson"))
+    choice("model", model, ("rao_kupper", "davidson"))
     return preference_loss(
         chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, kind=model, beta=beta, nu=nu, tie=tie,
         reduction=reduction,
@@ -629,7 +630,7 @@ def dro_v_loss(
     """DRO-V: 1/2 (r - V - tau x)^2 of single responses with rewards [N], and the `values` [N] of their prompts, which are
     learnt
     with the policy: gradient to logp and to values."""
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    choice("reduction", reduction, ("mean", "sum", "none"))
     check_rows(len(logp), logp=logp, ref_logp=ref_logp, rewards=rewards, values=values)
     x = logp if ref_logp is None else logp - ref_logp.detach()
     losses = 0.5 * (rewards.detach() - values - tau * x).square()

@@ -35,11 +35,11 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, preference_loss
 from ..ops.preference import Kind, Reduction
 from ._about import About
 from ._pairs import PairRecipe, Pairs
-from ._shared import check_choice
 
 about = About(
     name="f-DPO",
@@ -78,8 +78,8 @@ def f_dpo_loss(
     for name, reference in (("ref_chosen_logp", ref_chosen_logp), ("ref_rejected_logp", ref_rejected_logp)):
         if reference is None:
             raise ValueError(f"{name} is None; f-DPO has no form without a reference")
-    check_choice("divergence", divergence, DIVERGENCES)
-    check_choice("convention", convention, ("paper", "trl"))
+    choice("divergence", divergence, DIVERGENCES)
+    choice("convention", convention, ("paper", "trl"))
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; it must be between 0 and 1")
     return preference_loss(

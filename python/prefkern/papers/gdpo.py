@@ -34,6 +34,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from .._names import choice
 from ..ops import group_advantages
 from ..ops.policy import Aggregation
 from ._about import About
@@ -74,10 +75,8 @@ def gdpo_advantages(
     batch_norm: "none" leaves out the last step: what a rank computes before `prefkern.batch_moments` are merged over ranks.
     batch_eps: None: eps for "seq", 1e-8 under the root for "token".
     """
-    if batch_norm not in BATCH_NORMS:
-        raise ValueError(f"batch_norm is {batch_norm!r}; accepted: {', '.join(map(repr, BATCH_NORMS))}")
-    if nan not in NAN_RULES:
-        raise ValueError(f"nan is {nan!r}; accepted: {', '.join(map(repr, NAN_RULES))}")
+    choice("batch_norm", batch_norm, BATCH_NORMS)
+    choice("nan", nan, NAN_RULES)
     if batch_norm == "token" and lengths is None:
         if mask is None:
             raise ValueError("mask is None; batch_norm='token' needs the mask [B, T] or the lengths [B]")

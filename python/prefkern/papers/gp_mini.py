@@ -51,13 +51,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .._names import nearest_hint
+from .._names import choice
 from .._state import checked_state, save_state
 from ..ops import GpPosterior, chol_append, chol_rank1, gp_unique_posterior
 from ..ops.gaussian import GP_KERNELS, GpKernelName
 from ..reference.gaussian import gp_covariance
 from ._about import About
-from ._shared import check_choice
 
 about = About(
     name="mini-GP-UCB",
@@ -87,9 +86,7 @@ class Kernel:
     variance: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in GP_KERNELS:
-            hint = nearest_hint(self.kind, GP_KERNELS) if isinstance(self.kind, str) else ""
-            raise ValueError(f"kind is {self.kind!r}; accepted: {', '.join(map(repr, GP_KERNELS))}{hint}")
+        choice("kind", self.kind, GP_KERNELS)
         lengths = self.length if isinstance(self.length, tuple) else (self.length,)
         if not lengths or not all(0 < x < math.inf for x in lengths):
             raise ValueError(f"length is {self.length}; it must be finite and positive")
@@ -447,7 +444,7 @@ def beta_bound(
         xi: the standard deviation of the noise. F: a bound of the norm of f.
         C: of posteriors that are as old as the repeat rule allows; 1 for those of now.
     """
-    check_choice("form", form, BOUNDS)
+    choice("form", form, BOUNDS)
     lam, xi, F = _positive("lam", lam), _positive("xi", xi), _positive("F", F)
     if not 0 < delta < 1:
         raise ValueError(f"delta is {delta}; a number in (0, 1) is expected")
@@ -508,7 +505,7 @@ class MiniGP:
         budget: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        check_choice("rule", rule, RULES)
+        choice("rule", rule, RULES)
         if not isinstance(candidates, Tensor) or not candidates.is_floating_point():
             raise TypeError(f"candidates are {getattr(candidates, 'dtype', type(candidates).__name__)}; floats are expected")
         if candidates.dim() != 2 or not len(candidates):

@@ -23,8 +23,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, group_advantages, policy_loss
-from ..ops._call import choice
 from ..ops.policy import Aggregation
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout

@@ -36,9 +36,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, skew_loss, skew_row_means, unpaired_loss
 from ._about import About
-from ._shared import check_choice
 
 about = About(
     name="GPM",
@@ -83,7 +83,7 @@ def gpm_loss(
 def gpm_scales(prompt_logits: Tensor, *, kind: Literal["softmax", "mean_one"] = "softmax", temper: float = 1.0) -> Tensor:
     """The scales [B, k] of prompts from the logits [B, k] of the prompt head, differentiable: the softmax of logits / temper,
     or k times it. The training copy: "mean_one", with the root of the hidden size as temper."""
-    check_choice("kind", kind, ("softmax", "mean_one"))
+    choice("kind", kind, ("softmax", "mean_one"))
     if not temper > 0:
         raise ValueError(f"temper is {temper}; it must be positive")
     scales = (prompt_logits / temper).softmax(-1)

@@ -52,7 +52,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._names import nearest_hint
+from .._names import choice
 from .._state import checked_state, generator, save_state
 from ..ops import GaeOutput, LossOutput, gae, lpg_inner_loss, reverse_gru_reset, sequence_sum
 from ._about import About
@@ -511,9 +511,7 @@ class LevelBuffer:
     ) -> None:
         self.size = _positive("size", size)
         for name, value, accepted in (("transform", transform, TRANSFORMS), ("flags", flags, FLAGS)):
-            if value not in accepted:
-                hint = nearest_hint(value, accepted) if isinstance(value, str) else ""
-                raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, accepted))}{hint}")
+            choice(name, value, accepted)
         if not _finite("temperature", temperature) > 0:
             raise ValueError(f"temperature is {temperature}; it must be positive")
         if not 0 <= _finite("p_replay", p_replay) <= 1:

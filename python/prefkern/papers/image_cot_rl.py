@@ -56,6 +56,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ..ops import (
     LossOutput,
     group_advantages,
@@ -70,7 +71,7 @@ from ..ops import (
 from ..ops._arguments import check_tensors, integer, number
 from ..ops.policy import Aggregation
 from ._about import About
-from ._shared import check_choice, check_rows, check_values, may_look
+from ._shared import check_rows, check_values, may_look
 
 about = About(
     name="Image-CoT RL study",
@@ -145,7 +146,7 @@ def _combined(h_cond: Tensor, h_uncond: Tensor, cfg_weight: float) -> Tensor:
 
 def _hidden(h_cond: Tensor, logprob: str, h_uncond: Tensor | None, cfg_weight: float | None) -> Tensor:
     """The hidden states whose log-probs are asked for."""
-    check_choice("logprob", logprob, LOGPROBS)
+    choice("logprob", logprob, LOGPROBS)
     given = {"h_uncond": h_uncond, "cfg_weight": cfg_weight}
     for name, value in given.items():
         if (value is None) == (logprob == "guided"):
@@ -169,7 +170,7 @@ def yes_reward(
     did. invalid: what an image gets that was not answered, or whose both probabilities are 0: 0, or NaN with "nan_drop".
     """
     check_tensors(p_yes=p_yes, p_no=p_no)
-    check_choice("invalid", invalid, INVALID_RULES)
+    choice("invalid", invalid, INVALID_RULES)
     check_rows(len(p_yes), p_yes=p_yes, p_no=p_no, answered=answered)
     if answered is not None and answered.dtype != torch.bool:
         raise TypeError(f"answered has dtype {answered.dtype}; bool is expected")
@@ -193,7 +194,7 @@ def image_grpo_advantages(
     On CUDA, where values are looked at only under `prefkern.set_validation(True)`, rows in error come out NaN.
     """
     check_tensors(rewards=rewards)
-    check_choice("nan", nan, NAN_RULES)
+    choice("nan", nan, NAN_RULES)
     if rewards.dim() not in (1, 2):
         raise ValueError(f"rewards has shape {list(rewards.shape)}; [B] or [B, F] is expected")
     ids = _group_ids(group, rewards)
@@ -245,7 +246,7 @@ def pick_pairs(
     without a number. min_gap: finite, not negative.
     """
     check_tensors(rewards=rewards)
-    check_choice("nan", nan, NAN_RULES)
+    choice("nan", nan, NAN_RULES)
     if rewards.dim() not in (1, 2):
         raise ValueError(f"rewards has shape {list(rewards.shape)}; [B] or [B, F] is expected")
     min_gap = number("min_gap", min_gap)
@@ -440,7 +441,7 @@ def linear_image_grpo_loss(
 
 def _aggregation(normalizer: str | float | Tensor) -> tuple[Aggregation, float | Tensor | None]:
     if isinstance(normalizer, str):
-        check_choice("normalizer", normalizer, NORMALIZERS)
+        choice("normalizer", normalizer, NORMALIZERS)
         return ("token-mean" if normalizer == "token" else "seq-mean-token-mean"), None
     if isinstance(normalizer, Tensor):
         return "token-mean", normalizer

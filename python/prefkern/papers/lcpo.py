@@ -44,11 +44,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, label_posterior, preference_loss
 from ..reliability import AnnotatorReliability
 from ._about import About
 from ._pairs import PairRecipe, Pairs
-from ._shared import check_choice, check_values
+from ._shared import check_values
 
 __all__ = ["LCPO", "AnnotatorReliability", "about", "label_posterior", "lcpo_loss", "lcpo_margin", "recipe"]
 
@@ -121,7 +122,7 @@ def lcpo_loss(
     Metrics: chosen_reward and rejected_reward (beta times the log-ratio, or for "simpo" and "cpo" the log-prob, per token for
     "simpo"), reward_margin, accuracy, pairs, and posterior, the mean of w.
     """
-    check_choice("variant", variant, VARIANTS)
+    choice("variant", variant, VARIANTS)
     refs, lengths = (ref_chosen_logp, ref_rejected_logp), (chosen_lengths, rejected_lengths)
     options = {"beta": beta, "gamma": gamma, "chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
     d = lcpo_margin(kind, chosen_logp, rejected_logp, *refs, **options)  # type: ignore[arg-type]
@@ -226,7 +227,7 @@ def _check_base(
     refs: tuple[Tensor | None, Tensor | None],
     lengths: tuple[Tensor | None, Tensor | None],
 ) -> None:
-    check_choice("kind", kind, BASES)
+    choice("kind", kind, BASES)
     if not beta > 0:
         raise ValueError(f"beta is {beta}; it must be positive")
     if (refs[0] is None) != (refs[1] is None):

@@ -35,10 +35,11 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, first_divergence, preference_loss, sequence_sum
 from ._about import About
 from ._pairs import PairRecipe, Pairs
-from ._shared import check_choice, check_rows, check_values
+from ._shared import check_rows, check_values
 
 about = About(
     name="MCTS-DPO",
@@ -115,7 +116,7 @@ def smoothed_dpo_loss(
 
     Metrics: those of `preference_loss`, and label_smoothing, the mean a of the pairs that count.
     """
-    check_choice("kind", kind, ("sigmoid", "ipo"))
+    choice("kind", kind, ("sigmoid", "ipo"))
     smoothing: Tensor | float = 0.0
     if kind == "sigmoid" and conservative:
         if alpha is None:

@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from .._names import nearest_hint
+from .._names import choice
 from .._state import checked_state, generator, save_state
 from ..ops import distinct_n, edit_distance, self_bleu
 from ._about import About
@@ -127,8 +127,7 @@ def vps_scores(
 
     ValueError: naming the argument, what came and what is accepted.
     """
-    if tds not in TDS:
-        raise ValueError(f"tds is {tds!r}; accepted: {', '.join(map(repr, TDS))}{nearest_hint(tds, TDS)}")
+    choice("tds", tds, TDS)
     for name, value in (("alpha", alpha), ("beta", beta)):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} is {value}; it must be finite and not negative")
@@ -206,8 +205,7 @@ class VasSampler(Sampler[list[int]]):
             raise ValueError(f"n_prompts is {n_prompts!r}; a positive integer is expected")
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum is {momentum}; a number in [0, 1] is expected")
-        if weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting is {weighting!r}; accepted: {', '.join(map(repr, WEIGHTINGS))}")
+        choice("weighting", weighting, WEIGHTINGS)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed is {seed!r}; an integer is expected")
         self.n_weighted, self.n_uniform = batch_split(batch_size, mixture)

@@ -29,8 +29,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ..ops import group_advantages, group_reduce
-from ..ops._call import choice
 from ..ops.policy import Aggregation
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout

@@ -26,10 +26,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, preference_loss
 from ._about import About
 from ._pairs import PairRecipe, Pairs
-from ._shared import check_choice, check_values
+from ._shared import check_values
 
 __all__ = ["MODPO", "about", "implicit_reward", "modpo_loss", "modpo_rewards", "recipe"]
 
@@ -79,8 +80,8 @@ def modpo_loss(
     Metrics: those of :func:`prefkern.preference_loss`, whose rewards are beta times the log-ratio, and margin_gap, the mean of
     M_w - M_l.
     """
-    check_choice("kind", kind, ("sigmoid", "hinge"))
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    choice("kind", kind, ("sigmoid", "hinge"))
+    choice("reduction", reduction, ("mean", "sum", "none"))
     first = _checked(weights)
     gap = _margin("chosen_margin", chosen_margin, weights, chosen_logp) - _margin(
         "rejected_margin", rejected_margin, weights, rejected_logp

@@ -31,6 +31,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, group_advantages, group_reduce, policy_loss
 from ..ops.policy import Aggregation
 from ._about import About
@@ -107,8 +108,7 @@ def keep_groups(
     "all_correct" drops groups in which every reward is at least `correct` (the release's recipe), "all_incorrect" those in
     which none is, "all" both. The release tests for exactly 1, which real-valued rewards never meet; hence the threshold.
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy is {strategy!r}; accepted: {', '.join(map(repr, STRATEGIES))}")
+    choice("strategy", strategy, STRATEGIES)
     right = (rewards >= correct).float()
     keep = torch.ones_like(right, dtype=torch.bool)
     if strategy != "all_incorrect":

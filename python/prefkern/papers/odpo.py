@@ -23,11 +23,12 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, preference_loss
 from ..ops.preference import Reduction
 from ._about import About
 from ._pairs import PairRecipe, Pairs
-from ._shared import check_choice, check_rows, check_values
+from ._shared import check_rows, check_values
 
 about = About(
     name="ODPO",
@@ -45,7 +46,7 @@ KINDS = ("log", "log_ratio", "linear")
 
 def odpo_offset(chosen_scores: Tensor, rejected_scores: Tensor, kind: OffsetKind = "log") -> Tensor:
     """The offset [P] of pairs with these scores [P], without gradient."""
-    check_choice("kind", kind, KINDS)
+    choice("kind", kind, KINDS)
     check_rows(len(chosen_scores), chosen_scores=chosen_scores, rejected_scores=rejected_scores)
     chosen, rejected = chosen_scores.detach(), rejected_scores.detach()
     if kind == "log_ratio":

@@ -26,11 +26,12 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, preference_loss
 from ..ops.preference import Reduction
 from ._about import About
 from ._pairs import PairRecipe, Pairs, add_nll, check_pair_lengths
-from ._shared import check_choice, check_values
+from ._shared import check_values
 
 about = About(
     name="ORPO",
@@ -95,7 +96,7 @@ class ORPO(PairRecipe):
     max_p: float | None = None
 
     def pair_loss(self, pairs: Pairs) -> LossOutput:
-        check_choice("nll", self.nll, ("response", "given"))
+        choice("nll", self.nll, ("response", "given"))
         options = self.options()
         if options.pop("nll") == "given":
             options |= {"nll_logp": pairs.require("nll_logp"), "nll_lengths": pairs.require("nll_lengths")}

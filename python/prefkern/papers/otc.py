@@ -32,10 +32,11 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ..ops import group_reduce
 from ._about import About
 from ._recipe import Rollout
-from ._shared import check_choice, check_rows, check_values
+from ._shared import check_rows, check_values
 from .grpo import GRPO
 
 about = About(
@@ -133,8 +134,8 @@ def otc_rewards(
     history: updated with this batch before it is used. question: int64 [B], ids that stay the same from batch to batch, for the
     history; None: group. variant: "ppo" looks at no other trajectory.
     """
-    check_choice("variant", variant, ("grpo", "ppo"))
-    check_choice("apply_to", apply_to, ("all", "positive"))
+    choice("variant", variant, ("grpo", "ppo"))
+    choice("apply_to", apply_to, ("all", "positive"))
     check_rows(len(group), group=group, m=m, correct=correct, base_reward=base_reward, question=question)
     if correct.dtype != torch.bool:
         raise TypeError(f"correct is {correct.dtype}; torch.bool is expected")

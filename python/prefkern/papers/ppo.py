@@ -32,9 +32,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ..ops import GaeOutput, LossOutput, gae, masked_aggregate, policy_loss
 from ..ops import whiten as whitened
-from ..ops._call import choice
 from ..ops.policy import Aggregation
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout

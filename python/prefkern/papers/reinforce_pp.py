@@ -29,9 +29,9 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, discounted_returns, group_advantages, policy_loss
 from ..ops import whiten as whitened
-from ..ops._call import choice
 from ..ops.policy import Aggregation, Kl
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout

@@ -29,11 +29,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, preference_loss
 from ..ops.preference import Reduction
 from ._about import About
 from ._pairs import PairRecipe, Pairs, add_nll
-from ._shared import check_choice
 
 about = About(
     name="SimPO",
@@ -75,8 +75,8 @@ def simpo_loss(
     Gradient to chosen_logp and rejected_logp. Metrics: those of `prefkern.preference_loss`, rewards being beta times the mean
     log-prob, and nll where sft_weight is not 0.
     """
-    check_choice("kind", kind, KINDS)
-    check_choice("empty", empty, ("error", "zero"))
+    choice("kind", kind, KINDS)
+    choice("empty", empty, ("error", "zero"))
     mask = (chosen_lengths > 0) & (rejected_lengths > 0) if empty == "zero" else None
     out = preference_loss(
         chosen_logp, rejected_logp, kind=kind, beta=beta, average="logp", chosen_lengths=chosen_lengths,

@@ -40,12 +40,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, ddim_coefficients, ddim_invert_step, diffusion_pref_loss
 from ..ops._arguments import check_tensors, number
 from ..ops.diffusion import Reduction, check_schedule, latent_step
 from ._about import About
 from ._noise import host_levels, scaled_linear_abar
-from ._shared import check_choice, check_finite, may_look
+from ._shared import check_finite, may_look
 
 __all__ = [
     "SCORE_MAX",
@@ -144,7 +145,7 @@ def renoise_invert(
     The clean latents are taken to be at level 0. Raises ValueError where a level that is divided by has no noise (abar = 1).
     """
     check_tensors(x0=x0)
-    check_choice("match_level", match_level, ("code", "exact"))
+    choice("match_level", match_level, ("code", "exact"))
     table = check_schedule(abar).cpu()
     if not 1 <= n_steps <= len(table):
         raise ValueError(f"n_steps is {n_steps}; it must be at least 1 and at most {len(table)}")

@@ -41,11 +41,12 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, preference_loss
 from ..ops.preference import Reduction
 from ._about import About
 from ._pairs import PairRecipe, Pairs
-from ._shared import check_choice, check_rows, check_values, may_look
+from ._shared import check_rows, check_values, may_look
 
 about = About(
     name="SPPO",
@@ -98,7 +99,7 @@ def sppo_loss(
 
     Metrics: those of `prefkern.preference_loss`; rewards are r_w and r_l ("hard": divided by eta).
     """
-    check_choice("mode", mode, MODES)
+    choice("mode", mode, MODES)
     _check_eta(eta)
     wins = {"chosen_win": chosen_win, "rejected_win": rejected_win, "pair_win": pair_win}
     reads = {"sppo": ("chosen_win", "rejected_win"), "single": ("pair_win",), "hard": ()}[mode]
@@ -139,8 +140,8 @@ def sppo_all_loss(
 
     Metrics: log_ratio (mean r), target (mean), error (the mean of their absolute differences).
     """
-    check_choice("target", target, TARGETS)
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    choice("target", target, TARGETS)
+    choice("reduction", reduction, ("mean", "sum", "none"))
     if (scores is None) == (win is None):
         raise ValueError("exactly one of scores and win is expected")
     if target == "centered_reward" and scores is None:

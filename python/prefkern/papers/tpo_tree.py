@@ -36,9 +36,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, listwise_loss, step_mean
 from ._about import About
-from ._shared import check_choice, may_look
+from ._shared import may_look
 
 about = About(
     name="TPO (tree)",
@@ -117,7 +118,7 @@ def tpo_loss(
 
     Metrics: lists, top1, items of `prefkern.listwise_loss`, reward (mean r of the responses that count).
     """
-    check_choice("weighting", weighting, ("lambda", "uniform"))
+    choice("weighting", weighting, ("lambda", "uniform"))
     _check_ids(step_ids, logratio.shape)
     if labels.shape != logratio.shape[:2]:
         raise ValueError(f"labels has shape {list(labels.shape)}; {list(logratio.shape[:2])} is expected")

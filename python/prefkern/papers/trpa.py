@@ -37,10 +37,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, kl_penalty, level_pairs, sequence_mean, sequence_sum
 from ._about import About
 from ._recipe import Batch, Recipe, Rollout
-from ._shared import check_choice, check_rows, check_values
+from ._shared import check_rows, check_values
 
 about = About(
     name="TRPA",
@@ -86,7 +87,7 @@ def trpa_loss(
 
     Metrics: pair_loss, kl (to the old policy), n_pairs, log_ratio (mean h).
     """
-    check_choice("no_pairs", no_pairs, ("fallback", "zero"))
+    choice("no_pairs", no_pairs, ("fallback", "zero"))
     check_rows(len(group), group=group, levels=levels)
     lengths = sequence_sum(torch.ones_like(old_logp), mask, cu_seqlens=cu_seqlens)
     check_values("lengths", lengths, lengths > 0, "every completion needs a token that counts")

@@ -43,10 +43,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, knapsack_allocate, preference_loss
 from ..ops._arguments import check_tensors, integer, number, positive_int
 from ._about import About
-from ._shared import check_choice, check_rows, check_values
+from ._shared import check_rows, check_values
 
 __all__ = [
     "Allocation",
@@ -125,7 +126,7 @@ def allocate_budget(
         raise ValueError(f"p has shape {list(p.shape)}; [n] is expected")
     if p.device.type != "cpu":
         raise ValueError(f"p is on {p.device}; budgets are allocated on the CPU")
-    check_choice("method", method, ("exact", "greedy"))
+    choice("method", method, ("exact", "greedy"))
     least, most = integer("b_min", b_min), integer("b_max", b_max)
     if not 0 <= least <= most:
         raise ValueError(f"b_min is {least} and b_max {most}; 0 <= b_min <= b_max is expected")

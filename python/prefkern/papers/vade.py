@@ -40,12 +40,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from .._names import choice
 from .._state import checked_state, save_state
 from ..ops import beta_thompson_topk, decayed_beta_update_
 from ..ops._arguments import check_tensors, integer, number, positive_int
 from ..ops.thompson import MODES, MOST_EVIDENCE, UTILITIES
 from ._about import About
-from ._shared import check_choice, check_values, may_look
+from ._shared import check_values, may_look
 
 __all__ = [
     "Selection",
@@ -92,7 +93,7 @@ class SuccessCounts(NamedTuple):
 def expected_utility(alpha: Tensor, beta: Tensor, *, utility: Utility = "p1mp2") -> Tensor:
     r"""The utility expected of each prompt, shaped like the counts: with a, b the counts plus one and S = a + b,
     :math:`\frac{ab(b+1)}{S(S+1)(S+2)}`, or :math:`\frac{ab}{S(S+1)}` for ``utility="p1mp"``."""
-    check_choice("utility", utility, UTILITIES)
+    choice("utility", utility, UTILITIES)
     a, b = alpha + 1, beta + 1
     s = a + b
     variance = (a / s) * (b / (s + 1))
@@ -105,7 +106,7 @@ def select_from_draws(p: Tensor, k: int, *, utility: Utility = "p1mp2", eligible
     eligible: bool [M]; None: all. ValueError for p outside [0, 1], or fewer than k eligible prompts.
     """
     check_tensors(p=p)
-    check_choice("utility", utility, UTILITIES)
+    choice("utility", utility, UTILITIES)
     if p.dim() != 1 or not p.is_floating_point():
         raise ValueError(f"p is {p.dtype} {list(p.shape)}; floating [M] is expected")
     check_values("p", p, (p >= 0) & (p <= 1), "a probability is expected")
@@ -202,8 +203,8 @@ class VadeSampler:
         for name, value in lams.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}; it must lie in [0, 1]")
-        check_choice("utility", options["utility"], UTILITIES)
-        check_choice("mode", options["mode"], MODES)
+        choice("utility", options["utility"], UTILITIES)
+        choice("mode", options["mode"], MODES)
         seed = integer("seed", options["seed"])
         self.batch_size, self.allow_short = batch_size, options["allow_short"]
         self.lam1, self.lam2 = lams["lam1"], lams["lam2"]

@@ -33,10 +33,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .._names import choice
 from ..ops import LossOutput, preference_loss
 from ._about import About
 from ._pairs import PairRecipe, Pairs
-from ._shared import check_choice, check_rows, check_values, may_look
+from ._shared import check_rows, check_values, may_look
 
 __all__ = ["VPO", "about", "recipe", "vpo_loss"]
 
@@ -76,7 +77,7 @@ def vpo_loss(
 
     Metrics: those of :func:`prefkern.preference_loss`, pair_loss, and value, the estimate of the best policy's.
     """
-    check_choice("mode", mode, MODES)
+    choice("mode", mode, MODES)
     if not alpha >= 0:
         raise ValueError(f"alpha is {alpha}; it must not be negative; the mode is the sign")
     for name, logp in (

@@ -49,10 +49,10 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .._names import choice
 from .._state import checked_state, save_state
 from ..ops import seeded_normal_add_, seeded_normal_combine, seeded_normal_combine_
 from ._about import About
-from ._shared import check_choice
 
 about = About(
     name="ZO-RankSGD",
@@ -111,7 +111,7 @@ def rank_weights(
     Raises:
         ValueError, TypeError: naming the argument, what came and what is accepted.
     """
-    check_choice("variant", variant, VARIANTS)
+    choice("variant", variant, VARIANTS)
     m = _probes(m)
     order = _checked_ranking(ranking, m)
     k = len(order)
@@ -441,8 +441,8 @@ class _Options:
         if not (math.isfinite(self.mu) and self.mu > 0):
             raise ValueError(f"mu is {self.mu}; a positive number is expected")
         _check_steps(self.eta, self.gamma)
-        check_choice("variant", self.variant, VARIANTS)
-        check_choice("ties", self.ties, TIES)
+        choice("variant", self.variant, VARIANTS)
+        choice("ties", self.ties, TIES)
         if self.ties == "drop" and self.variant != "paper":
             raise ValueError(f"ties is 'drop' with variant={self.variant!r}; it is for variant='paper'")
 
