@@ -2,38 +2,51 @@
 # Everything that needs an NVIDIA GPU, in one go: build for the GPU at hand, test, sanitize, check, measure, train, and
 # merge what came out into one JSON file.
 #
-#   bash benchmarks/run_gpu.sh [--steps build,tests,check,bench,demo,sanitize] [--limit SECONDS] [--jobs N] [--out FILE]
+#   bash benchmarks/run_gpu.sh [--steps build,tests,check,bench,demo,sanitize] [--suites head,losses,small,memory] [--full]
+#                              [--limit SECONDS] [--jobs N] [--out FILE]
 #
-# --limit bounds each command; --jobs runs the tests in N processes (needs pytest-xdist). It uses the python3 of the environment (or $PYTHON), which needs a CUDA build of torch; see benchmarks/README.md. A step
-# that fails or runs past the limit is recorded, and the next one still runs.
+# --limit bounds each command; a suite begins no case after nine tenths of it, and says which it left out. --full: suites with all
+# their shapes. --jobs runs the tests in N processes (needs pytest-xdist). It uses the python3 of the environment (or $PYTHON),
+# which needs a CUDA build of torch; see benchmarks/README.md. A step that fails or runs past the limit is recorded, and the next
+# one still runs.
 # Exit status: 0 all passed, 1 a step failed, 2 no GPU or bad usage.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 python=${PYTHON:-python3}
 steps=build,tests,check,bench,demo,sanitize
+suites=head,losses,small,memory
+full=
 limit=1800
 jobs=
 out=
 while [ $# -gt 0 ]; do
   case "$1" in
-    --steps | --limit | --jobs | --out)
+    --steps | --suites | --limit | --jobs | --out)
       if [ $# -lt 2 ]; then echo "run_gpu.sh: $1 needs a value" >&2 && exit 2; fi
       case "$1" in
         --steps) steps=$2 ;;
+        --suites) suites=$2 ;;
         --limit) limit=$2 ;;
         --jobs) jobs=$2 ;;
         --out) out=$2 ;;
       esac
       shift 2
       ;;
-    *) echo "run_gpu.sh: unknown argument $1; accepted: --steps, --limit, --jobs, --out" >&2 && exit 2 ;;
+    --full) full=--full && shift ;;
+    *) echo "run_gpu.sh: unknown argument $1; accepted: --steps, --suites, --full, --limit, --jobs, --out" >&2 && exit 2 ;;
   esac
 done
 for step in ${steps//,/ }; do
   case "$step" in
     build | tests | check | bench | demo | sanitize) ;;
     *) echo "run_gpu.sh: unknown step $step; accepted: build, tests, check, bench, demo, sanitize" >&2 && exit 2 ;;
+  esac
+done
+for suite in ${suites//,/ }; do
+  case "$suite" in
+    head | losses | small | memory | scaling) ;;
+    *) echo "run_gpu.sh: unknown suite $suite; accepted: head, losses, small, memory, scaling" >&2 && exit 2 ;;
   esac
 done
 
@@ -81,26 +94,9 @@ if wanted tests; then run tests "$python" -m pytest -m cuda -q ${jobs:+-n "$jobs
 if wanted check; then prefkern check check --device cuda --json "$work/check.json"; fi
 
 if wanted bench; then
-  # Head shapes: a Llama-3-sized and a Qwen-sized vocabulary, and a small model; then the other ops. Peers that walk over
-  # samples in Python are left out: on a GPU every number of theirs is a copy of its own.
-  peers=eager,compile,torch,liger,trl,cce
-  prefkern bench_head bench linear_logprobs --device cuda --shapes 4096x4096x128256,8192x2048x151936,8192x1024x32000 \
-    --dtype bf16 --mode fwd,bwd --against $peers --json "$work/bench_head.json"
-  prefkern bench_logits bench logits_logprobs --device cuda --shapes 4096x151936 --dtype bf16,fp32 --mode fwd,bwd \
-    --against $peers --json "$work/bench_logits.json"
-  prefkern bench_policy bench policy_loss --device cuda --shapes 64x4096,1024x8192 --mode bwd --against eager,compile \
-    --json "$work/bench_policy.json"
-  prefkern bench_pairs bench preference_loss listwise_loss --device cuda --mode bwd --against eager,compile \
-    --json "$work/bench_pairs.json"
-  prefkern bench_linear_pairs bench linear_preference_loss --device cuda --shapes 16x256x2048x128256 --dtype bf16 --mode bwd \
-    --against eager --json "$work/bench_linear_pairs.json"
-  prefkern bench_groups bench group_advantages group_reduce --device cuda --shapes 4096x8,100000x8 --mode fwd --against eager \
-    --json "$work/bench_groups.json"
-  prefkern bench_tokens bench conflict_runs top_quantile_mask sequence_sum gae --device cuda --mode fwd --against eager,torch \
-    --json "$work/bench_tokens.json"
-  prefkern bench_overhead bench overhead --device cuda --json "$work/bench_overhead.json"
-  for suite in head losses memory; do
-    prefkern "suite_$suite" bench --suite "$suite" --device cuda --limit 600 --json "$work/suite_$suite.json"
+  for suite in ${suites//,/ }; do
+    prefkern "suite_$suite" bench --suite "$suite" --device cuda --limit "$((limit * 9 / 10))" ${full:+"$full"} \
+      --json "$work/suite_$suite.json"
   done
 fi
 
@@ -109,6 +105,10 @@ if wanted demo; then
 fi
 
 if wanted sanitize; then
+  # Some ops of every room that has kernels: the tools slow them down many times.
+  sanitized=(linear_logprobs logits_logprobs policy_loss preference_loss listwise_loss group_advantages group_reduce
+    conflict_runs top_quantile_mask sequence_sum gae diffusion_pref_loss beta_thompson_topk seeded_normal_combine
+    greedy_select gp_unique_posterior lpg_inner_loss reverse_gru_reset)
   sanitizer=$(PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer)
   for tool in memcheck racecheck; do
     if [ -z "$sanitizer" ]; then
@@ -117,7 +117,7 @@ if wanted sanitize; then
     fi
     # torch's caching allocator would hide reads past the end of a tensor. Only the kernels of this project are looked at.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$tool" "$sanitizer" --tool "$tool" --kernel-name kns=prefkern --report-api-errors no \
-      --error-exitcode 99 "$python" -c 'import sys; from prefkern.cli import main; sys.exit(main())' check --device cuda
+      --error-exitcode 99 "$python" -c 'import sys; from prefkern.cli import main; sys.exit(main())' check --device cuda "${sanitized[@]}"
   done
 fi
 
@@ -215,8 +215,8 @@ out = Path(os.environ["OUT"] or f"benchmarks/results/{name}")
 out.parent.mkdir(parents=True, exist_ok=True)
 out.write_text(json.dumps(document, indent=1) + "\n")
 # The suites once more by themselves, where benchmarks/tables.py looks for them.
-for suite in ("head", "losses", "memory"):
-    if "result" in steps.get(f"suite_{suite}", {}):
+for suite in (name.removeprefix("suite_") for name in list(steps) if name.startswith("suite_")):
+    if "result" in steps[f"suite_{suite}"]:
         alone = out.parent / f"gpu-{slug.removeprefix('nvidia-')}-{suite}.json"
         alone.write_text(json.dumps(steps[f"suite_{suite}"].pop("result"), indent=1) + "\n")
 out.write_text(json.dumps(document, indent=1) + "\n")

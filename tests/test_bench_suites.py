@@ -182,6 +182,47 @@ def test_the_full_head_has_every_shape():
     assert {part.case.dtype for part in parts} == {"fp32", "bf16"}
 
 
+def test_the_full_head_on_a_gpu_has_every_shape():
+    parts = suites.parts_of("head", "full", device="cuda")
+    assert {part.case.shape for part in parts} == {
+        (n, h, v) for n in (2048, 8192, 32768) for h in (1024, 2048, 4096) for v in (32000, 128256, 151936)
+    }
+    assert {part.case.dtype for part in parts} == {"bf16"}
+
+
+def test_who_has_kernels_for_gpus_only_is_compared_with_there():
+    for device, expected in (("cpu", set()), ("cuda", {"verl", "quack"})):
+        parts = [*suites.parts_of("head", device=device), *suites.parts_of("memory", device=device)]
+        heads = [part for part in parts if part.case.op == "linear_logprobs"]
+        assert heads
+        assert all(set(part.against) & {"verl", "quack"} == expected for part in heads)
+    assert all("verl" not in part.against for part in suites.parts_of("losses", device="cuda"))
+
+
+def test_peers_for_gpus_say_so_on_a_cpu(monkeypatch):
+    import importlib
+    from types import SimpleNamespace
+
+    modules = {
+        "verl.utils.kernel.linear_cross_entropy": SimpleNamespace(linear_cross_entropy=None),
+        "quack.cross_entropy": SimpleNamespace(cross_entropy=None),
+    }
+    monkeypatch.setattr(importlib, "import_module", modules.__getitem__)
+    for name in ("verl", "quack"):
+        with pytest.raises(peers.Unavailable, match="needs an NVIDIA GPU"):
+            peers.PEERS[name]().linear_logprobs(torch.randn(2, 4), torch.randn(5, 4), torch.tensor([1, 2]), False)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("name", "package"), [("verl", "verl"), ("quack", "quack")])
+def test_heads_for_gpus_are_the_same(name, package):
+    pytest.importorskip(package)
+    rows = runner.run_case(Case("linear_logprobs", (64, 256, 1024), "bf16", "bwd"), [name], device="cuda", rounds=0)
+    done = [row for row in rows if row.peer == name and row.status == "ok"]
+    assert done
+    assert all(row.max_error < 0.05 for row in done)
+
+
 def test_dtypes_and_modes_leave_out_cases_and_peers_replace_those_of_the_suite():
     parts = suites.parts_of("head", "quick", against=["eager"], dtypes=["bf16"], modes=["fwd"])
     assert [(part.case.dtype, part.case.mode, part.against) for part in parts] == [("bf16", "fwd", ("eager",))]
@@ -627,6 +668,23 @@ def test_the_script_for_cpus_runs_every_suite_within_its_time(tmp_path):
 def test_the_script_for_cpus_refuses(arguments, message):
     done = subprocess.run(
         ["bash", str(ROOT / "benchmarks/run_cpu.sh"), *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "tets"], "unknown step tets"),
+        (["--suites", "head,tail"], "unknown suite tail"),
+        (["--suite", "head"], "unknown argument --suite"),
+        (["--limit"], "--limit needs a value"),
+    ],
+)
+def test_the_script_for_gpus_refuses(arguments, message):
+    done = subprocess.run(
+        ["bash", str(ROOT / "benchmarks/run_gpu.sh"), *arguments], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
     assert message in done.stderr

@@ -166,6 +166,13 @@ def test_check_passes_on_this_machine(tmp_path):
     assert f"{len(rows)} of {len(rows)} within bounds" in output
 
 
+def test_check_of_some_ops(tmp_path):
+    file = tmp_path / "check.json"
+    succeed("check", "gae", "masked_quantile", "--json", file)
+    assert {row["op"] for row in json.loads(file.read_text())["rows"]} == {"gae", "masked_quantile"}
+    assert "'gea'; did you mean 'gae'" in refuse("check", "gea")
+
+
 def test_check_notices_a_wrong_result(monkeypatch):
     right = prefkern.group_advantages
 

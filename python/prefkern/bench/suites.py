@@ -28,6 +28,7 @@ SIZES = ("quick", "default", "full")
 HEAD_PEERS = ("eager", "compile", "torch", "trl", "liger", "cce")
 LOSS_PEERS = ("eager", "compile", "trl", "liger")
 SMALL_PEERS = ("eager", "compile", "torch", "trl")
+GPU_PEERS = {"linear_logprobs": ("verl", "quack"), "logits_logprobs": ("quack",)}  # who has kernels for no other device
 
 Axes = dict[str, int]
 
@@ -55,8 +56,10 @@ def _head(size: str, device: str) -> list[Part]:
     if size == "quick":
         shapes: list[tuple[Shape, str, Sequence[str]]] = [((48, 32, 1000), dtype, ("fwd", "bwd")) for dtype in ("fp32", "bf16")]
     elif size == "full":
-        sizes = itertools.product((512, 2048), (256, 1024, 4096), (32000, 128256, 151936))
-        shapes = [(s, dtype, ("fwd", "bwd", "frozen")) for s in sizes for dtype in ("fp32", "bf16")]
+        cuda = device == "cuda"
+        tokens, widths = ((2048, 8192, 32768), (1024, 2048, 4096)) if cuda else ((512, 2048), (256, 1024, 4096))
+        sizes = itertools.product(tokens, widths, (32000, 128256, 151936))
+        shapes = [(s, dtype, ("fwd", "bwd", "frozen")) for s in sizes for dtype in (("bf16",) if cuda else ("fp32", "bf16"))]
     elif device == "cuda":
         gpu = ((4096, 4096, 128256), (8192, 2048, 151936), (8192, 1024, 32000))
         shapes = [(s, "bf16", ("fwd", "bwd", "frozen")) for s in gpu]
@@ -97,8 +100,9 @@ def _losses(size: str, device: str) -> list[Part]:
 def _small(size: str, device: str) -> list[Part]:
     quick = size == "quick"
     logits = (64, 2000) if quick else (4096, 151936) if device == "cuda" else (256, 128256)
-    tokens = ((8, 64),) if quick else ((64, 4096), (8, 512), *(((1024, 8192),) if size == "full" else ()))
-    samples = (64, 800) if quick else (1000, 10000, 100000, 1000000)
+    large = size == "full" or device == "cuda"
+    tokens = ((8, 64),) if quick else ((64, 4096), (8, 512), *(((1024, 8192),) if large else ()))
+    samples = (64, 800) if quick else (4096, 100000, 1000000) if device == "cuda" else (1000, 10000, 100000, 1000000)
     policy = ("clip", "clip+k3", "gspo") if size == "default" else None
     parts = [
         Part(Case("logits_logprobs", logits, dtype, mode), SMALL_PEERS) for dtype in ("fp32", "bf16") for mode in ("fwd", "bwd")
@@ -215,6 +219,8 @@ def parts_of(
     suite = SUITES[choose("suite", name, SUITES)]
     parts = suite.parts(choose("size", size, SIZES), device)
     parts = [p for p in parts if p.case.dtype in (dtypes or DTYPES) and (modes is None or p.case.mode in modes)]
+    if device == "cuda" and name != "scaling":
+        parts = [replace(p, against=(*p.against, *GPU_PEERS.get(p.case.op, ()))) for p in parts]
     return parts if against is None else [replace(part, against=tuple(against)) for part in parts]
 
 

@@ -28,7 +28,7 @@ def bench(
         str | None,
         typer.Option(
             metavar="eager,compile,...",
-            help="Whom to compare with: eager, compile, torch, torch-chunked, python, liger, trl, cce, or none.",
+            help="Whom to compare with: eager, compile, torch, torch-chunked, python, liger, trl, cce, verl, quack, or none.",
         ),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Save the results.")] = None,

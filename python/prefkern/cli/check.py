@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,18 +24,25 @@ PLAIN_FACTOR = 2.0  # narrower gradients may be this many times as far off as pl
 
 
 def check(
+    ops: Annotated[list[str] | None, typer.Argument(metavar="[OP ...]", help="Ops to compare; all by default.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Save the table.")] = None,
 ) -> None:
-    """Compare every op with its float64 definition. The exit code is 1 if anything is out of bounds."""
-    from prefkern.bench.shapes import UsageError, check_device
+    """Compare every op, or those named, with its float64 definition. The exit code is 1 if anything is out of bounds."""
+    import torch
+
+    from prefkern.bench.shapes import UsageError, check_device, choose
+    from prefkern.cli.problems import all_problems
 
     try:
         check_device(device)
+        if ops:
+            known = sorted({problem.op for problem in all_problems(torch.float32)})
+            ops = [choose("op", op, known) for op in ops]
     except UsageError as error:
         typer.echo(f"prefkern check: {error}", err=True)
         raise typer.Exit(2) from None
-    lines = run(device)
+    lines = run(device, ops)
     if json_file is not None:
         from prefkern.bench.report import environment
 
@@ -64,8 +71,8 @@ class Line:
     error: str = ""
 
 
-def run(device: str) -> list[Line]:
-    """All lines of the table."""
+def run(device: str, ops: Sequence[str] | None = None) -> list[Line]:
+    """All lines of the table, or those of some ops."""
     import torch
 
     from prefkern.bench.shapes import DTYPES
@@ -76,7 +83,8 @@ def run(device: str) -> list[Line]:
     for name, dtype in DTYPES.items():
         if device == "cuda" and dtype == torch.float64:
             continue  # the CUDA kernels have no float64
-        lines += [_judge(on(device, problem), name, dtype) for problem in all_problems(dtype)]
+        problems = [problem for problem in all_problems(dtype) if not ops or problem.op in ops]
+        lines += [_judge(on(device, problem), name, dtype) for problem in problems]
     order = list(dict.fromkeys(line.op for line in lines))
     return sorted(lines, key=lambda line: order.index(line.op))
 

@@ -37,7 +37,7 @@ ours       this library
 plain      PyTorch as it is usually written, eager and compiled
 python     Python loops
 objectives losses in plain PyTorch behind whoever has a head
-libraries  PyTorch's own fused functions, Liger, TRL, Cut Cross-Entropy
+libraries  PyTorch's own fused functions, Liger, TRL, Cut Cross-Entropy, verl, QuACK
 """
 
 from prefkern.bench.peers.base import (
@@ -61,7 +61,7 @@ from prefkern.bench.peers.base import (
     ThompsonMode,
     Unavailable,
 )
-from prefkern.bench.peers.libraries import Cce, Liger, Torch, TorchChunked, Trl
+from prefkern.bench.peers.libraries import Cce, Liger, Quack, Torch, TorchChunked, Trl, Verl
 from prefkern.bench.peers.ours import (
     Prefkern,
     PrefkernFp32,
@@ -96,10 +96,12 @@ PEERS: dict[str, type[Peer]] = {
         Liger,
         Trl,
         Cce,
+        Verl,
+        Quack,
     )
 }
 AGAINST = ("eager", "compile", "torch", "python", "liger", "trl", "cce")  # whom a run compares with if nobody is named
-NAMEABLE = (*AGAINST, "torch-chunked")
+NAMEABLE = (*AGAINST, "torch-chunked", "verl", "quack")
 
 __all__ = [
     "AGAINST",
@@ -134,6 +136,7 @@ __all__ = [
     "PrefkernTwoStep",
     "PrefkernU",
     "Python",
+    "Quack",
     "Reduction",
     "Rule",
     "ThompsonMode",
@@ -141,4 +144,5 @@ __all__ = [
     "TorchChunked",
     "Trl",
     "Unavailable",
+    "Verl",
 ]

@@ -204,6 +204,47 @@ class Cce(Peer):
         return -self._function(hidden, weight, targets, reduction="none", impl=implementation), None
 
 
+class Verl(Peer):
+    """verl's fused head, in Triton: for GPUs."""
+
+    name = "verl"
+    about = "verl.utils.kernel.linear_cross_entropy, which always gives the entropy"
+
+    def __init__(self) -> None:
+        module = _import("verl.utils.kernel.linear_cross_entropy", "verl")
+        self._function: Callable[..., tuple[Tensor, Tensor]] = _member(module, "linear_cross_entropy")
+
+    def linear_logprobs(self, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
+        _on_gpu(hidden)
+        logp, both = self._function(hidden, weight, targets, 1.0, "none")
+        return logp, both if entropy else None
+
+
+class Quack(Peer):
+    """QuACK's cross-entropy, in CuTe DSL, behind a product that keeps all logits, for GPUs. Its chunked head gives no loss of a
+    row."""
+
+    name = "quack"
+    about = "quack.cross_entropy, reduction none, behind F.linear"
+
+    def __init__(self) -> None:
+        self._function: Callable[..., Tensor] = _member(_import("quack.cross_entropy", "quack"), "cross_entropy")
+
+    def linear_logprobs(self, hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
+        _on_gpu(hidden)
+        return self.logits_logprobs(F.linear(hidden, weight), targets, entropy)
+
+    def logits_logprobs(self, logits: Tensor, targets: Tensor, entropy: bool) -> Logprobs:
+        _no_entropy(entropy)
+        _on_gpu(logits)
+        return -self._function(logits, targets, reduction="none"), None
+
+
+def _on_gpu(t: Tensor) -> None:
+    if not t.is_cuda:
+        raise Unavailable("needs an NVIDIA GPU")
+
+
 def _no_entropy(entropy: bool) -> None:
     if entropy:
         raise Unavailable("gives no entropy")
