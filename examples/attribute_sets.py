@@ -26,19 +26,16 @@ A run repeats exactly on the same machine. Needed besides prefkern: matplotlib, 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from _report import Result, Rows, add_outputs, check_outputs, one_thread, show
 from prefkern import logits_logprobs, sequence_sum
 from prefkern.papers import ultragen
 
@@ -242,8 +239,7 @@ def said(values: Sequence[float], form: str = "{:.3f}") -> str:
     return f"{form.format(mean)} ± {error:.3f}"
 
 
-def experiment(scale: Scale) -> tuple[list[tuple[str, list[str], list[list[str]]]], Figure, dict[str, Any]]:
-    """Tables (title, columns, rows), the picture, and all numbers."""
+def experiment(scale: Scale) -> Result:
     runs = [run_seed(seed, scale) for seed in range(scale.seeds)]
     names = ("before", *METHODS)
 
@@ -263,13 +259,13 @@ def experiment(scale: Scale) -> tuple[list[tuple[str, list[str], list[list[str]]
         for a, b in (("code", "before"), ("code", "random"), ("farthest", "random"), ("farthest", "code"))
     ]
     tables = [
-        (
+        Rows(
             f"Satisfaction rate by place in a list of {PLACES}, mean and standard error of {scale.seeds} seeds",
             ["policy", *places],
             by_place,
         ),
-        ("Satisfaction rate by the length of the list", ["policy", *(str(n) for n in lengths)], by_length),
-        (f"Difference at length {PLACES}, same seeds", ["policies", "difference"], over),
+        Rows("Satisfaction rate by the length of the list", ["policy", *(str(n) for n in lengths)], by_length),
+        Rows(f"Difference at length {PLACES}, same seeds", ["policies", "difference"], over),
     ]
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -282,7 +278,7 @@ def experiment(scale: Scale) -> tuple[list[tuple[str, list[str], list[list[str]]
     for ax in (left, right):
         ax.grid(alpha=0.3)
         ax.legend()
-    return tables, figure, {"seeds": scale.seeds, "pairs": scale.pairs, "runs": runs}
+    return Result(tables, figure, {"seeds": scale.seeds, "pairs": scale.pairs, "runs": runs})
 
 
 # ---- the command
@@ -292,34 +288,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="UltraGen's claim on texts of twelve bits.")
     add = parser.add_argument
     add("--quick", action="store_true", help="two seeds and fewer pairs and steps")
-    add("--out", type=Path, default=Path("attribute_sets.png"), metavar="PNG", help="the picture (default %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="all numbers")
-    add("--markdown", action="store_true", help="print the tables as Markdown")
+    add_outputs(parser, "attribute_sets.png")
     arguments = parser.parse_args(argv)
-    for option, path in (("--out", arguments.out), ("--json", arguments.json)):
-        if path is not None and not path.parent.is_dir():
-            parser.error(f"argument {option}: there is no directory {path.parent}")
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(1)  # everything here is small
-    try:
-        tables, figure, numbers = experiment(SCALES["quick" if arguments.quick else "default"])
-    finally:
-        torch.set_num_threads(threads_before)
-    console = Console()
-    for title, columns, rows in tables:
-        if arguments.markdown:
-            lines = [columns, ["---"] * len(columns), *rows]
-            print(f"{title}:\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
-            continue
-        table = Table(*columns, title=title, title_justify="left")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    figure.savefig(arguments.out, dpi=80, format="png")
-    console.print(f"picture: {arguments.out}", highlight=False, soft_wrap=True)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(numbers, indent=1) + "\n")
-        console.print(f"numbers: {arguments.json}", highlight=False, soft_wrap=True)
+    check_outputs(parser, arguments, "attribute_sets.png")
+    with one_thread():
+        result = experiment(SCALES["quick" if arguments.quick else "default"])
+    show(result, arguments)
     return 0
 
 

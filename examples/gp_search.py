@@ -14,20 +14,17 @@ A run repeats exactly on the same machine, but for its times. Needed besides pre
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from _report import Result, Rows, add_outputs, check_outputs, one_thread, show
 from prefkern.papers.gp_mini import Kernel, MiniGP, ucb
 
 F64 = torch.float64
@@ -54,36 +51,6 @@ METHODS = (
     Method("mini-GP-UCB, C = 2", 2.0),
     Method("mini-GP-EI, C = 1.2", 1.2, "ei"),
 )
-
-
-@dataclass
-class Rows:
-    """A table whose cells are text."""
-
-    title: str
-    columns: Sequence[str]
-    rows: list[list[str]]
-
-    def markdown(self) -> str:
-        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-    def rich(self) -> Table:
-        table = Table(title=self.title, title_justify="left")
-        for column in self.columns:
-            table.add_column(column)
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-
-@dataclass
-class Result:
-    """Tables for readers, a picture, and the numbers for tests."""
-
-    tables: list[Rows]
-    figure: Figure
-    numbers: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -288,9 +255,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="one function each, 300 evaluations")
     add("--seeds", type=int, metavar="N", help="functions of each dimension (default 5)")
     add("--budget", type=int, metavar="T", help="evaluations (default 3000)")
-    add("--out", type=Path, default=Path("gp_search.png"), metavar="PNG", help="the picture (default gp_search.png)")
-    add("--json", type=Path, metavar="FILE", help="all numbers")
-    add("--markdown", action="store_true", help="print the tables as Markdown")
+    add_outputs(parser, "gp_search.png")
     arguments = parser.parse_args(argv)
     arguments.seeds = arguments.seeds if arguments.seeds is not None else 1 if arguments.quick else 5
     arguments.budget = arguments.budget if arguments.budget is not None else 300 if arguments.quick else 3000
@@ -298,35 +263,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"argument --seeds: {arguments.seeds} is less than 1")
     if arguments.budget < 100:
         parser.error(f"argument --budget: {arguments.budget} is less than 100")
-    for option, path in (("--out", arguments.out), ("--json", arguments.json)):
-        if path is not None and not path.parent.is_dir():
-            parser.error(f"argument {option}: there is no directory {path.parent}")
+    check_outputs(parser, arguments, "gp_search.png")
     return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the matrices are small
-    try:
+    with one_thread():
         result = compare(arguments.seeds, arguments.budget)
-    finally:
-        torch.set_num_threads(threads_before)
-    console = Console()
-    for table in result.tables:
-        if arguments.markdown:
-            print(f"{table.title}:\n\n{table.markdown()}\n")
-        else:
-            console.print(table.rich())
-    agreed = result.numbers["same_choices"]
     if not math.isfinite(sum(map(sum, (run["regret"] for run in result.numbers["runs"].values())))):
         raise RuntimeError("a regret is not finite")
-    console.print(f"the first {agreed} choices of GP-UCB are those of the matrix of all observations", highlight=False)
-    result.figure.savefig(arguments.out, dpi=80, format="png")
-    console.print(f"picture: {arguments.out}", highlight=False, soft_wrap=True)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result.numbers, indent=1) + "\n")
-        console.print(f"numbers: {arguments.json}", highlight=False, soft_wrap=True)
+    show(result, arguments)
+    print(f"the first {result.numbers['same_choices']} choices of GP-UCB are those of the matrix of all observations")
     return 0
 
 

@@ -20,19 +20,16 @@ A run repeats exactly on the same machine. Needed besides prefkern: matplotlib, 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from _report import Result, Rows, add_outputs, check_outputs, one_thread, show
 from prefkern.papers import groove
 
 F64 = torch.float64
@@ -40,27 +37,6 @@ STATES, ACTIONS, STEPS = 5, 2, 20  # of a rollout
 KINDS = {"short": (5, 0.0), "short, noisy": (5, 2.0), "long": (20, 0.0), "long, noisy": (20, 2.0)}  # horizon, noise of a reward
 WORKERS, JUDGES = 8, 64  # rollouts for an update; for a return
 SCORES = ("algorithmic regret", "positive value loss", "random")
-
-
-@dataclass
-class Rows:
-    """A table whose cells are text."""
-
-    title: str
-    columns: Sequence[str]
-    rows: list[list[str]]
-
-    def markdown(self) -> str:
-        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-    def rich(self) -> Table:
-        table = Table(title=self.title, title_justify="left")
-        for column in self.columns:
-            table.add_column(column)
-        for row in self.rows:
-            table.add_row(*row)
-        return table
 
 
 # Levels
@@ -325,13 +301,6 @@ def spread(found: Sequence[float], form: str = "{:.2f}") -> str:
     return f"{form.format(statistics.fmean(found))} ± {form.format(statistics.stdev(found))}"
 
 
-@dataclass
-class Result:
-    tables: list[Rows]
-    figure: Figure
-    numbers: dict[str, Any]
-
-
 def run(seeds: int = 5, each: int = 12, updates: int = 40, meta_seeds: int = 2, lifetimes: int = 8) -> Result:
     judged = [judge(seed, each, updates) for seed in range(seeds)]
     numbers: dict[str, Any] = {"kinds": {}, "correlations": {}, "rules": {}, "curves": {}}
@@ -406,29 +375,12 @@ QUICK = {"seeds": 2, "each": 6, "updates": 30, "meta_seeds": 1, "lifetimes": 3}
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smaller run of some seconds")
-    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
-    parser.add_argument("--out", type=Path, default=Path("groove_levels.png"), help="where the picture goes")
-    parser.add_argument("--json", type=Path, help="save the numbers")
-    args = parser.parse_args(argv)
-    for name, path in (("--out", args.out), ("--json", args.json)):
-        if path is not None and not path.parent.is_dir():
-            parser.error(f"{name}: there is no directory {path.parent}")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tables are too small to share out
-    try:
-        result = run(**QUICK) if args.quick else run()
-    finally:
-        torch.set_num_threads(threads)
-    console = Console()
-    for one in result.tables:
-        if args.markdown:
-            print(f"{one.title}:\n\n{one.markdown()}\n")
-        else:
-            console.print(one.rich())
-    result.figure.savefig(args.out, dpi=110)
-    if args.json is not None:
-        args.json.write_text(json.dumps(result.numbers, indent=1) + "\n")
-    console.print(f"Picture: {args.out}")
+    add_outputs(parser, "groove_levels.png")
+    arguments = parser.parse_args(argv)
+    check_outputs(parser, arguments, "groove_levels.png")
+    with one_thread():
+        result = run(**QUICK) if arguments.quick else run()
+    show(result, arguments)
     return 0
 
 

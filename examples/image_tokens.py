@@ -24,17 +24,14 @@ A run repeats exactly on the same machine.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from _report import Result, Rows, add_outputs, check_outputs, one_thread, show
 from prefkern import logits_logprobs
 from prefkern.papers import image_cot_rl as study
 
@@ -282,38 +279,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="DPO against GRPO on seen and unseen prompts, on six tokens for an image.")
     add = parser.add_argument
     add("--seeds", type=int, default=5, metavar="N", help="policies, each with its own start (default 5)")
-    add("--json", type=Path, metavar="FILE", help="all numbers")
-    add("--markdown", action="store_true", help="print the table as Markdown")
+    add_outputs(parser, None)
     arguments = parser.parse_args(argv)
     if arguments.seeds < 2:
         parser.error(f"argument --seeds: {arguments.seeds} is less than 2")
-    if arguments.json is not None and not arguments.json.parent.is_dir():
-        parser.error(f"argument --json: there is no directory {arguments.json.parent}")
+    check_outputs(parser, arguments, None)
     return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(1)  # everything is small
-    try:
+    with one_thread():
         numbers = experiment(Settings(), arguments.seeds)
-    finally:
-        torch.set_num_threads(threads_before)
     start = {prompts: sum(values) / len(values) for prompts, values in numbers["start"].items()}
     title = f"Share of right tokens, mean of {arguments.seeds} seeds (start: {start['seen']:.3f}, {start['unseen']:.3f})"
-    if arguments.markdown:
-        lines = [COLUMNS, ["---"] * len(COLUMNS), *rows(numbers)]
-        print(f"{title}:\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
-    else:
-        table = Table(*COLUMNS, title=title, title_justify="left")
-        for line in rows(numbers):
-            table.add_row(*line)
-        Console().print(table)
+    show(Result([Rows(title, COLUMNS, rows(numbers))], None, numbers), arguments)
     agreement = numbers["agreement of the rewards with the rule"]
     print("correlation with the rule, on new images: " + ", ".join(f"{name} {value:.2f}" for name, value in agreement.items()))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(numbers, indent=1) + "\n")
     return 0
 
 

@@ -20,53 +20,19 @@ A run repeats exactly on the same machine. Needed besides prefkern: matplotlib, 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from _report import Result, Rows, add_outputs, check_outputs, one_thread, show
 from prefkern import preference_loss
 from prefkern.papers import apo_accel, dno, egpo, gpm, sppo
 
 F64 = torch.float64
-
-
-@dataclass
-class Rows:
-    """A table whose cells are text."""
-
-    title: str
-    columns: Sequence[str]
-    rows: list[list[str]]
-
-    def markdown(self) -> str:
-        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-    def rich(self) -> Table:
-        table = Table(title=self.title, title_justify="left")
-        for column in self.columns:
-            table.add_column(column)
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-
-@dataclass
-class Result:
-    """What an experiment leaves behind: tables for readers, a picture, and its numbers for tests."""
-
-    tables: list[Rows]
-    figure: Figure
-    numbers: dict[str, Any] = field(default_factory=dict)
 
 
 # Games
@@ -638,38 +604,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("experiment", choices=tuple(EXPERIMENTS))
     add("--seeds", type=int, metavar="N", help="random games, runs or starts (default 5, 10, 5, 20)")
-    add("--out", type=Path, metavar="PNG", help="the picture (default preference_games_EXPERIMENT.png)")
-    add("--json", type=Path, metavar="FILE", help="all numbers")
-    add("--markdown", action="store_true", help="print the tables as Markdown")
+    add_outputs(parser, "preference_games_EXPERIMENT.png")
     arguments = parser.parse_args(argv)
     if arguments.seeds is not None and arguments.seeds < 2:
         parser.error(f"argument --seeds: {arguments.seeds} is less than 2")
-    arguments.out = arguments.out or Path(f"preference_games_{arguments.experiment}.png")
-    for option, path in (("--out", arguments.out), ("--json", arguments.json)):
-        if path is not None and not path.parent.is_dir():
-            parser.error(f"argument {option}: there is no directory {path.parent}")
+    check_outputs(parser, arguments, f"preference_games_{arguments.experiment}.png")
     return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tables are small
-    try:
+    with one_thread():
         result = EXPERIMENTS[arguments.experiment](**({} if arguments.seeds is None else {"seeds": arguments.seeds}))
-    finally:
-        torch.set_num_threads(threads_before)
-    console = Console()
-    for table in result.tables:
-        if arguments.markdown:
-            print(f"{table.title}:\n\n{table.markdown()}\n")
-        else:
-            console.print(table.rich())
-    result.figure.savefig(arguments.out, dpi=80, format="png")
-    console.print(f"picture: {arguments.out}", highlight=False, soft_wrap=True)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result.numbers, indent=1) + "\n")
-        console.print(f"numbers: {arguments.json}", highlight=False, soft_wrap=True)
+    show(result, arguments)
     return 0
 
 

@@ -20,53 +20,20 @@ A run repeats exactly on the same machine. Needed besides prefkern: matplotlib, 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from _report import Result, Rows, add_outputs, check_outputs, one_thread, show
 from prefkern.papers import v0
 from prefkern.papers.mmr1 import VasSampler
 from prefkern.papers.vade import VadeSampler, select_from_draws
 
 F64 = torch.float64
-
-
-@dataclass
-class Rows:
-    """A table whose cells are text."""
-
-    title: str
-    columns: Sequence[str]
-    rows: list[list[str]]
-
-    def markdown(self) -> str:
-        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-    def rich(self) -> Table:
-        table = Table(title=self.title, title_justify="left")
-        for column in self.columns:
-            table.add_column(column)
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-
-@dataclass
-class Result:
-    """What an experiment leaves behind: tables for readers, a picture, and its numbers for tests."""
-
-    tables: list[Rows]
-    figure: Figure
-    numbers: dict[str, Any] = field(default_factory=dict)
 
 
 def mean(values: Sequence[float]) -> float:
@@ -526,39 +493,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("experiment", choices=tuple(EXPERIMENTS))
     add("--seeds", type=int, metavar="N", help="pools or draws (default 3, 2, 5)")
     add("--quick", action="store_true", help="a small pool and few steps: whether everything runs")
-    add("--out", type=Path, metavar="PNG", help="the picture (default prompt_pool_EXPERIMENT.png)")
-    add("--json", type=Path, metavar="FILE", help="all numbers")
-    add("--markdown", action="store_true", help="print the tables as Markdown")
+    add_outputs(parser, "prompt_pool_EXPERIMENT.png")
     arguments = parser.parse_args(argv)
     if arguments.seeds is not None and arguments.seeds < 1:
         parser.error(f"argument --seeds: {arguments.seeds} is less than 1")
-    arguments.out = arguments.out or Path(f"prompt_pool_{arguments.experiment}.png")
-    for option, path in (("--out", arguments.out), ("--json", arguments.json)):
-        if path is not None and not path.parent.is_dir():
-            parser.error(f"argument {option}: there is no directory {path.parent}")
+    check_outputs(parser, arguments, f"prompt_pool_{arguments.experiment}.png")
     return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are small
-    try:
+    with one_thread():
         seeds = {} if arguments.seeds is None else {"seeds": arguments.seeds}
         result = EXPERIMENTS[arguments.experiment](quick=arguments.quick, **seeds)
-    finally:
-        torch.set_num_threads(threads_before)
-    console = Console()
-    for table in result.tables:
-        if arguments.markdown:
-            print(f"{table.title}:\n\n{table.markdown()}\n")
-        else:
-            console.print(table.rich())
-    result.figure.savefig(arguments.out, dpi=80, format="png")
-    console.print(f"picture: {arguments.out}", highlight=False, soft_wrap=True)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result.numbers, indent=1) + "\n")
-        console.print(f"numbers: {arguments.json}", highlight=False, soft_wrap=True)
+    show(result, arguments)
     return 0
 
 

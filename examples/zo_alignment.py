@@ -16,19 +16,16 @@ A run repeats exactly on the same machine. Needed besides prefkern: matplotlib, 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
+from _report import Result, Rows, add_outputs, check_outputs, one_thread, show
 from prefkern import seeded_normal
 from prefkern.papers.zo_ranksgd import (
     Ranker,
@@ -40,36 +37,6 @@ from prefkern.papers.zo_ranksgd import (
 )
 
 F64 = torch.float64
-
-
-@dataclass
-class Rows:
-    """A table whose cells are text."""
-
-    title: str
-    columns: Sequence[str]
-    rows: list[list[str]]
-
-    def markdown(self) -> str:
-        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-    def rich(self) -> Table:
-        table = Table(title=self.title, title_justify="left")
-        for column in self.columns:
-            table.add_column(column)
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-
-@dataclass
-class Result:
-    """What an experiment leaves behind: tables for readers, a picture, and its numbers for tests."""
-
-    tables: list[Rows]
-    figure: Figure
-    numbers: dict[str, Any] = field(default_factory=dict)
 
 
 # How near to the gradient
@@ -377,36 +344,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("experiment", choices=tuple(EXPERIMENTS))
     add("--quick", action="store_true", help="a small run, to see whether everything works")
-    add("--out", type=Path, metavar="PNG", help="the picture (default zo_alignment_EXPERIMENT.png)")
-    add("--json", type=Path, metavar="FILE", help="all numbers")
-    add("--markdown", action="store_true", help="print the tables as Markdown")
+    add_outputs(parser, "zo_alignment_EXPERIMENT.png")
     arguments = parser.parse_args(argv)
-    arguments.out = arguments.out or Path(f"zo_alignment_{arguments.experiment}.png")
-    for option, path in (("--out", arguments.out), ("--json", arguments.json)):
-        if path is not None and not path.parent.is_dir():
-            parser.error(f"argument {option}: there is no directory {path.parent}")
+    check_outputs(parser, arguments, f"zo_alignment_{arguments.experiment}.png")
     return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(1)  # everything is small
-    try:
+    with one_thread():
         result = EXPERIMENTS[arguments.experiment](quick=arguments.quick)
-    finally:
-        torch.set_num_threads(threads_before)
-    console = Console()
-    for table in result.tables:
-        if arguments.markdown:
-            print(f"{table.title}:\n\n{table.markdown()}\n")
-        else:
-            console.print(table.rich())
-    result.figure.savefig(arguments.out, dpi=80, format="png")
-    console.print(f"picture: {arguments.out}", highlight=False, soft_wrap=True)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result.numbers, indent=1) + "\n")
-        console.print(f"numbers: {arguments.json}", highlight=False, soft_wrap=True)
+    show(result, arguments)
     return 0
 
 

@@ -3,6 +3,7 @@
 `pytest` runs the matrix on the CPU; `pytest -m cuda` runs the same matrix on a GPU.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -44,6 +45,26 @@ def pytest_generate_tests(metafunc):
     if HAS_CUDA or "cuda" in metafunc.config.getoption("-m"):
         devices.append(pytest.param("cuda", marks=pytest.mark.cuda))
     metafunc.parametrize("device", devices, indirect=True)
+
+
+@pytest.fixture(scope="module")
+def load_example():
+    """Import a file of examples/ by its name, as Python finds what is beside it when it runs as a program."""
+    folder, names = Path(__file__).parents[1] / "examples", []
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        names.append(name)
+        sys.modules[name] = module  # dataclasses look their module up there
+        spec.loader.exec_module(module)
+        return module
+
+    sys.path.insert(0, str(folder))
+    yield load
+    sys.path.remove(str(folder))
+    for name in names:
+        del sys.modules[name]
 
 
 @pytest.fixture

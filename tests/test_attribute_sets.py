@@ -1,28 +1,17 @@
 """The example on sets of attributes: its parts by value, what the runs show, and the tables of the page on experiments."""
 
-import importlib.util
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("matplotlib")
 
-ROOT = Path(__file__).parents[1]
-EXAMPLE = ROOT / "examples" / "attribute_sets.py"
-
 
 @pytest.fixture(scope="module")
-def example():
-    spec = importlib.util.spec_from_file_location("attribute_sets", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def example(load_example):
+    return load_example("attribute_sets")
 
 
 @pytest.fixture(scope="module")

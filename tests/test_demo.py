@@ -1,10 +1,7 @@
 """The example behind `prefkern demo`: its parts by value, the two heads against each other, and what it promises."""
 
 import dataclasses
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,19 +10,13 @@ from rich.console import Console
 for module in ("matplotlib", "tokenizers", "transformers"):
     pytest.importorskip(module)
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "grpo_arithmetic.py"
 TINY = {"hidden_size": 32, "sft_steps": 10, "rl_steps": 6, "prompts_per_step": 8, "eval_every": 2, "warmup_steps": 1}
 TINY |= {"rl_lr": 3e-3}  # high enough for ratios to leave the clip range
 
 
 @pytest.fixture(scope="module")
-def demo():
-    spec = importlib.util.spec_from_file_location("grpo_arithmetic", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def demo(load_example):
+    return load_example("grpo_arithmetic")
 
 
 @pytest.fixture(autouse=True)

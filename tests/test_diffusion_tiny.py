@@ -1,17 +1,13 @@
 """examples/diffusion_tiny.py: its parts by value, every loss for a few steps, and what a whole run promises."""
 
-import importlib.util
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 from torch.testing import assert_close
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "diffusion_tiny.py"
 TINY = {
     "width": 16, "layers": 1, "heads": 2, "patch": 4, "train_steps": 60, "train_batch": 16, "pairs": 32, "steps": 8,
     "batch": 16, "eval_every": 4, "held_out": 32, "samples": 8, "sample_steps": 4, "lr": 2e-3,
@@ -19,13 +15,8 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def demo():
-    spec = importlib.util.spec_from_file_location("diffusion_tiny", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def demo(load_example):
+    return load_example("diffusion_tiny")
 
 
 @pytest.fixture

@@ -1,11 +1,8 @@
 """examples/dpo_tiny.py: its parts by value, every loss for a few steps, and what a whole run promises."""
 
-import importlib.util
 import json
 import math
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,19 +10,13 @@ from rich.console import Console
 
 pytest.importorskip("transformers")
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "dpo_tiny.py"
 TINY = {"hidden_size": 32, "held_out": 32, "sft_steps": 20, "pairs": 32, "steps": 20, "batch": 16, "lr": 3e-3}
 LOSSES = ("dpo", "simpo", "ipo", "kto", "sppo:eta=10.0", "f_dpo:beta=1.0", "orpo")
 
 
 @pytest.fixture(scope="module")
-def demo():
-    spec = importlib.util.spec_from_file_location("dpo_tiny", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def demo(load_example):
+    return load_example("dpo_tiny")
 
 
 @pytest.fixture(autouse=True)

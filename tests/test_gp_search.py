@@ -1,9 +1,6 @@
 """The example of mini-GP-UCB: its parts by value, what a short run shows, its command, and the tables of the page about it."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,18 +8,12 @@ from torch.testing import assert_close
 
 pytest.importorskip("matplotlib")
 
-ROOT = Path(__file__).parents[1]
 F64 = torch.float64
 
 
 @pytest.fixture(scope="module")
-def example():
-    spec = importlib.util.spec_from_file_location("gp_search", ROOT / "examples" / "gp_search.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def example(load_example):
+    return load_example("gp_search")
 
 
 def close(actual, expected, atol=1e-10) -> None:

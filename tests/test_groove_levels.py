@@ -1,9 +1,6 @@
 """The example on tabular levels: values by hand, rollouts against them, and what a small run shows."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,18 +8,12 @@ from torch.testing import assert_close
 
 pytest.importorskip("matplotlib")
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "groove_levels.py"
 F64 = torch.float64
 
 
 @pytest.fixture(scope="module")
-def example():
-    spec = importlib.util.spec_from_file_location("groove_levels", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def example(load_example):
+    return load_example("groove_levels")
 
 
 def close(actual, expected, atol=1e-9) -> None:

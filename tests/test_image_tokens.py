@@ -1,26 +1,16 @@
 """examples/image_tokens.py: its parts by value, and a short run of both methods."""
 
-import importlib.util
 import itertools
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "image_tokens.py"
-
 
 @pytest.fixture(scope="module")
-def demo():
-    spec = importlib.util.spec_from_file_location("image_tokens", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def demo(load_example):
+    return load_example("image_tokens")
 
 
 @pytest.fixture

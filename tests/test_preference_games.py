@@ -1,10 +1,8 @@
 """The example behind docs/experiments.md: its parts by value, what each run shows, and the tables of that page."""
 
-import importlib.util
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,19 +14,13 @@ from prefkern.papers import dno, egpo, gpm
 pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).parents[1]
-EXAMPLE = ROOT / "examples" / "preference_games.py"
 PAGE = ROOT / "docs" / "experiments.md"
 F64 = torch.float64
 
 
 @pytest.fixture(scope="module")
-def games():
-    spec = importlib.util.spec_from_file_location("preference_games", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def games(load_example):
+    return load_example("preference_games")
 
 
 def close(actual, expected, atol=1e-9) -> None:

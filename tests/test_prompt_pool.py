@@ -1,10 +1,7 @@
 """The example behind the prompt pools of docs/experiments_rollouts.md: its parts by value, and what each run shows."""
 
-import importlib.util
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,18 +11,12 @@ from prefkern.papers import v0
 
 pytest.importorskip("matplotlib")
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "prompt_pool.py"
 F64 = torch.float64
 
 
 @pytest.fixture(scope="module")
-def pools():
-    spec = importlib.util.spec_from_file_location("prompt_pool", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def pools(load_example):
+    return load_example("prompt_pool")
 
 
 def close(actual, expected, atol=1e-9) -> None:

@@ -1,10 +1,8 @@
 """The example of ZO-RankSGD: its parts by value, what each run shows, and the tables of docs/experiments_search.md."""
 
-import importlib.util
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,19 +14,13 @@ from prefkern.papers.zo_ranksgd import rank_gradient, ranking_oracle
 pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).parents[1]
-EXAMPLE = ROOT / "examples" / "zo_alignment.py"
 PAGE = ROOT / "docs" / "experiments_search.md"
 F64 = torch.float64
 
 
 @pytest.fixture(scope="module")
-def zo():
-    spec = importlib.util.spec_from_file_location("zo_alignment", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def zo(load_example):
+    return load_example("zo_alignment")
 
 
 # ---- cosines
