@@ -85,8 +85,8 @@ if wanted build; then
   isolation=()
   # With the build's own requirements installed there is nothing to download.
   if "$python" -c 'import scikit_build_core, pybind11' 2>/dev/null; then isolation=(--no-build-isolation --no-deps); fi
-  run build "$python" -m pip install ${isolation[@]+"${isolation[@]}"} . -C build-dir="build/gpu-$arch" \
-    -C cmake.define.PREFKERN_CUDA=ON -C cmake.define.PREFKERN_CUDA_ARCHS="$arch-real"
+  run build "$python" -m pip install ${isolation[@]+"${isolation[@]}"} . --config-settings=build-dir="build/gpu-$arch" \
+    --config-settings=cmake.define.PREFKERN_CUDA=ON --config-settings=cmake.define.PREFKERN_CUDA_ARCHS="$arch-real"
 fi
 
 if wanted tests; then run tests "$python" -m pytest -m cuda -q ${jobs:+-n "$jobs"} --junitxml="$work/tests.xml"; fi
